@@ -1,0 +1,163 @@
+"""Write files so that a crash at any instant leaves the old content or the new, never a mixture.
+
+The order is the classical one (Pillai et al. 2014, "All File Systems Are Not Created Equal"): write a temporary file in the same
+folder, fsync it, rename it over the target, fsync the folder. A folder is committed the same way, by the rename of a sibling.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from entrenar.errors import DiskFullError, FormatError, MachineError
+
+TEMPORARY_PREFIX = ".incomplete-"
+_HASH_BLOCK_BYTES = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the entries of folder `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained_disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError met while writing `path` into ours.
+
+    Raises: DiskFullError when space, quota or the file-size limit ran out; MachineError when the place refuses writing.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise DiskFullError(
+                f"no space left to write {path} ({error.strerror}); free space and try again"
+            ) from error
+        if error.errno in _NOT_WRITABLE:
+            raise MachineError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Replace the content of `path` in one step.
+
+    Raises: DiskFullError, MachineError; the old content is then intact.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    with explained_disk_errors(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` by one rename when the block ends without an error.
+
+    Every file in it is fsynced first. A folder that is already at `path` is replaced.
+    On an error nothing is left behind.
+
+    Raises: DiskFullError, MachineError.
+    """
+    with explained_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            _fsync_tree(temporary)
+            _replace_directory(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _fsync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            fsync_file(Path(folder) / name)
+        fsync_directory(Path(folder))
+
+
+def _replace_directory(temporary: Path, path: Path) -> None:
+    # rename(2) cannot replace a non-empty folder, so the old one steps aside first and is removed last.
+    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-old-{uuid.uuid4().hex[:8]}")
+    had_old = path.exists()
+    if had_old:
+        path.rename(aside)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if had_old:
+            aside.rename(path)
+        raise
+    fsync_directory(path.parent)
+    if had_old:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_incomplete(parent: Path) -> list[Path]:
+    """Delete what interrupted writes left in `parent`; return the paths."""
+    if not parent.is_dir():
+        return []
+    leftovers = sorted(parent.glob(f"{TEMPORARY_PREFIX}*"))
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON in one step."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises: FormatError for text that is not UTF-8 JSON; FileNotFoundError.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    # json raises plain ValueError for integers over 4,300 digits and RecursionError for deep nesting.
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
