@@ -1,0 +1,13 @@
+"""Operations with hand-derived gradients.
+
+Each file holds one operation: its derivation, a plain reference, the arithmetic of forward and backward as functions
+that cite the equations, the `autograd.Function`, and the public operation.
+"""
+
+from entrenar.ops.attention import Documents, attention
+from entrenar.ops.linear_cross_entropy import linear_cross_entropy
+from entrenar.ops.rms_norm import rms_norm
+from entrenar.ops.rope import rope
+from entrenar.ops.swiglu import swiglu
+
+__all__ = ["Documents", "attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]

@@ -1,0 +1,265 @@
+"""Causal attention over grouped heads and packed documents, with a derived backward.
+
+For one head with queries q (T, K), keys k and values v (S, K), scale c, and S - T earlier keys (a cache):
+
+    s_ij = c q_i · k_j        where j ≤ i + S - T, else s_ij = -∞         (1)
+    l_i  = log Σ_j exp(s_ij)                                              (2)
+    p_ij = exp(s_ij - l_i)                                                (3)
+    o_i  = Σ_j p_ij v_j                                                   (4)
+
+Backward, with do = dLoss/do. The softmax's Jacobian needs Σ_j p_ij dp_ij, which by (4) is do_i · o_i
+(Dao et al. 2022, arXiv:2205.14135), so a block of queries needs nothing of the others:
+
+    dp_ij = do_i · v_j                                                    (5)
+    ds_ij = p_ij (dp_ij - do_i · o_i)                                     (6)
+    dq_i  = c Σ_j ds_ij k_j                                               (7)
+    dk_j  = c Σ_i ds_ij q_i                                               (8)
+    dv_j  = Σ_i p_ij do_i                                                 (9)
+
+Grouped heads (Ainslie et al. 2023, arXiv:2305.13245): the H/G query heads of a group are stacked as rows of one matrix,
+so (1)-(9) hold as they stand, nothing is repeated, and (8) and (9) sum over the group by themselves.
+
+Two paths compute this. `AttentionFunction` is (1)-(9) by blocks of queries. `attention` calls torch's fused kernel,
+which is measured to be faster, and has the former as its oracle. Packed documents are cut apart before it sees them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from entrenar.errors import DataError
+from entrenar.ops.first_order import refuse_double_backward
+
+Spans = tuple[tuple[int, int], ...]
+
+
+def document_spans(ids: Sequence[int]) -> Spans:
+    """Return the half-open span of each run of equal ids.
+
+    Raises:
+        DataError: an id is smaller than the one before it.
+    """
+    starts = [0] if ids else []
+    for place in range(1, len(ids)):
+        if ids[place] < ids[place - 1]:
+            raise DataError(
+                f"document ids must not decrease within a row, got {ids[place]} after {ids[place - 1]} "
+                f"at position {place}: number the documents of a row in their order"
+            )
+        if ids[place] != ids[place - 1]:
+            starts.append(place)
+    return tuple(zip(starts, [*starts[1:], len(ids)], strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where the documents of each row of a packed batch begin and end.
+
+    Attributes:
+        ids: the document of each token, not decreasing within a row.
+        spans: for each row, the half-open (start, end) of each document, in order, covering the row.
+        positions: the place of each token within its document.
+    """
+
+    ids: Int[Tensor, "B T"]
+    spans: tuple[Spans, ...]
+    positions: Int[Tensor, "B T"]
+
+    @staticmethod
+    def from_ids(ids: Int[Tensor, "B T"]) -> "Documents":
+        """Find spans and positions from the ids."""
+        spans = tuple(document_spans(row) for row in ids.tolist())
+        positions = torch.tensor(
+            [[place for start, end in row for place in range(end - start)] for row in spans],
+            dtype=torch.int64,
+            device=ids.device,
+        ).reshape(ids.shape)
+        return Documents(ids, spans, positions)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
+    """Return the (T, S) mask that is true where a query may see a key, the last query aligned to the last key."""
+    allowed = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return allowed.tril(num_keys - num_queries)
+
+
+def reference_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S K"],
+    *,
+    scale: float | None = None,
+    documents: Documents | None = None,
+) -> Float[Tensor, "B H T K"]:
+    """Attend with one dense (T, S) softmax for each head, as plain torch that autograd differentiates."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rows = (q.shape[0], k.shape[1], -1, q.shape[-1])
+    grouped = q.to(wide).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])  # (B, G, H/G, T, K)
+    allowed = causal_mask(q.shape[2], k.shape[2], q.device)
+    if documents is not None:
+        allowed = allowed & (documents.ids[:, :, None] == documents.ids[:, None, :])[:, None, None]
+    scores = (grouped.reshape(rows) @ k.to(wide).mT).reshape(*grouped.shape[:-1], -1) * scale
+    probabilities = torch.softmax(scores.masked_fill(~allowed, -math.inf), dim=-1)
+    out = probabilities.flatten(2, 3) @ v.to(wide)  # (B, G, H/G T, K)
+    return out.reshape(q.shape).to(q.dtype)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return out and the log-sum-exp of equations (1) to (4); `hidden` is true where a query may not see a key."""
+    scores = (q @ k.mT * scale).masked_fill(hidden, -math.inf)  # (1)
+    shift = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - shift)
+    total = weights.sum(-1, keepdim=True)
+    return weights @ v / total, torch.log(total) + shift  # (3), (4) and (2)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, hidden: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv of equations (5) to (9) for one block of queries and the keys that it sees."""
+    scores = (q @ k.mT * scale).masked_fill(hidden, -math.inf)  # (1)
+    probabilities = torch.exp(scores - logsumexp)  # (3)
+    dprobabilities = dout @ v.mT  # (5)
+    dscores = probabilities * (dprobabilities - (dout * out).sum(-1, keepdim=True))  # (6)
+    dq = dscores @ k * scale  # (7)
+    dk = dscores.mT @ q * scale  # (8)
+    dv = probabilities.mT @ dout  # (9)
+    return dq, dk, dv
+
+
+class AttentionFunction(torch.autograd.Function):
+    """`attention_forward` and `attention_backward` on the tape, a block of queries at a time.
+
+    Saved: q, k, v, out and the log-sum-exp. The probabilities are recomputed, so memory grows with T, not T².
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, block_size: int) -> Tensor:
+        """Compute the output and save what the backward needs."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        keys, values = k.to(wide), v.to(wide)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        logsumexp = q.new_empty((*q.shape[:3], 1), dtype=wide)
+        for block, seen in query_blocks(q.shape[2], k.shape[2], block_size):
+            queries = group_heads(q[:, :, block].to(wide), k.shape[1])
+            hidden = hidden_keys(queries.shape[2], block, seen, k)
+            block_out, block_lse = attention_forward(queries, keys[:, :, :seen], values[:, :, :seen], hidden, scale)
+            out[:, :, block] = ungroup_heads(block_out, q.shape[1])
+            logsumexp[:, :, block] = ungroup_heads(block_lse, q.shape[1])
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.scale, ctx.block_size = scale, block_size
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        """Compute the gradients that are wanted."""
+        refuse_double_backward("attention")
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        wide, groups = logsumexp.dtype, k.shape[1]
+        keys, values = k.to(wide), v.to(wide)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+        for block, seen in query_blocks(q.shape[2], k.shape[2], ctx.block_size):
+            d, queries, o, lse = (group_heads(t[:, :, block].to(wide), groups) for t in (dout, q, out, logsumexp))
+            hidden = hidden_keys(queries.shape[2], block, seen, k)
+            block_dq, block_dk, block_dv = attention_backward(
+                d, queries, keys[:, :, :seen], values[:, :, :seen], o, lse, hidden, ctx.scale
+            )
+            dq[:, :, block] = ungroup_heads(block_dq, q.shape[1])
+            dk[:, :, :seen] += block_dk
+            dv[:, :, :seen] += block_dv
+        grads = (dq, dk.to(k.dtype), dv.to(v.dtype))
+        needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[:3], strict=True)]
+        return needed[0], needed[1], needed[2], None, None
+
+
+def query_blocks(num_queries: int, num_keys: int, block_size: int) -> list[tuple[slice, int]]:
+    """Return the blocks of queries, each with the number of keys that its last query sees."""
+    starts = range(0, num_queries, block_size)
+    ends = [min(start + block_size, num_queries) for start in starts]
+    return [(slice(start, end), end + num_keys - num_queries) for start, end in zip(starts, ends, strict=True)]
+
+
+def hidden_keys(num_rows: int, block: slice, seen: int, k: Tensor) -> Tensor:
+    """Return the (H/G · T, seen) mask of a block of queries: true where a row may not see a key."""
+    block_length = block.stop - block.start
+    hidden = ~causal_mask(block_length, seen, k.device)
+    return hidden.expand(num_rows // block_length, *hidden.shape).reshape(num_rows, seen)
+
+
+def group_heads(x: Tensor, groups: int) -> Tensor:
+    """Stack the heads of each group as rows: (B, H, T, K) to (B, G, H/G · T, K)."""
+    return x.reshape(x.shape[0], groups, -1, x.shape[-1])
+
+
+def ungroup_heads(x: Tensor, heads: int) -> Tensor:
+    """Undo `group_heads`."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+
+
+def derived_attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S K"],
+    *,
+    scale: float | None = None,
+    block_size: int = 128,
+) -> Float[Tensor, "B H T K"]:
+    """Attend by equations (1) to (9), `block_size` queries at a time."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    apply: Callable[..., Tensor] = AttentionFunction.apply
+    return apply(q, k, v, scale, block_size)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Attend by torch's fused kernel, whose own causal flag aligns the first query to the first key."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = causal_mask(queries, keys, q.device) if 1 < queries < keys else None
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=queries == keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attention(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S K"],
+    *,
+    scale: float | None = None,
+    documents: Documents | None = None,
+) -> Float[Tensor, "B H T K"]:
+    """Attend causally: the last query sees the last key, and no token sees another document.
+
+    Raises:
+        DataError: H is no multiple of G, there are fewer keys than queries, or documents do not fit q and k.
+    """
+    check_attention_shapes(q, k, documents)
+    if documents is None:
+        return fused_attention(q, k, v, scale)
+    rows = []
+    for row, spans in enumerate(documents.spans):
+        lengths = [end - start for start, end in spans]
+        pieces = [torch.split(x[row : row + 1], lengths, dim=2) for x in (q, k, v)]
+        rows.append(torch.cat([fused_attention(x, y, z, scale) for x, y, z in zip(*pieces, strict=True)], dim=2))
+    return torch.cat(rows)
+
+
+def check_attention_shapes(q: Tensor, k: Tensor, documents: Documents | None) -> None:
+    """Refuse shapes that have no meaning here."""
+    heads, queries, groups, keys = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    if heads % groups:
+        raise DataError(f"query heads must be a multiple of key/value heads, got {heads} and {groups}")
+    if keys < queries:
+        raise DataError(f"attention needs at least as many keys as queries, got {keys} keys and {queries} queries")
+    if documents is not None and (queries != keys or documents.ids.shape != (q.shape[0], queries)):
+        raise DataError(
+            f"documents must cover each of the (B, T) = {(q.shape[0], queries)} queries and {keys} keys, "
+            f"got ids of shape {tuple(documents.ids.shape)}: a key/value cache and documents exclude each other"
+        )
