@@ -1,0 +1,7 @@
+"""The LLaMA: its shape, its weights, its key/value cache."""
+
+from entrenar.model.config import Checkpointing, LlamaConfig, PresetName, RopeScaling
+from entrenar.model.kv_cache import KVCache
+from entrenar.model.llama import Llama
+
+__all__ = ["Checkpointing", "KVCache", "Llama", "LlamaConfig", "PresetName", "RopeScaling"]

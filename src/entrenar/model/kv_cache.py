@@ -1,0 +1,64 @@
+"""Keys and values of the tokens already read, so that a new token costs one token.
+
+All memory is taken at the start; reading on never moves what is there. Rows of a batch whose prompts differ in length
+are padded on the left, so that all rows end, and grow, at the same slot: row b begins at slot `starts[b]`, its
+positions count from there, and no query looks before it.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entrenar.errors import DataError
+from entrenar.model.config import LlamaConfig
+
+
+class KVCache:
+    """Keys and values of each layer, (B, G, max_len, K) each, filled up to `length`."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_len: int,
+        *,
+        starts: Int[Tensor, " B"] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        shape = (config.num_layers, batch_size, config.kv_heads, max_len, config.head_width)
+        self._keys = torch.empty(shape, dtype=dtype, device=device).unbind()
+        self._values = torch.empty(shape, dtype=dtype, device=device).unbind()
+        self.max_len = max_len
+        self.starts = starts
+        self.length = 0
+
+    def append(
+        self, layer: int, k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"]
+    ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
+        """Write the keys and values of T new tokens and return those of all S tokens, as views."""
+        end = self.length + k.shape[2]
+        if end > self.max_len:
+            raise DataError(
+                f"a key/value cache takes max_len = {self.max_len} tokens, got {self.length} + {k.shape[2]}; "
+                "make it longer or crop it"
+            )
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens that every layer has appended."""
+        self.length += num_tokens
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise DataError(f"a cache of {self.length} tokens is cropped to 0 … {self.length}, got {length}")
+        self.length = length
+
+    def reset(self, starts: Int[Tensor, " B"] | None = None) -> None:
+        """Forget all tokens and take new left padding."""
+        self.length = 0
+        self.starts = starts

@@ -1,0 +1,267 @@
+"""The LLaMA, in one straight line (Touvron et al. 2023, arXiv:2307.09288).
+
+    x = embedding of the tokens
+    each block:  x = x + o(attention(rope(q(n)), rope(k(n)), v(n)))     n = RMSNorm(x)
+                 x = x + down(silu(gate(n)) · up(n))                    n = RMSNorm(x)
+    logits = head(RMSNorm(x))
+
+Weight names are Hugging Face's, so a state dict of LlamaForCausalLM fits as it is. A tied head is no parameter of its
+own: it is read from the embedding, so it cannot come apart when weights are moved, and a file holds it once. Every
+projection is called as a module, so that an adapter can take its place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from entrenar import ops
+from entrenar.errors import DataError, FormatError
+from entrenar.model.config import Checkpointing, LlamaConfig
+from entrenar.model.kv_cache import KVCache
+from entrenar.model.rope_scaling import RotaryTable
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a token knows of its place: its rotary angles, its document, the tokens before it."""
+
+    cos: Float[Tensor, "#B T half"]
+    sin: Float[Tensor, "#B T half"]
+    documents: ops.Documents | None = None
+    cache: KVCache | None = None
+    mask: Bool[Tensor, "B 1 T S"] | None = None
+    checkpointing: Checkpointing = "none"
+
+
+class RMSNorm(nn.Module):
+    """A weight for `ops.rms_norm`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Normalize each token."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_width = config.head_width
+        queries, keys = config.num_heads * config.head_width, config.kv_heads * config.head_width
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        """Mix each token with those before it."""
+        heads = (*x.shape[:2], -1, self.head_width)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, K)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, G, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, G, T, K)
+        q, k = ops.rope(q, context.cos, context.sin), ops.rope(k, context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)  # (B, G, S, K)
+        if context.mask is not None:
+            mixed = scaled_dot_product_attention(q, k, v, attn_mask=context.mask, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            mixed = ops.attention(q, k, v, documents=context.documents)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Transform each token by itself."""
+        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
+        """Run the block; the widest activations are the MLP's, which "selective" recomputes in the backward."""
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        if context.checkpointing == "selective":
+            update: Tensor = checkpoint(self._mlp_half, x, use_reentrant=False)
+        else:
+            update = self._mlp_half(x)
+        return x + update
+
+    def _mlp_half(self, x: Tensor) -> Tensor:
+        out: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything but the head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Int[Tensor, "B T"], context: Context) -> Float[Tensor, "B T D"]:
+        """Return the final hidden state of each token; "full" recomputes each block in the backward."""
+        x: Tensor = self.embed_tokens(input_ids)
+        for block in self.layers:
+            if context.checkpointing == "full":
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Llama(nn.Module):
+    """A LLaMA with its head.
+
+    Attributes:
+        config: the architecture.
+        checkpointing: which activations training recomputes in the backward instead of keeping them.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing: Checkpointing = "none"
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._rotary = RotaryTable(config)
+        self.register_load_state_dict_pre_hook(_drop_tied_head)  # type: ignore[no-untyped-call]  # torch's own
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The head's weight, which a tied model reads from its embedding."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        documents: ops.Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the final hidden state of each token, after the last norm.
+
+        With `documents`, no token sees another document and positions restart with each. With a `cache`, the tokens
+        go on where it ends, and it grows by them.
+        """
+        context = self._context(input_ids, documents, cache)
+        out: Tensor = self.model(input_ids, context)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return out
+
+    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """Apply the head."""
+        if self.config.tie_word_embeddings:
+            return linear(hidden, self.model.embed_tokens.weight)
+        out: Tensor = self.lm_head(hidden)
+        return out
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        documents: ops.Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Return the logits of the token after each token."""
+        return self.logits(self.hidden(input_ids, documents=documents, cache=cache))
+
+    def loss(
+        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.Documents | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t."""
+        hidden = self.hidden(input_ids, documents=documents)
+        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw all weights: normal with deviation `initializer_range`, norms one.
+
+        The projections that write to the residual stream (o_proj, down_proj) get 1/sqrt(2L) of it, so that the sum of
+        2L branches keeps its size (Radford 2019, GPT-2, section 2.3). The draw is float32 on the generator's device,
+        in the order of the state dict: the same weights for every dtype and device, up to rounding.
+        """
+        deviation = self.config.initializer_range
+        residual_deviation = deviation / (2 * self.config.num_layers) ** 0.5
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if name.endswith("norm.weight"):
+                    weight.fill_(1.0)
+                    continue
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                draw = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
+                weight.copy_(draw.normal_(0.0, residual_deviation if is_residual else deviation, generator=generator))
+
+    def _context(self, input_ids: Tensor, documents: ops.Documents | None, cache: KVCache | None) -> Context:
+        if cache is not None:
+            if documents is not None:
+                raise DataError("documents and a key/value cache exclude each other: a cache holds one document a row")
+            return self._cached_context(input_ids, cache)
+        checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
+        if documents is not None:
+            cos, sin = self._rotary.of_documents(documents)
+        else:
+            num_tokens = input_ids.shape[1]
+            cos, sin = (table[None, :num_tokens] for table in self._rotary.rows(num_tokens, input_ids.device))
+        return Context(cos, sin, documents, checkpointing=checkpointing)
+
+    def _cached_context(self, input_ids: Tensor, cache: KVCache) -> Context:
+        start, end = cache.length, cache.length + input_ids.shape[1]
+        # One base of the rotation for the whole life of a cache: keys turned by another would no longer fit.
+        cos, sin = self._rotary.rows(cache.max_len, input_ids.device)
+        if cache.starts is None:
+            return Context(cos[None, start:end], sin[None, start:end], cache=cache)
+        slots = torch.arange(end, device=input_ids.device)
+        positions = (slots[start:] - cache.starts[:, None]).clamp(min=0)
+        is_text = slots >= cache.starts[:, None]  # (B, S)
+        if start == 0:
+            # The padding is a document of its own: a query with no key at all would be NaN.
+            padding = ops.Documents.from_ids(is_text.int())
+            return Context(cos[positions], sin[positions], padding, cache)
+        mask = (is_text[:, None] & (slots <= slots[start:, None]))[:, None]  # (B, 1, T, S)
+        return Context(cos[positions], sin[positions], cache=cache, mask=mask)
+
+
+def _drop_tied_head(module: Llama, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Take `lm_head.weight` out of a tied model's state dict, where Hugging Face keeps the embedding a second time."""
+    head_name, embedding_name = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    if not module.config.tie_word_embeddings or head_name not in state_dict:
+        return
+    head = state_dict.pop(head_name)
+    embedding = state_dict.setdefault(embedding_name, head)
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+        raise FormatError(
+            f"{head_name} must equal {embedding_name}, because the config ties them; "
+            "set tie_word_embeddings to false to keep both"
+        )
