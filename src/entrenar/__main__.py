@@ -1,0 +1,7 @@
+"""`python -m entrenar` is `entrenar`."""
+
+import sys
+
+from entrenar.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,58 @@
+"""`entrenar COMMAND …`: find the command, run it, turn its errors into a message and an exit code.
+
+Commands are imported when they are called, so that `entrenar --help` answers without loading torch.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from entrenar import __version__
+from entrenar.errors import EntrenarError
+
+COMMANDS = {
+    "prepare": "tokenize text, code, jsonl or parquet into shards, training a tokenizer first if there is none",
+    "train": "pre-train from a config file, or resume",
+    "generate": "continue a prompt",
+    "eval": "held-out loss, perplexity and bits per byte of a model",
+    "config": "print, validate, diff, or give the JSON schema of run configs",
+    "doctor": "check the machine and the install",
+}
+_MODULES = {"eval": "evaluate", "config": "configs"}
+
+_EPILOG = """
+Exit codes: 0 done; 1 a gate or the andon cord said no; 2 the input is at fault; 3 the machine failed; 5 not measured.
+Start with `make quickstart`, or `entrenar COMMAND --help`.
+"""
+
+
+def overview() -> str:
+    """Return what `entrenar --help` prints."""
+    rows = "\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items())
+    return f"usage: entrenar COMMAND …\n\nTrain and fine-tune LLaMA models, and show that it was right.\n\n{rows}\n{_EPILOG}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"entrenar {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"entrenar: no command {words[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"entrenar.cli.{_MODULES.get(words[0], words[0])}")
+    try:
+        return int(module.run(words[1:]))
+    except EntrenarError as error:
+        print(f"entrenar {words[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nentrenar {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
