@@ -46,14 +46,10 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     for key, wanted in _MUST_BE.items():
         if config.get(key, wanted) != wanted:
-            raise FormatError(
-                f"config.json: {key} must be {wanted!r}, got {config[key]!r}: not a LLaMA of this architecture"
-            )
+            raise FormatError(f"config.json: {key} must be {wanted!r} in a LLaMA, got {config[key]!r}")
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if missing:
-        raise FormatError(
-            f"config.json: {', '.join(missing)} missing; a LLaMA's config.json has {', '.join(_REQUIRED)}"
-        )
+        raise FormatError(f"config.json: {', '.join(missing)} missing; a LLaMA's has {', '.join(_REQUIRED)}")
     fields = {ours: config[theirs] for theirs, ours in _REQUIRED.items()}
     fields |= {ours: config.get(theirs, default) for theirs, (ours, default) in _OPTIONAL.items()}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -26,9 +26,10 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        shape = (config.num_layers, batch_size, config.kv_heads, max_len, config.head_width)
-        self._keys = torch.empty(shape, dtype=dtype, device=device).unbind()
-        self._values = torch.empty(shape, dtype=dtype, device=device).unbind()
+        shape = (batch_size, config.kv_heads, max_len, config.head_width)
+        self._keys, self._values = (
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2)
+        )
         self.max_len = max_len
         self.starts = starts
         self.length = 0
