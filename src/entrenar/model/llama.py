@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from entrenar import ops
@@ -50,6 +50,23 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Module):
+    """A weight for `ops.linear`, without a bias.
+
+    Attributes:
+        compute_dtype: what the product is computed in; None for the dtype of the weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        """Multiply each token by the weight."""
+        return ops.linear(x, self.weight, self.compute_dtype)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -58,10 +75,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_width = config.head_width
         queries, keys = config.num_heads * config.head_width, config.kv_heads * config.head_width
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
         """Mix each token with those before it."""
@@ -85,9 +102,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Transform each token by itself."""
@@ -146,17 +163,27 @@ class Llama(nn.Module):
     Attributes:
         config: the architecture.
         checkpointing: which activations training recomputes in the backward instead of keeping them.
+        compute_dtype: what matrix products are computed in, whatever weights and activations are stored in; None for
+            the stored dtype. Set by `set_compute_dtype`.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpointing: Checkpointing = "none"
+        self.compute_dtype: torch.dtype | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._rotary = RotaryTable(config)
         self.register_load_state_dict_pre_hook(_drop_tied_head)  # type: ignore[no-untyped-call]  # torch's own
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Compute every matrix product in `dtype`; `ops.fastest_compute_dtype` says which pays on this machine."""
+        self.compute_dtype = dtype
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.compute_dtype = dtype
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
@@ -183,10 +210,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Apply the head."""
-        if self.config.tie_word_embeddings:
-            return linear(hidden, self.model.embed_tokens.weight)
-        out: Tensor = self.lm_head(hidden)
-        return out
+        return ops.linear(hidden, self.head_weight, self.compute_dtype)
 
     def forward(
         self,

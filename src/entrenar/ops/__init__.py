@@ -5,6 +5,7 @@ that cite the equations, the `autograd.Function`, and the public operation.
 """
 
 from entrenar.ops.attention import Documents, attention
+from entrenar.ops.linear import fastest_compute_dtype, linear
 from entrenar.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rope import rope
