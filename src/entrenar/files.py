@@ -1,7 +1,8 @@
 """Write files so that a crash at any instant leaves the old content or the new, never a mixture.
 
-The order is the classical one (Pillai et al. 2014, "All File Systems Are Not Created Equal"): write a temporary file in the same
-folder, fsync it, rename it over the target, fsync the folder. A folder is committed the same way, by the rename of a sibling.
+The order is the classical one (Pillai et al. 2014, "All File Systems Are Not Created Equal"): write a temporary
+file in the same folder, fsync it, rename it over the target, fsync the folder. A folder is committed the same way,
+by the rename of a sibling.
 """
 
 import errno

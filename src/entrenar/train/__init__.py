@@ -1,0 +1,46 @@
+"""The engine of the training half: it knows modules, iterators of batches and callables, not language models."""
+
+from entrenar.train.checkpoint import (
+    Checkpoint,
+    check_same_config,
+    git_revision,
+    latest_good,
+    list_checkpoints,
+    load,
+    verify,
+)
+from entrenar.train.loop import Outcome, fit
+from entrenar.train.metrics import StepRecord
+from entrenar.train.monitor import Event, MonitorConfig
+from entrenar.train.oom import is_oom
+from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer
+from entrenar.train.schedule import ScheduleConfig, lr_multiplier
+from entrenar.train.settings import Batch, CheckpointConfig, LoaderState, Run, Settings, Task, TrainConfig
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "CheckpointConfig",
+    "Event",
+    "LoaderState",
+    "MonitorConfig",
+    "OptimConfig",
+    "Optimizer",
+    "Outcome",
+    "Run",
+    "ScheduleConfig",
+    "Settings",
+    "StepRecord",
+    "Task",
+    "TrainConfig",
+    "build_optimizer",
+    "check_same_config",
+    "fit",
+    "git_revision",
+    "is_oom",
+    "latest_good",
+    "list_checkpoints",
+    "load",
+    "lr_multiplier",
+    "verify",
+]

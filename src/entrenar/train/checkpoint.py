@@ -1,0 +1,314 @@
+"""A checkpoint is a folder that is whole or is not there, and that proves it.
+
+    step-00000100/
+      manifest.json          format version, step, held-out loss, size and sha256 of every other file, sha256 of itself
+      model/                 a Hugging Face folder or a PEFT adapter, written by the caller
+      optimizer.safetensors  moments, step count, low halves of float32 masters (the high halves are the bfloat16 model)
+      state.json             random states, loader position, counters, monitor windows, config, git revision
+
+It is committed by one rename after everything is durable (`files.atomic_directory`). Both safetensors and torch
+load almost every file with one flipped bit without a word, so `load` checks all hashes first. No manifest, no
+checkpoint; never pickle.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from entrenar.errors import CheckpointError, FormatError
+from entrenar.files import TEMPORARY_PREFIX, atomic_directory, read_json, sha256_file, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+_FOLDER_NAME = re.compile(r"step-(\d{8,})")
+_OS_ERROR = re.compile(r"os error (\d+)")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is saved: live tensors, and the small state as JSON values."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+    held_out_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte was verified; `skipped` says why newer ones were not taken."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model or adapter."""
+        return self.path / MODEL
+
+    @property
+    def loader_state(self) -> dict[str, Any] | None:
+        """The loader's position after the last step; None before the first."""
+        position: dict[str, Any] | None = self.state["loader"]
+        return position
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """Read the optimizer's tensors."""
+        return load_file(self.path / OPTIMIZER)
+
+
+def folder_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step`."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the committed checkpoints of `folder` by step, oldest first; nothing is verified."""
+    if not folder.is_dir():
+        return {}
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _FOLDER_NAME.fullmatch(path.name))}
+    return {step: found[step] for step in sorted(found)}
+
+
+def write(
+    path: Path,
+    snapshot: Snapshot,
+    write_model: Callable[[Path, Mapping[str, Tensor]], None],
+    *,
+    staged: Callable[[], None],
+    before_commit: Callable[[], None],
+) -> None:
+    """Write `snapshot` to the checkpoint folder `path`.
+
+    Calls `staged` as soon as the snapshot's tensors are no longer read, and `before_commit` when all that is left
+    is the rename.
+
+    Raises: DiskFullError, MachineError; the folder then does not exist, and other checkpoints are untouched.
+    """
+    with atomic_directory(path) as folder:
+        try:
+            _stage(folder, snapshot, write_model)
+        finally:
+            staged()
+        files = {
+            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256_file(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        manifest = {
+            "version": FORMAT_VERSION,
+            "step": snapshot.step,
+            "held_out_loss": snapshot.held_out_loss,
+            "git_revision": snapshot.state.get("git_revision"),
+            "files": files,
+        }
+        write_json(folder / MANIFEST, manifest | {"manifest_sha256": _manifest_hash(manifest)})
+        before_commit()
+
+
+def _stage(folder: Path, snapshot: Snapshot, write_model: Callable[[Path, Mapping[str, Tensor]], None]) -> None:
+    (folder / MODEL).mkdir()
+    try:
+        write_model(folder / MODEL, snapshot.weights)
+        save_file(snapshot.optimizer, folder / OPTIMIZER)
+    except SafetensorError as error:
+        # safetensors hides the errno in its sentence; give it back so that "disk full" is recognized as such.
+        if code := _OS_ERROR.search(str(error)):
+            raise OSError(int(code[1]), str(error)) from error
+        raise
+    write_json(folder / STATE, snapshot.state)
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest and check it against its own hash.
+
+    Raises: CheckpointError when it is missing, damaged or of a version this program does not know.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+    except (OSError, FormatError) as error:
+        raise CheckpointError(f"{path} has no readable manifest: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("manifest_sha256") != _manifest_hash(manifest):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its own sha256")
+    if manifest["version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest['version']}, this program reads {FORMAT_VERSION}; "
+            "use the version that wrote it"
+        )
+    return manifest
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file of the checkpoint `path` against its manifest, which is returned.
+
+    Raises: CheckpointError that names every missing, truncated or altered file.
+    """
+    manifest = read_manifest(path)
+    faults = [fault for name, expected in manifest["files"].items() if (fault := _fault(path / name, name, expected))]
+    if faults:
+        raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
+    return manifest
+
+
+def _fault(file: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+        return None if sha256_file(file) == expected["sha256"] else f"{name} does not match its sha256"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+
+
+def load(path: Path) -> Checkpoint:
+    """Verify the checkpoint `path` and read its small state.
+
+    Raises: CheckpointError.
+    """
+    manifest = verify(path)
+    return Checkpoint(path=path, step=manifest["step"], state=read_json(path / STATE))
+
+
+def latest_good(folder: Path) -> Checkpoint:
+    """Return the newest whole checkpoint of `folder`; damaged newer ones are logged and listed in its `skipped`.
+
+    Raises: CheckpointError when there is none.
+    """
+    skipped: list[str] = []
+    for path in reversed(list_checkpoints(folder).values()):
+        try:
+            good = load(path)
+        except CheckpointError as error:
+            _log.warning("skipping checkpoint: %s", error)
+            skipped.append(str(error))
+        else:
+            return Checkpoint(good.path, good.step, good.state, tuple(skipped))
+    reasons = "; ".join(skipped) or "there are none"
+    raise CheckpointError(f"no whole checkpoint in {folder}: {reasons}; start a new run or restore a copy")
+
+
+def prune(folder: Path, *, newest: int, keep_last: int, keep_best: bool) -> None:
+    """Delete checkpoints up to step `newest` but the last `keep_last` and, if `keep_best`, the lowest held-out loss.
+
+    Damaged manifests do not count as kept. `newest` itself always stays.
+    """
+    manifests: dict[int, dict[str, Any]] = {}
+    paths = {step: path for step, path in list_checkpoints(folder).items() if step <= newest}
+    for step, path in paths.items():
+        try:
+            manifests[step] = read_manifest(path)
+        except CheckpointError as error:
+            _log.warning("checkpoint is not counted: %s", error)
+    kept = {newest, *sorted(manifests)[-keep_last:]}
+    losses = {step: m["held_out_loss"] for step, m in manifests.items() if m["held_out_loss"] is not None}
+    if keep_best and losses:
+        kept.add(min(losses, key=losses.__getitem__))
+    for step in paths.keys() - kept:
+        remove(paths[step])
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint so that a crash half-way leaves no damaged one behind."""
+    doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def abandon_after(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints newer than `step` to `abandoned-…`: a later resume must not take up their story."""
+    abandoned = []
+    for newer, path in list_checkpoints(folder).items():
+        if newer > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            abandoned.append(path.rename(target))
+    return abandoned
+
+
+def check_same_config(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, may_differ: Collection[str] = ()
+) -> None:
+    """Compare the config of a checkpoint with the one it is to be resumed under; `may_differ` are dotted keys.
+
+    Raises: CheckpointError that shows every difference.
+    """
+    before, now = dict(_leaves(saved)), dict(_leaves(current))
+    missing = object()
+    changes = [
+        f"{key}: {_show(before, key)} -> {_show(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if key not in may_differ and before.get(key, missing) != now.get(key, missing)
+    ]
+    if changes:
+        raise CheckpointError(
+            "the checkpoint was made with another config:\n  " + "\n  ".join(changes)
+            + "\nresume with the config it was made with, or allow the change explicitly"
+        )  # fmt: skip
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, list(value) if isinstance(value, tuple) else value
+
+
+def _show(leaves: Mapping[str, Any], key: str) -> str:
+    return repr(leaves[key]) if key in leaves else "(absent)"
+
+
+def restore_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a checkpoint into the trained parameters `own`, byte for byte.
+
+    Raises: CheckpointError when one is missing or has another shape or type.
+    """
+    for name, tensor in own.items():
+        if name not in saved:
+            raise CheckpointError(f"the checkpoint's model has no weight {name}; it belongs to another model")
+        other = saved[name]
+        if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+            raise CheckpointError(
+                f"weight {name} must be {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the checkpoint holds {other.dtype} {tuple(other.shape)}"
+            )
+        tensor.copy_(other)
+
+
+def git_revision() -> str | None:
+    """Return the commit that the working folder is at, `+dirty` if it has changes; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,0 +1,162 @@
+"""What a run writes down: one JSON line a record, and TensorBoard beside it if wanted.
+
+A crash can cut the last line; a reader drops it. A resumed run first drops the records after its checkpoint, so
+that the file tells one continuous story however often the run was stopped.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from entrenar.errors import ConfigError
+from entrenar.files import atomic_write, explained_disk_errors
+from entrenar.train.monitor import Event
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, as it goes into metrics.jsonl and to the progress callback; `loss` is the mean per target."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    targets: int
+    targets_per_s: float
+    elapsed_s: float
+    eta_s: float | None
+    epoch: float | None
+    held_out: Mapping[str, float] | None
+    phases_s: Mapping[str, float]
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSONL file; a missing file has none, and what follows a damaged line is not trusted."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return
+            if isinstance(record, dict):
+                yield record
+
+
+class RecordFile:
+    """An append-only JSONL file that continues after `step`."""
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
+        atomic_write(path, "".join(_to_line(record) for record in kept))
+        self._path = path
+        self._stream = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record; NaN and infinity become null.
+
+        Raises: DiskFullError, MachineError.
+        """
+        with explained_disk_errors(self._path):
+            self._stream.write(_to_line(record))
+            self._stream.flush()
+
+    def sync(self) -> None:
+        """Make all records durable."""
+        with explained_disk_errors(self._path):
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _to_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoard:
+    """Writes records as TensorBoard scalars."""
+
+    def __init__(self, folder: Path, *, after_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra: needed only when asked for
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboard = true needs the tensorboard package; pip install 'entrenar[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write every number of `record` at its step."""
+        for name, value in record.items():
+            if name == "held_out" and value:
+                for figure, number in value.items():
+                    self._writer.add_scalar(f"held_out/{figure}", number, record["step"])
+            elif name != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(f"train/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Write what is pending and close."""
+        self._writer.close()
+
+
+class Journal:
+    """The files of a run that tell its story, and those who listen to it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        after_step: int,
+        is_on_board: bool,
+        on_record: Callable[[StepRecord], None],
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._board = TensorBoard(folder / "tensorboard", after_step=after_step) if is_on_board else None
+        self._metrics = RecordFile(folder / "metrics.jsonl", after_step=after_step)
+        self._events = RecordFile(folder / "events.jsonl", after_step=after_step)
+        self._on_record, self._on_event = on_record, on_event
+
+    def record(self, record: StepRecord) -> None:
+        """Write down a step."""
+        content = asdict(record)
+        self._metrics.append(content)
+        if self._board is not None:
+            self._board.append(content)
+        self._on_record(record)
+
+    def tell(self, event: Event, *, level: int = logging.WARNING) -> None:
+        """Write down an event, and log it."""
+        _log.log(level, "step %d: %s: %s", event.step, event.kind, event.message)
+        self._events.append(asdict(event))
+        self._on_event(event)
+
+    def sync(self) -> None:
+        """Make everything written durable."""
+        self._metrics.sync()
+        self._events.sync()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._events.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,234 @@
+"""AdamW, and Muon for the matrices, over parameters that may be bfloat16 with float32 masters.
+
+torch's own kernels do the arithmetic (`torch._fused_adamw_`, `torch.optim.Muon`'s function); this module owns the
+state, because `torch.optim.Optimizer.load_state_dict` casts moments to the parameter's type and so cannot resume
+bit for bit in bfloat16.
+
+All AdamW state and scratch is allocated in the constructor. A step that allocates can run out of memory half-way,
+with some weights moved and some not, and no retry repairs that; this one cannot.
+
+AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Muon: Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/, with the update's size matched to AdamW's (Liu et al. 2025,
+arXiv:2502.16982), so that one learning rate and one weight decay serve both.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.optim._muon import muon
+
+from entrenar.errors import CheckpointError, ConfigError
+from entrenar.train.precision import GradientSums, cast_parameters, join_master, split_master
+
+# 1.5 MiB of scratch stays in a core's second-level cache together with the state it works on. A GPU wants few launches.
+_CPU_CHUNK = 1 << 17
+_GPU_CHUNK = 1 << 25
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class OptimConfig(BaseModel):
+    """How gradients move the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` takes the hidden matrices and leaves embeddings, head and norms to AdamW."""
+    lr: float = Field(default=3e-4, gt=0.0)
+    """The full learning rate; the schedule multiplies it."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled decay of parameters with two or more dimensions."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """AdamW: how much of the running mean of the gradient is kept at each step."""
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """AdamW: how much of the running mean of the squared gradient is kept at each step."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW: added to the denominator."""
+    grad_clip: float = Field(default=1.0, ge=0.0)
+    """Largest norm of the whole gradient; longer ones are scaled down to it. 0 turns clipping off."""
+    muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Muon: how much of the momentum is kept at each step."""
+    muon_excluded: tuple[str, ...] = ("embed_tokens", "lm_head")
+    """Muon: matrices whose name holds one of these go to AdamW."""
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """One parameter with its state; `remainder` is there for bfloat16 only, `squares` for AdamW only."""
+
+    name: str
+    parameter: nn.Parameter
+    weight_decay: float
+    mean: Tensor
+    squares: Tensor | None
+    remainder: Tensor | None
+
+    def state(self) -> dict[str, Tensor]:
+        parts = {"mean": self.mean, "squares": self.squares, "remainder": self.remainder}
+        return {f"{self.name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Cache-sized working memory of one device and gradient precision."""
+
+    gradient: Tensor
+    bits: Tensor
+    integers: Tensor
+
+
+class Optimizer:
+    """The weights' movers: owns moments, masters and step count; `gradients` says where the gradients lie."""
+
+    def __init__(self, trained: list[_Trained], config: OptimConfig) -> None:
+        self.config = config
+        self.gradients = GradientSums(each.parameter for each in trained)
+        self._trained = trained
+        self._step = torch.zeros((), dtype=torch.float32)
+        self._scratch = {key: _new_scratch(*key) for key in {_scratch_key(each.parameter) for each in trained}}
+
+    def gradient_norm(self) -> Tensor:
+        """Return the float32 norm over the gradients of all parameters as they lie, unscaled."""
+        norms = [
+            torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            for each in self._trained
+            if (gradient := self.gradients.of(each.parameter)) is not None
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, lr: float, gradient_scale: float) -> None:
+        """Move every parameter that has a gradient, multiplied by `gradient_scale`, then forget the gradients."""
+        self._step += 1
+        for each in self._trained:
+            gradient = self.gradients.of(each.parameter)
+            if gradient is None:
+                continue
+            if each.squares is None:
+                self._step_muon(each, gradient, lr, gradient_scale)
+            else:
+                self._step_adamw(each, each.squares, gradient, lr, gradient_scale)
+            each.parameter.grad = None
+
+    def _step_adamw(
+        self, each: _Trained, all_squares: Tensor, gradient: Tensor, lr: float, gradient_scale: float
+    ) -> None:
+        scratch = self._scratch[_scratch_key(each.parameter)]
+        step = self._step.to(gradient.device)
+        chunk = scratch.gradient.numel()
+        weights = each.parameter.data
+        remainders = weights if each.remainder is None else each.remainder
+        flat = (t.reshape(-1) for t in (weights, gradient, each.mean, all_squares, remainders))
+        for weight, piece, mean, squares, remainder in zip(*(torch.split(t, chunk) for t in flat), strict=True):
+            size = weight.numel()
+            scaled = scratch.gradient[:size].copy_(piece).mul_(gradient_scale)
+            bits = scratch.bits[:size]
+            master = weight if each.remainder is None else join_master(weight, remainder, bits, scratch.integers[:size])
+            torch._fused_adamw_(
+                [master], [scaled], [mean], [squares], [], [step], lr=lr, weight_decay=each.weight_decay,
+                beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+            if each.remainder is not None:
+                split_master(bits, weight, remainder)
+
+    def _step_muon(self, each: _Trained, gradient: Tensor, lr: float, gradient_scale: float) -> None:
+        master = each.parameter.data
+        bits = torch.empty(0)
+        if each.remainder is not None:
+            bits, integers = (torch.empty_like(master, dtype=torch.int32) for _ in range(2))
+            master = join_master(master, each.remainder, bits, integers)
+        muon(
+            [master], [gradient.to(master.dtype) * gradient_scale], [each.mean], lr=lr, weight_decay=each.weight_decay,
+            momentum=self.config.muon_momentum, nesterov=True, ns_coefficients=_NEWTON_SCHULZ, ns_steps=5, eps=1e-7,
+            adjust_lr_fn="match_rms_adamw", has_complex=False,
+        )  # fmt: skip
+        if each.remainder is not None:
+            split_master(bits, each.parameter.data, each.remainder)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the live state by name; the masters are these remainders and the model's own weights."""
+        state = {"step": self._step}
+        for each in self._trained:
+            state |= each.state()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy `saved` into the state byte for byte.
+
+        Raises: CheckpointError for names, shapes or types that are not this optimizer's.
+        """
+        own = self.state_dict()
+        if own.keys() != saved.keys():
+            raise CheckpointError(
+                f"optimizer state is not of this model and optimizer: missing {sorted(own.keys() - saved.keys())[:3]}, "
+                f"unknown {sorted(saved.keys() - own.keys())[:3]}"
+            )
+        for name, tensor in own.items():
+            other = saved[name]
+            if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+                raise CheckpointError(
+                    f"optimizer state {name} must be {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"the checkpoint holds {other.dtype} {tuple(other.shape)}"
+                )
+            tensor.copy_(other)
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Optimizer:
+    """Prepare the trainable ones of `named_parameters`; `bfloat16` first turns all float32 ones into bfloat16 in place.
+
+    A tied parameter is trained once, under its first name. Matrices decay; norms and other vectors do not.
+
+    Raises: ConfigError when nothing is trainable or a parameter's type cannot be trained.
+    """
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in named_parameters:
+        names.setdefault(parameter, name)
+    remainders = cast_parameters(names) if precision == "bfloat16" else {}
+    trained = [_prepare(name, p, config, remainders.get(p)) for p, name in names.items() if p.requires_grad]
+    if not trained:
+        raise ConfigError(
+            "no parameter requires a gradient, so there is nothing to train; unfreeze some or add an adapter"
+        )
+    return Optimizer(trained, config)
+
+
+def _prepare(name: str, parameter: nn.Parameter, config: OptimConfig, remainder: Tensor | None) -> _Trained:
+    if parameter.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ConfigError(
+            f"parameter {name} must be bfloat16, float32 or float64 to be trained, it is {parameter.dtype}"
+        )
+    parameter.data = parameter.data.contiguous()
+    state_type = torch.promote_types(parameter.dtype, torch.float32)
+    is_matrix = parameter.ndim == 2 and not any(part in name for part in config.muon_excluded)
+    is_muon = config.optimizer == "muon" and is_matrix
+    if parameter.dtype == torch.bfloat16 and remainder is None:
+        remainder = torch.zeros_like(parameter, dtype=torch.int16)
+    return _Trained(
+        name=name,
+        parameter=parameter,
+        weight_decay=config.weight_decay if parameter.ndim >= 2 else 0.0,
+        mean=torch.zeros_like(parameter, dtype=state_type, requires_grad=False),
+        squares=None if is_muon else torch.zeros_like(parameter, dtype=state_type, requires_grad=False),
+        remainder=remainder,
+    )
+
+
+def _scratch_key(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
+    return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _new_scratch(device: torch.device, dtype: torch.dtype) -> _Scratch:
+    size = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    return _Scratch(
+        gradient=torch.empty(size, dtype=dtype, device=device),
+        bits=torch.empty(size, dtype=torch.int32, device=device),
+        integers=torch.empty(size, dtype=torch.int32, device=device),
+    )

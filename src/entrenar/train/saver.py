@@ -1,0 +1,80 @@
+"""Checkpoints written beside the training, without a copy of the model.
+
+Weights and moments move in the optimizer's step only. So a thread can read them live while the next step's forward
+and backward run; the loop waits for it just before the optimizer moves (`wait_staged`), and not at all for hashing,
+fsync and rename. No snapshot is allocated, which matters where memory is what limits the model; the idea is
+torchtitan's "wait for staging before the next mutation".
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from entrenar.errors import MachineError
+from entrenar.train import checkpoint
+
+
+class Saver:
+    """Writes one checkpoint at a time into `folder`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        write_model: Callable[[Path, Mapping[str, Tensor]], None],
+        *,
+        before_commit: Callable[[], None],
+        after_commit: Callable[[int], None],
+    ) -> None:
+        self._folder = folder
+        self._write_model = write_model
+        self._before_commit = before_commit
+        self._after_commit = after_commit
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._step = 0
+        self._staged = threading.Event()
+        self._staged.set()
+
+    def start(self, snapshot: checkpoint.Snapshot) -> None:
+        """Begin to write `snapshot`; the result of the one before must have been taken."""
+        self._step = snapshot.step
+        self._staged.clear()
+        self._writing = self._thread.submit(self._write, snapshot)
+
+    def _write(self, snapshot: checkpoint.Snapshot) -> None:
+        try:
+            checkpoint.write(
+                self._folder / checkpoint.folder_name(snapshot.step),
+                snapshot,
+                self._write_model,
+                staged=self._staged.set,
+                before_commit=self._before_commit,
+            )
+        finally:
+            self._staged.set()
+        self._after_commit(snapshot.step)
+
+    def wait_staged(self) -> None:
+        """Return when the live tensors may change again."""
+        self._staged.wait()
+
+    def take(self, *, wait: bool) -> tuple[int, MachineError | None] | None:
+        """Return step and outcome of the checkpoint that was written since the last call; None if there is none.
+
+        Raises: whatever went wrong other than the machine, such as a fault in the model writer.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except MachineError as error:
+            return self._step, error
+        return self._step, None
+
+    def close(self) -> None:
+        """Wait for the thread to end."""
+        self._thread.shutdown(wait=True)

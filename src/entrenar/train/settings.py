@@ -1,0 +1,150 @@
+"""What a user decides about the training loop, and the pieces the loop is handed.
+
+The config models of this package are put side by side in `Settings`. Their field names are unique across the
+project, because each field is also a command-line flag.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from entrenar.errors import ConfigError
+from entrenar.train.checkpoint import Checkpoint
+from entrenar.train.monitor import MonitorConfig
+from entrenar.train.optim import OptimConfig
+from entrenar.train.schedule import ScheduleConfig
+
+
+class TrainConfig(BaseModel):
+    """How long and how to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps."""
+    epochs: float | None = Field(default=None, gt=0.0)
+    """Stop after this many passes over the corpus."""
+    max_time_s: float | None = Field(default=None, gt=0.0)
+    """Stop after this many seconds, evaluation and checkpoints included; with no other limit the schedule follows the
+    clock."""
+    grad_accum_steps: int = Field(default=1, ge=1)
+    """Micro-batches whose gradients make one optimizer step."""
+    eval_every: int = Field(default=100, ge=0)
+    """Steps between held-out evaluations; 0 evaluates only at the end."""
+    early_stop_patience: int | None = Field(default=None, ge=1)
+    """Stop after this many evaluations in a row without a new best held-out loss."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between metrics records."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, shuffling and dropout."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` halves weights, gradients and activations and keeps float32 masters in the optimizer."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass instead of keeping them."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one operation; by default torch decides."""
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
+        if self.max_steps is None and self.epochs is None and self.max_time_s is None:
+            raise ValueError("a run needs an end: set max_steps, epochs or max_time_s")
+        return self
+
+    def total_steps(self, micro_batches_per_epoch: int | None) -> int | None:
+        """Return the number of steps the limits amount to; None when only time limits the run.
+
+        Raises: ConfigError when `epochs` is set and the length of an epoch is not known.
+        """
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.epochs is not None:
+            if micro_batches_per_epoch is None:
+                raise ConfigError("epochs needs a corpus of known length; set max_steps instead")
+            limits.append(math.ceil(self.epochs * micro_batches_per_epoch / self.grad_accum_steps))
+        return min(limits, default=None)
+
+
+class CheckpointConfig(BaseModel):
+    """When to save and what to keep."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    save_every: int = Field(default=500, ge=0)
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest held-out loss; each save then evaluates first."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The config models of a training run."""
+
+    train: TrainConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+class Batch(Protocol):
+    """Rows that a loss can be taken of, and that can be cut into smaller batches."""
+
+    @property
+    def num_targets(self) -> int:
+        """Number of targets that the loss sums over."""
+
+    def split(self, rows: int, /) -> "list[Any]":
+        """Cut into batches of at most `rows` rows."""
+
+
+class LoaderState(Protocol):
+    """The position after the batch it came with."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
+
+
+@dataclass(frozen=True)
+class Task(Generic[BatchT]):
+    """What is trained, on what, towards what.
+
+    `loss` returns the float32 *sum* over a batch's targets. `evaluate` returns held-out figures, "loss" among them;
+    the module is in evaluation mode meanwhile. `write_model` writes the given weights as a model or adapter folder,
+    from another thread while the next step's forward runs; `read_model` returns the weights of such a folder under
+    the module's own names.
+    """
+
+    module: nn.Module
+    batches: Iterator[tuple[BatchT, LoaderState]]
+    loss: Callable[[BatchT], Tensor]
+    write_model: Callable[[Path, Mapping[str, Tensor]], None]
+    read_model: Callable[[Path], Mapping[str, Tensor]]
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    micro_batches_per_epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, what it continues, and the config its checkpoints remember."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    resume: Checkpoint | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM ask the run to stop after the current step; the second one stops at once.
+
+The second signal goes back to the kernel's default action as soon as the first has come, so it ends the process
+even inside a long torch call, where no Python handler would run. That is safe: checkpoints are committed by a
+rename.
+"""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While active, `requested` names the signal that asked the run to stop, or is None."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> "StopSignals":
+        # Python allows handlers in the main thread only; elsewhere the host program decides about signals.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._first) for number in _HANDLED}
+        return self
+
+    def _first(self, number: int, _frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        for handled in _HANDLED:
+            signal.signal(handled, signal.SIG_DFL)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
