@@ -1,0 +1,25 @@
+"""Text to batches: tokenizers, corpora on disk, and the loader."""
+
+from entrenar.data.batch import Batch, LoaderState
+from entrenar.data.corpus import Corpus, CorpusManifest, check_same_tokenizer
+from entrenar.data.loader import Loader, validation_batches
+from entrenar.data.prepare import PrepareConfig, Progress, prepare
+from entrenar.data.token_bytes import DecodeStream
+from entrenar.data.tokenizer import Tokenizer
+from entrenar.data.train_bpe import train_bpe
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "CorpusManifest",
+    "DecodeStream",
+    "Loader",
+    "LoaderState",
+    "PrepareConfig",
+    "Progress",
+    "Tokenizer",
+    "check_same_tokenizer",
+    "prepare",
+    "train_bpe",
+    "validation_batches",
+]

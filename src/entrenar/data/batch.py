@@ -1,0 +1,84 @@
+"""What the loader hands to training: a batch, and the position after it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from entrenar.errors import DataError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens; `targets[b, t]` is the token after `input_ids[b, t]`, or -100 where nothing is to be learned.
+
+    `document_ids` number the documents of a row from 0; tokens of different documents must not see each other.
+    `num_bytes` is how many bytes of text the targets stand for.
+    """
+
+    input_ids: Tensor  # int64 (B, T)
+    targets: Tensor  # int64 (B, T)
+    document_ids: Tensor | None  # int32 (B, T)
+    num_bytes: int | None
+
+    @property
+    def num_targets(self) -> int:
+        """How many positions are trained."""
+        return int((self.targets != IGNORED).sum())
+
+    def split(self, rows: int) -> list["Batch"]:
+        """Cut into batches of at most `rows` rows; `num_bytes` of a part is not known."""
+        cuts = range(0, len(self.input_ids), rows)
+        documents = self.document_ids
+        return [
+            Batch(
+                self.input_ids[at : at + rows],
+                self.targets[at : at + rows],
+                None if documents is None else documents[at : at + rows],
+                None,
+            )
+            for at in cuts
+        ]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on `device`."""
+        documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
+        moved = self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
+        return Batch(*moved, documents, self.num_bytes)
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """The position after a batch: `samples` drawn in all, `drawn` of each corpus, full passes made (`epoch`).
+
+    `fingerprint` names what the position is a position in: corpora, window length, seed, weights.
+    """
+
+    samples: int
+    drawn: tuple[int, ...]
+    epoch: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as JSON can hold it."""
+        return {**asdict(self), "drawn": list(self.drawn)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """Restore what `to_dict` gave.
+
+        Raises: DataError.
+        """
+        try:
+            samples, drawn, epoch = content["samples"], tuple(content["drawn"]), content["epoch"]
+            numbers = (samples, epoch, *drawn)
+            valid = all(type(number) is int and number >= 0 for number in numbers) and sum(drawn) == samples
+            state = cls(samples, drawn, epoch, str(content["fingerprint"]))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"loader state is not usable: {error!r} in {content!r}") from error
+        if not valid:
+            raise DataError(f"loader state is not usable: the counts of {content!r} are not whole or do not add up")
+        return state

@@ -1,0 +1,163 @@
+"""Read `tokenizer.json` and its companions, and refuse a damaged or hostile one with the name of the field.
+
+`tokenizers` reports a bad file with a Rust message that names neither; some faults it does not see at all (an id
+twice, a merge that spells a control token, a truncation length left behind by another program, which would silently
+cut every text).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+
+from entrenar.errors import FormatError
+from entrenar.files import read_json
+
+_MAX_ID = 1 << 31
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """Return what lies beside a tokenizer: special_tokens_map.json, tokenizer_config.json, chat_template.jinja.
+
+    Raises: FormatError.
+    """
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            if not isinstance(found, dict):
+                raise FormatError(f"{folder / name} must hold a JSON object, got {type(found).__name__}")
+            config |= found
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        try:
+            config["chat_template"] = template.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{template} is not UTF-8: {error}") from error
+    return config
+
+
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
+    """Read `path`, refusing keys that occur twice.
+
+    Raises: FormatError.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FormatError(f"{path}: the key {twice!r} occurs twice")
+        return found
+
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+class TokenizerFile:
+    """The checked content of a `tokenizer.json`."""
+
+    def __init__(self, content: dict[str, Any], place: str) -> None:
+        """Check `content`.
+
+        Raises: FormatError naming `place` and the field.
+        """
+        self._place = place
+        # A stored truncation would cut documents, a stored padding would add tokens; neither belongs to the mapping.
+        self.content = {**content, "truncation": None, "padding": None}
+        model = self._object(content.get("model"), "model")
+        if model.get("type", "BPE") != "BPE":
+            self._refuse("model.type", f"must be BPE, got {model.get('type')!r}")
+        if model.get("dropout"):
+            self._refuse("model.dropout", f"must be null, got {model['dropout']!r}: encoding would be random")
+        self.vocab = self._vocabulary(model)
+        self.added: dict[int, str] = {}
+        special: set[int] = set()
+        self._read_added_tokens(content.get("added_tokens") or [], special)
+        self.special_ids = frozenset(special)
+        self.ids = {**self.vocab, **{content: index for index, content in self.added.items()}}
+        self._check_merges(model)
+
+    def backend(self, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
+        """Build the encoder; with `encode_special_tokens` text that spells a control token stays text.
+
+        Raises: FormatError.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(json.dumps(self.content))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise FormatError(f"{self._place} is not a usable tokenizer.json: {error}") from error
+        backend.encode_special_tokens = encode_special_tokens
+        return backend
+
+    def _refuse(self, field: str, reason: str) -> NoReturn:
+        raise FormatError(f"{self._place}: {field} {reason}")
+
+    def _object(self, value: Any, field: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self._refuse(field, f"must be an object, got {type(value).__name__}")
+        return dict(value)
+
+    def _vocabulary(self, model: dict[str, Any]) -> dict[str, int]:
+        vocab = self._object(model.get("vocab"), "model.vocab")
+        owner: dict[int, str] = {}
+        for token, index in vocab.items():
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < _MAX_ID:
+                self._refuse(f"model.vocab[{token!r}]", f"must be a token id, got {index!r}")
+            if owner.setdefault(index, token) != token:
+                self._refuse(f"model.vocab[{token!r}]", f"has id {index}, which {owner[index]!r} has too")
+        if not vocab:
+            self._refuse("model.vocab", "is empty")
+        if max(owner) >= 2 * len(owner) + 65536:
+            self._refuse("model.vocab", f"has {len(owner)} tokens but an id as high as {max(owner)}")
+        return vocab
+
+    def _read_added_tokens(self, tokens: Any, special: set[int]) -> None:
+        if not isinstance(tokens, list):
+            self._refuse("added_tokens", f"must be a list, got {type(tokens).__name__}")
+        for position, token in enumerate(tokens):
+            field = f"added_tokens[{position}]"
+            entry = self._object(token, field)
+            index, content = entry.get("id"), entry.get("content")
+            if not isinstance(content, str) or not content:
+                self._refuse(f"{field}.content", f"must be text, got {content!r}")
+            limit = 2 * (len(self.vocab) + len(tokens)) + 65536
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < limit:
+                self._refuse(f"{field}.id", f"must be a token id below {limit}, got {index!r}")
+            if self.vocab.get(content, index) != index or self.added.setdefault(index, content) != content:
+                self._refuse(f"{field}.id", f"is {index}, but the vocabulary disagrees about {content!r}")
+            if entry.get("special"):
+                special.add(index)
+
+    def _check_merges(self, model: dict[str, Any]) -> None:
+        merges = model.get("merges")
+        if not isinstance(merges, list):
+            self._refuse("model.merges", f"must be a list, got {type(merges).__name__}")
+        reachable = {token for token, index in self.vocab.items() if index in self.special_ids}
+        if not model.get("ignore_merges"):
+            reachable = {token for token in reachable if len(token) == 1}
+        for token in sorted(reachable):
+            self._refuse(
+                "model.vocab", f"lets plain text become the control token {token!r}; take it out of the vocabulary"
+            )
+        for position, merge in enumerate(merges):
+            field = f"model.merges[{position}]"
+            try:
+                left, right = merge.split(" ") if isinstance(merge, str) else merge
+                made = self.vocab[left + right]
+                known = left in self.vocab and right in self.vocab
+            except (ValueError, TypeError):
+                self._refuse(field, f"must be two tokens, got {merge!r}")
+            except KeyError:
+                known = False
+            if not known:
+                self._refuse(field, f"is {merge!r}, but a part or the whole is not in model.vocab")
+            if made in self.special_ids:
+                self._refuse(field, f"makes the control token {left + right!r} out of plain text")
