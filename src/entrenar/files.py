@@ -5,6 +5,7 @@ file in the same folder, fsync it, rename it over the target, fsync the folder. 
 by the rename of a sibling.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -19,6 +20,9 @@ from typing import Any
 from entrenar.errors import DiskFullError, FormatError, MachineError
 
 TEMPORARY_PREFIX = ".incomplete-"
+_ASIDE_PREFIX = ".replaced-"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 _HASH_BLOCK_BYTES = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -89,7 +93,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises: DiskFullError, MachineError.
     """
     with explained_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_durable_parents(path.parent)
         temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
         temporary.mkdir()
         try:
@@ -101,6 +105,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             raise
 
 
+def _make_durable_parents(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_durable_parents(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_directory(folder.parent)
+
+
 def _fsync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
@@ -109,26 +120,41 @@ def _fsync_tree(root: Path) -> None:
 
 
 def _replace_directory(temporary: Path, path: Path) -> None:
-    # rename(2) cannot replace a non-empty folder, so the old one steps aside first and is removed last.
-    aside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-old-{uuid.uuid4().hex[:8]}")
-    had_old = path.exists()
-    if had_old:
-        path.rename(aside)
-    try:
+    """Put `temporary` at `path`; a folder that was there ends up at `temporary`, to be deleted, or is gone."""
+    if not path.exists():
         temporary.rename(path)
-    except OSError:
-        if had_old:
-            aside.rename(path)
-        raise
-    fsync_directory(path.parent)
-    if had_old:
+        fsync_directory(path.parent)
+    elif _exchange(temporary, path):
+        fsync_directory(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        # rename(2) cannot replace a non-empty folder. Between the two renames a crash leaves the old folder aside,
+        # where `remove_incomplete` finds it and puts it back.
+        aside = path.with_name(f"{_ASIDE_PREFIX}{path.name}")
+        path.rename(aside)
+        temporary.rename(path)
+        fsync_directory(path.parent)
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step where kernel and file system can (renameat2, Linux); say whether it was done."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
 def remove_incomplete(parent: Path) -> list[Path]:
-    """Delete what interrupted writes left in `parent`; return the paths."""
+    """Undo what interrupted writes left in `parent`: put back folders that were stepping aside, delete the rest.
+
+    Must not run while another process writes there. Returns the paths that were deleted.
+    """
     if not parent.is_dir():
         return []
+    for aside in parent.glob(f"{_ASIDE_PREFIX}*"):
+        target = aside.with_name(aside.name.removeprefix(_ASIDE_PREFIX))
+        aside.rename(target if not target.exists() else aside.with_name(f"{TEMPORARY_PREFIX}{aside.name}"))
     leftovers = sorted(parent.glob(f"{TEMPORARY_PREFIX}*"))
     for leftover in leftovers:
         if leftover.is_dir():
