@@ -11,4 +11,13 @@ from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rope import rope
 from entrenar.ops.swiglu import swiglu
 
-__all__ = ["Documents", "attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "Documents",
+    "attention",
+    "fastest_compute_dtype",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

@@ -19,8 +19,8 @@ Backward, with do = dLoss/do. The softmax's Jacobian needs Σ_j p_ij dp_ij, whic
 Grouped heads (Ainslie et al. 2023, arXiv:2305.13245): the H/G query heads of a group are stacked as rows of one matrix,
 so (1)-(9) hold as they stand, nothing is repeated, and (8) and (9) sum over the group by themselves.
 
-Two paths compute this. `AttentionFunction` is (1)-(9) by blocks of queries. `attention` calls torch's fused kernel,
-which is measured to be faster, and has the former as its oracle. Packed documents are cut apart before it sees them.
+Two paths compute this. `AttentionFunction` is (1)-(9) by blocks of queries. `attention` calls torch's fused kernels,
+which are measured to be faster, and has the former as its oracle. Packed documents are cut apart before they see them.
 """
 
 import math
@@ -218,13 +218,75 @@ def derived_attention(
     return apply(q, k, v, scale, block_size)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+class FlashFunction(torch.autograd.Function):
+    """Torch's fused CPU kernel and its backward on each span of tokens, in `compute_dtype`.
+
+    Saved: q, k, v and out in their own dtype, and the log-sum-exp. They are widened a span at a time, so a wider
+    `compute_dtype` costs no memory that outlives the span.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Spans, ...], compute_dtype: torch.dtype
+    ) -> Tensor:
+        """Compute out; save q, k, v, out and the log-sum-exp of each span."""
+        out, logsumexps = torch.empty_like(q), []
+        for piece in span_slices(q.shape[0], q.shape[2], spans):
+            inputs = (kernel_input(x[piece], compute_dtype) for x in (q, k, v))
+            out[piece], logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *inputs, is_causal=True, scale=scale
+            )
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(q, k, v, out, *logsumexps)
+        ctx.scale, ctx.spans, ctx.compute_dtype = scale, spans, compute_dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        """Compute dq, dk and dv."""
+        refuse_double_backward("attention")
+        q, k, v, out, *logsumexps = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        for piece, logsumexp in zip(span_slices(q.shape[0], q.shape[2], ctx.spans), logsumexps, strict=True):
+            inputs = (kernel_input(x[piece], ctx.compute_dtype) for x in (dout, q, k, v, out))
+            dq[piece], dk[piece], dv[piece] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *inputs, logsumexp, 0.0, is_causal=True, scale=ctx.scale
+            )
+        return dq, dk, dv, None, None, None
+
+
+def span_slices(batch: int, time: int, spans: tuple[Spans, ...]) -> list[tuple[slice, slice, slice]]:
+    """Return the index of each document in a (B, H, T, K) tensor; without documents, of the whole."""
+    if not spans:
+        return [(slice(0, batch), slice(None), slice(0, time))]
+    return [
+        (slice(row, row + 1), slice(None), slice(start, end)) for row, ends in enumerate(spans) for start, end in ends
+    ]
+
+
+def kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`, its last dimension contiguous as the kernel assumes."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attend by torch's fused kernel, whose own causal flag aligns the first query to the first key."""
     queries, keys = q.shape[2], k.shape[2]
     mask = causal_mask(queries, keys, q.device) if 1 < queries < keys else None
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=queries == keys, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def fused_attention_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Spans, ...]) -> Tensor:
+    """Attend within each document by torch's fused kernel."""
+    rows = []
+    for row, ends in enumerate(spans):
+        lengths = [end - start for start, end in ends]
+        pieces = [torch.split(x[row : row + 1], lengths, dim=2) for x in (q, k, v)]
+        rows.append(torch.cat([fused_attention(x, y, z, scale) for x, y, z in zip(*pieces, strict=True)], dim=2))
+    return torch.cat(rows)
 
 
 def attention(
@@ -234,21 +296,23 @@ def attention(
     *,
     scale: float | None = None,
     documents: Documents | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "B H T K"]:
     """Attend causally: the last query sees the last key, and no token sees another document.
+
+    A CPU multiplies in `compute_dtype`; None, and other devices, mean q's own.
 
     Raises:
         DataError: H is no multiple of G, there are fewer keys than queries, or documents do not fit q and k.
     """
     check_attention_shapes(q, k, documents)
-    if documents is None:
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and q.numel():
+        apply: Callable[..., Tensor] = FlashFunction.apply
+        return apply(q, k, v, scale, () if documents is None else documents.spans, compute_dtype or q.dtype)
+    if documents is None or not q.numel():
         return fused_attention(q, k, v, scale)
-    rows = []
-    for row, spans in enumerate(documents.spans):
-        lengths = [end - start for start, end in spans]
-        pieces = [torch.split(x[row : row + 1], lengths, dim=2) for x in (q, k, v)]
-        rows.append(torch.cat([fused_attention(x, y, z, scale) for x, y, z in zip(*pieces, strict=True)], dim=2))
-    return torch.cat(rows)
+    return fused_attention_by_document(q, k, v, scale, documents.spans)
 
 
 def check_attention_shapes(q: Tensor, k: Tensor, documents: Documents | None) -> None:

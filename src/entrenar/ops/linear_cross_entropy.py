@@ -14,7 +14,8 @@ Backward:
 
 L is a scalar, so its gradient is known but for one factor: each chunk of tokens computes (1) to (6) in the forward,
 while its logits exist, and the backward multiplies by dLoss/dL. Ignored rows are dropped first and cost nothing;
-dW is computed only where the weight is trained. Saved: dx, and dW in float32.
+dW is computed only where the weight is trained. Saved: dx and dW, in float32, cast once
+when they are multiplied.
 Idea of computing the gradient in the forward: Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
 """
 
@@ -26,10 +27,9 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from entrenar.errors import DataError
+from entrenar.errors import ConfigError, DataError
 from entrenar.ops.first_order import refuse_double_backward
-
-DEFAULT_CHUNK_SIZE = 256
+from entrenar.ops.row_blocks import row_blocks
 
 
 def reference_linear_cross_entropy(
@@ -56,44 +56,69 @@ def linear_cross_entropy_backward(
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """Loss and gradient by chunks of tokens."""
+    """Loss and gradient by chunks of tokens, each chunk's logits in the same buffer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
-        """Compute the output and save what the backward needs."""
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, compute_dtype: torch.dtype
+    ) -> Tensor:
+        """Compute the loss and, where they are wanted, dx and dW for an upstream gradient of one."""
         wide = torch.promote_types(x.dtype, torch.float32)
+        head = weight.to(compute_dtype)
         loss = x.new_zeros((), dtype=wide)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dx = x.new_empty(x.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        buffer = x.new_empty((min(chunk_size, x.shape[0]), weight.shape[0]), dtype=wide)
         for start in range(0, x.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = (x[chunk] @ weight.mT).to(wide)  # (1)
-            places = targets[chunk, None]
-            log_probabilities = torch.log_softmax(logits, dim=-1)
+            tokens, places = x[chunk].to(compute_dtype), targets[chunk, None]
+            logits = write_product(tokens, head.mT, out=buffer[: tokens.shape[0]])  # (1)
+            log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)  # z - l, (2)
             loss -= log_probabilities.gather(-1, places).sum()  # (3)
             if dx is None and dweight is None:
                 continue
-            dlogits = log_probabilities.exp_().scatter_add_(-1, places, torch.full_like(places, -1, dtype=wide))  # (4)
-            dlogits = dlogits.to(x.dtype)
+            dlogits = log_probabilities.exp_().scatter_add_(-1, places, places.new_full(places.shape, -1, dtype=wide))
+            dlogits = dlogits.to(compute_dtype)  # (4)
             if dx is not None:
-                dx[chunk] = dlogits @ weight  # (5)
+                write_product(dlogits, head, out=dx[chunk])  # (5)
             if dweight is not None:
-                dweight += dlogits.mT @ x[chunk]  # (6)
+                add_product(dlogits.mT, tokens, out=dweight)  # (6)
         ctx.save_for_backward(dx, dweight)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = x.dtype, weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Compute the gradients that are wanted."""
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """Multiply what the forward computed by the upstream gradient."""
         refuse_double_backward("linear_cross_entropy")
-        dx, dweight = ctx.saved_tensors
-        return (
-            None if dx is None else (dx * dloss).to(dx.dtype),
-            None if dweight is None else (dweight * dloss).to(ctx.weight_dtype),
-            None,
-            None,
+        dx, dweight = (
+            None if grad is None else scale_rows(grad, dloss, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return dx, dweight, None, None, None
+
+
+def write_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """Write a @ b to `out`, whose dtype may be wider."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
+
+
+def add_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """Add a @ b to `out`, whose dtype may be wider."""
+    return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
+
+
+def scale_rows(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad · scale, cast once, without a wide copy of the whole."""
+    scaled = torch.empty_like(grad, dtype=dtype)
+    for block in row_blocks(grad):
+        scaled[block] = grad[block] * scale
+    return scaled
+
+
+def default_chunk_size(vocab_size: int) -> int:
+    """Return how many tokens a chunk holds: few enough for the cache, enough to pay for each pass over dW."""
+    return max(128, 2**23 // max(1, vocab_size))
 
 
 def linear_cross_entropy(
@@ -103,12 +128,17 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Float32[Tensor, ""] | Float64[Tensor, ""]:
-    """Sum over the targets that are not ignored: the cross entropy of the logits x Wᵀ.
+    """Sum over the targets that are not ignored: the cross entropy of the logits x Wᵀ, multiplied in `compute_dtype`.
 
     Raises:
+        ConfigError: chunk_size is not positive.
         DataError: a target is neither `ignore_index` nor a row of the weight.
     """
+    chunk_size = default_chunk_size(len(weight)) if chunk_size is None else chunk_size
+    if chunk_size < 1:
+        raise ConfigError(f"chunk_size must be at least 1 token, got {chunk_size}: leave it out for the default")
     kept = (targets != ignore_index).nonzero().squeeze(-1)
     if len(kept) < len(targets):
         x = x.index_select(0, kept)
@@ -119,6 +149,7 @@ def linear_cross_entropy(
             f"targets must be {ignore_index} (ignored) or in [0, {len(weight)}), got {int(targets[row])} "
             f"in row {int(kept[row])}: the tokenizer's vocabulary must fit the model's"
         )
-    size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()  # needs_input_grad alone would not say that no gradient is wanted
     apply: Callable[..., Tensor] = LinearCrossEntropyFunction.apply
-    return apply(x, weight, targets, size)
+    return apply(x, weight, targets, chunk_size, compute_dtype or x.dtype)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entrenar.ops.first_order import refuse_double_backward
+from entrenar.ops.row_blocks import row_blocks
 
 
 def reference_rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "... D"]:
@@ -36,36 +37,50 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return x * rstd * weight, rstd  # (2)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dx of equation (3) and the rows of dweight before the sum of equation (4)."""
-    x_hat = x * rstd
-    dy_hat = dy * weight
-    dx = (dy_hat - x_hat * (dy_hat * x_hat).mean(-1, keepdim=True)) * rstd  # (3)
-    return dx, dy * x_hat  # (4)
+def rms_norm_backward_x(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """Return dx of equation (3)."""
+    projection = (dy * x) @ weight.unsqueeze(-1)  # Σ_i g_i w_i x_i, (N, 1)
+    return dy * weight * rstd - x * (projection * rstd * rstd * rstd / x.shape[-1])  # (3)
+
+
+def rms_norm_backward_weight(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """Return dw of equation (4)."""
+    return (rstd.mT @ (dy * x)).squeeze(0)  # (1, N) (N, D) = (4)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """`rms_norm_forward` and `rms_norm_backward` on the tape."""
+    """The arithmetic above on the tape, by blocks of rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Compute the output and save what the backward needs."""
+        """Compute y; save x, w and r."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        y, rstd = rms_norm_forward(x.to(wide), weight.to(wide), eps)
+        rows, w = x.reshape(-1, x.shape[-1]), weight.to(wide)
+        y = torch.empty_like(rows)
+        rstd = rows.new_empty((rows.shape[0], 1), dtype=wide)
+        for block in row_blocks(rows):
+            y[block], rstd[block] = rms_norm_forward(rows[block].to(wide), w, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return y.to(x.dtype)
+        return y.reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Compute the gradients that are wanted."""
+        """Compute dx and dw, each only where it is wanted."""
         refuse_double_backward("rms_norm")
         x, weight, rstd = ctx.saved_tensors
         wide = rstd.dtype
-        dx, dweight_rows = rms_norm_backward(dy.to(wide), x.to(wide), weight.to(wide), rstd)
-        dweight = dweight_rows.reshape(-1, x.shape[-1]).sum(0)
+        rows, dy_rows, w = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1]), weight.to(wide)
+        dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        for block in row_blocks(rows):
+            x_block, dy_block = rows[block].to(wide), dy_rows[block].to(wide)
+            if dx is not None:
+                dx[block] = rms_norm_backward_x(dy_block, x_block, w, rstd[block])
+            if dweight is not None:
+                dweight += rms_norm_backward_weight(dy_block, x_block, rstd[block])
         return (
-            dx.to(x.dtype) if ctx.needs_input_grad[0] else None,
-            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            None if dx is None else dx.reshape(x.shape),
+            None if dweight is None else dweight.to(weight.dtype),
             None,
         )
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entrenar.ops.first_order import refuse_double_backward
+from entrenar.ops.row_blocks import row_blocks
 
 
 def reference_rope(
@@ -45,29 +46,35 @@ def rope_backward(dfirst: Tensor, dsecond: Tensor, cos: Tensor, sin: Tensor) -> 
     return rope_forward(dfirst, dsecond, cos, -sin)  # (3), (4)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    """Apply a rotation of halves to every head, by blocks of tokens."""
+    wide, half = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // 2
+    cos, sin = (table.expand(x.shape[0], -1, -1).unsqueeze(1) for table in (cos, sin))  # (B, 1, T, K/2)
+    y = torch.empty_like(x)
+    for rows in row_blocks(x):
+        for times in row_blocks(x[rows].transpose(0, 2)):
+            block, out = x[rows, :, times].to(wide), y[rows, :, times]
+            out[..., :half], out[..., half:] = rotation(
+                block[..., :half], block[..., half:], cos[rows, :, times], sin[rows, :, times]
+            )
+    return y
+
+
 class RopeFunction(torch.autograd.Function):
-    """`rope_forward` and `rope_backward` on the tape; cos and sin are tables, not variables."""
+    """The arithmetic above on the tape; cos and sin are tables, not variables."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Compute the output and save what the backward needs."""
+        """Compute y; save the tables."""
         ctx.save_for_backward(cos, sin)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        first, second = x.to(wide).chunk(2, dim=-1)
-        return torch.cat(rope_forward(first, second, cos.unsqueeze(1), sin.unsqueeze(1)), dim=-1).to(x.dtype)
+        return rotate(x, cos, sin, rope_forward)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        """Compute the gradients that are wanted."""
+        """Compute dx."""
         refuse_double_backward("rope")
         cos, sin = ctx.saved_tensors
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        first, second = dy.to(wide).chunk(2, dim=-1)
-        return (
-            torch.cat(rope_backward(first, second, cos.unsqueeze(1), sin.unsqueeze(1)), dim=-1).to(dy.dtype),
-            None,
-            None,
-        )
+        return rotate(dy, cos, sin, rope_backward), None, None
 
 
 def rope(

@@ -1,0 +1,19 @@
+"""Why the elementwise operations run block by block on a CPU.
+
+A float32 copy of a large bfloat16 tensor is written to memory and read back by every operator of a formula, and the
+allocator returns such copies to the kernel at each free, so each is faulted in anew. A block of rows whose temporaries
+fit the second-level cache costs neither. On other devices a block is the whole tensor: there a launch is what costs.
+"""
+
+import math
+
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**17  # measured by benchmarks/ops.py at the shapes of the 124m preset: half or twice this is slower
+
+
+def row_blocks(rows: Tensor) -> list[slice]:
+    """Cut the first dimension into consecutive blocks, on a CPU of about `BLOCK_ELEMENTS` elements each."""
+    num_rows, row_elements = rows.shape[0], max(1, math.prod(rows.shape[1:]))
+    size = max(1, BLOCK_ELEMENTS // row_elements) if rows.device.type == "cpu" else max(1, num_rows)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
