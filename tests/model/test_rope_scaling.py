@@ -104,4 +104,4 @@ def test_cast_leaves_the_table_in_float32() -> None:
     """`model.to(bfloat16)` casts the weights; angles in bfloat16 would place far tokens wrongly."""
     model = Llama(LlamaConfig.preset("tiny", num_layers=1)).to(torch.bfloat16)
     assert model(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.bfloat16
-    assert model._rotary.rows(4, torch.device("cpu"))[0].dtype == torch.float32
+    assert model.rotary.rows(4, torch.device("cpu"))[0].dtype == torch.float32

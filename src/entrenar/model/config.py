@@ -7,7 +7,7 @@ and YaRN (Peng 2023, arXiv:2309.00071), llama3 (Llama 3.1's own).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -63,7 +63,7 @@ class RopeScaling(BaseModel):
     """yarn: round the blending range outwards to whole dimensions (true)."""
 
     @model_validator(mode="after")
-    def _takes_only_its_own_options(self) -> Self:
+    def _takes_only_its_own_options(self) -> "RopeScaling":
         given = {name for name, value in self if value is not None} - {"rope_type", "factor"}
         foreign = sorted(given - _OPTIONS_OF_SCALING[self.rope_type])
         if foreign:
@@ -116,7 +116,7 @@ class LlamaConfig(BaseModel):
     """Token that fills short rows."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
+    def _heads_fit(self) -> "LlamaConfig":
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}; "
@@ -135,7 +135,7 @@ class LlamaConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _scaling_fits(self) -> Self:
+    def _scaling_fits(self) -> "LlamaConfig":
         scaling = self.rope_scaling
         if scaling is None:
             return self
@@ -174,7 +174,7 @@ class LlamaConfig(BaseModel):
         return self.eos_token_id or ()
 
     @classmethod
-    def preset(cls, name: PresetName, **changes: Any) -> Self:
+    def preset(cls, name: str, **changes: Any) -> "LlamaConfig":
         """Return a named architecture, with `changes` over it.
 
         Raises:
@@ -185,7 +185,7 @@ class LlamaConfig(BaseModel):
         return cls(**{**_PRESETS[name], **changes})
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Read Hugging Face's `config.json`, of transformers 5 or older.
 
         Raises:

@@ -14,7 +14,12 @@ from entrenar.model.config import LlamaConfig
 
 
 class KVCache:
-    """Keys and values of each layer, (B, G, max_len, K) each, filled up to `length`."""
+    """Keys and values of each layer, filled up to `length`.
+
+    Attributes:
+        layers: for each layer the keys and the values, (2, B, G, max_len, K).
+        starts: the first slot of each row's text; None where every row begins at slot 0.
+    """
 
     def __init__(
         self,
@@ -26,10 +31,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        shape = (batch_size, config.kv_heads, max_len, config.head_width)
-        self._keys, self._values = (
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2)
-        )
+        shape = (2, batch_size, config.kv_heads, max_len, config.head_width)
+        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.max_len = max_len
         self.starts = starts
         self.length = 0
@@ -38,16 +41,25 @@ class KVCache:
         self, layer: int, k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
         """Write the keys and values of T new tokens and return those of all S tokens, as views."""
-        end = self.length + k.shape[2]
-        if end > self.max_len:
-            raise DataError(
-                f"a key/value cache takes max_len = {self.max_len} tokens, got {self.length} + {k.shape[2]}; "
-                "make it longer or crop it"
-            )
-        keys, values = self._keys[layer], self._values[layer]
+        end = self.end_after(k.shape[2])
+        keys, values = self.layers[layer][0], self.layers[layer][1]
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+    def end_after(self, num_tokens: int) -> int:
+        """Return the length after `num_tokens` more.
+
+        Raises:
+            DataError: they do not fit.
+        """
+        end = self.length + num_tokens
+        if end > self.max_len:
+            raise DataError(
+                f"a key/value cache takes max_len = {self.max_len} tokens, got {self.length} + {num_tokens}; "
+                "make it longer or crop it"
+            )
+        return end
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that every layer has appended."""

@@ -175,7 +175,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self._rotary = RotaryTable(config)
+        self.rotary = RotaryTable(config)
         self.register_load_state_dict_pre_hook(_drop_tied_head)  # type: ignore[no-untyped-call]  # torch's own
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
@@ -254,16 +254,16 @@ class Llama(nn.Module):
             return self._cached_context(input_ids, cache)
         checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
         if documents is not None:
-            cos, sin = self._rotary.of_documents(documents)
+            cos, sin = self.rotary.of_documents(documents)
         else:
             num_tokens = input_ids.shape[1]
-            cos, sin = (table[None, :num_tokens] for table in self._rotary.rows(num_tokens, input_ids.device))
+            cos, sin = (table[None, :num_tokens] for table in self.rotary.rows(num_tokens, input_ids.device))
         return Context(cos, sin, documents, checkpointing=checkpointing)
 
     def _cached_context(self, input_ids: Tensor, cache: KVCache) -> Context:
-        start, end = cache.length, cache.length + input_ids.shape[1]
+        start, end = cache.length, cache.end_after(input_ids.shape[1])
         # One base of the rotation for the whole life of a cache: keys turned by another would no longer fit.
-        cos, sin = self._rotary.rows(cache.max_len, input_ids.device)
+        cos, sin = self.rotary.rows(cache.max_len, input_ids.device)
         if cache.starts is None:
             return Context(cos[None, start:end], sin[None, start:end], cache=cache)
         slots = torch.arange(end, device=input_ids.device)

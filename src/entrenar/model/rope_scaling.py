@@ -74,7 +74,7 @@ def _yarn(config: LlamaConfig, scaling: RopeScaling, exponents: Tensor, original
         """Return the plane, as a real number of coordinates, that turns so often over the original context."""
         return (width * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
-    low, high = plane_of(scaling.beta_fast or 32), plane_of(scaling.beta_slow or 1)
+    low, high = plane_of(scaling.beta_fast or 32.0), plane_of(scaling.beta_slow or 1.0)
     if scaling.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)

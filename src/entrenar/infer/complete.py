@@ -1,0 +1,179 @@
+"""Text in, text out: generation with a tokenizer, in pieces that are always whole characters.
+
+A token may end in the middle of a character, and a stop text in the middle of a token. Text is therefore held back
+until it is certain: bytes by the tokenizer's decode stream, the beginning of a possible stop text here.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+
+from entrenar.infer.generate import GenerateConfig, end_tokens, generate, room
+from entrenar.model import Llama, LlamaConfig
+
+Finish = Literal["eos", "stop", "length", "context"]
+
+
+@runtime_checkable
+class TokenDecoder(Protocol):
+    """Turns tokens into text as they come."""
+
+    def push(self, token_id: int, /) -> str:
+        """Return the text that became certain with this token."""
+        ...
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What generation needs of a tokenizer; `entrenar.data.Tokenizer` is one."""
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether a text begins with the bos token."""
+        ...
+
+    bos_id: int | None
+
+    def encode(self, text: str, *, bos: bool) -> list[int]:
+        """Return the tokens of a text."""
+        ...
+
+    def decode_stream(self, context: Iterable[int], /) -> TokenDecoder:
+        """Return a decoder for tokens that follow `context`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written after a prompt.
+
+    Attributes:
+        text: the text, without prompt and without stop text.
+        token_ids: all tokens that were written, without the one that ends.
+        finish: what ended it: an end token, a stop text, `max_new_tokens`, or the end of the model's context.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+
+
+class StopFilter:
+    """Lets text through up to the first stop text, whatever pieces it comes in."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """Return what is certain not to belong to a stop text."""
+        if self.is_stopped:
+            return ""
+        self._held += text
+        # The stop text that is complete first, so that the pieces make no difference.
+        found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
+        if found:
+            end, minus_length = min(found)
+            self.is_stopped = True
+            return self._held[: end + minus_length]
+        released = len(self._held) - self._num_held()
+        out, self._held = self._held[:released], self._held[released:]
+        return out
+
+    def finish(self) -> str:
+        """Return what was held back for a stop text that did not come."""
+        out, self._held = "" if self.is_stopped else self._held, ""
+        return out
+
+    def _num_held(self) -> int:
+        """Return the length of the longest end of the text that begins a stop text."""
+        lengths = (
+            length for stop in self._stops for length in range(1, len(stop)) if self._held.endswith(stop[:length])
+        )
+        return max(lengths, default=0)
+
+
+class _Row:
+    """The text of one prompt as it grows."""
+
+    def __init__(
+        self, model_config: LlamaConfig, tokenizer: TextTokenizer, prompt_ids: Sequence[int], config: GenerateConfig
+    ) -> None:
+        self._decoder = tokenizer.decode_stream(prompt_ids)
+        self._filter = StopFilter(config.stop)
+        self._ends = end_tokens(model_config, config)
+        is_cut = room(model_config, len(prompt_ids), config.max_new_tokens) < config.max_new_tokens
+        self._when_full: Finish = "context" if is_cut else "length"
+        self.token_ids: list[int] = []
+        self.finish: Finish | None = None
+
+    def push(self, token: int | None) -> str:
+        """Return the text that became certain."""
+        if self.finish is not None or token is None:
+            return ""
+        if token in self._ends:
+            self.finish = "eos"
+            return self._filter.finish()
+        self.token_ids.append(token)
+        text = self._filter.push(self._decoder.push(token))
+        if self._filter.is_stopped:
+            self.finish = "stop"
+        return text
+
+    def close(self) -> str:
+        """Return the last text where only the room for tokens ended the row."""
+        if self.finish is not None:
+            return ""
+        self.finish = self._when_full
+        return self._filter.finish()
+
+
+def complete(
+    model: Llama,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: GenerateConfig,
+    generator: torch.Generator | None = None,
+) -> list[Completion]:
+    """Write on from each prompt."""
+    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    rows = [_Row(model.config, tokenizer, ids, config) for ids in prompt_ids]
+    pieces = list(_pieces(generate(model, prompt_ids, config, generator), rows))
+    return [
+        Completion("".join(texts), tuple(row.token_ids), row.finish or "length")
+        for row, texts in zip(rows, zip(*pieces, strict=True), strict=True)
+    ]
+
+
+def stream(
+    model: Llama,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    config: GenerateConfig,
+    generator: torch.Generator | None = None,
+) -> Iterator[str]:
+    """Yield the text after a prompt in pieces, each as soon as it is certain."""
+    ids = _encode(tokenizer, prompt)
+    rows = [_Row(model.config, tokenizer, ids, config)]
+    for (text,) in _pieces(generate(model, [ids], config, generator), rows):
+        if text:
+            yield text
+
+
+def _pieces(steps: Iterable[list[int | None]], rows: Sequence[_Row]) -> Iterator[list[str]]:
+    """Yield the text of each row that became certain with each step; stop when all rows have ended."""
+    for tokens in steps:
+        yield [row.push(token) for row, token in zip(rows, tokens, strict=True)]
+        if all(row.finish is not None for row in rows):
+            return
+    yield [row.close() for row in rows]
+
+
+def _encode(tokenizer: TextTokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    if not ids and tokenizer.bos_id is not None:
+        return [tokenizer.bos_id]
+    return ids

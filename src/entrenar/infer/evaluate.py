@@ -1,0 +1,104 @@
+"""How well a model predicts text that it was not trained on.
+
+Losses are summed over targets and divided once, so the result is that of the whole text however it is cut into
+batches. Bits per byte compare models with different tokenizers: the same text costs a sum of bits, and it has a
+number of bytes.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from entrenar.errors import DataError
+from entrenar.model import Llama
+from entrenar.ops import Documents
+
+
+@runtime_checkable
+class EvalBatch(Protocol):
+    """What evaluation needs of a batch; `entrenar.data.Batch` is one."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Tokens, (B, T)."""
+        ...
+
+    @property
+    def targets(self) -> Tensor:
+        """The token after each token, -100 where none is asked for, (B, T)."""
+        ...
+
+    @property
+    def document_ids(self) -> Tensor | None:
+        """The document of each token in a packed batch, (B, T)."""
+        ...
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of UTF-8 that the targets stand for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a text.
+
+    Attributes:
+        loss: mean cross entropy of a target, in nats.
+        perplexity: exp(loss).
+        bits_per_byte: the text's cost in bits for each of its bytes; None where a batch did not know its bytes.
+        num_targets: targets predicted.
+        num_bytes: bytes that they stand for.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    num_targets: int
+    num_bytes: int | None
+
+
+@torch.no_grad()
+def evaluate(model: Llama, batches: Iterable[EvalBatch]) -> Evaluation:
+    """Predict every target of every batch, on the model's device.
+
+    Raises:
+        DataError: there is no target.
+    """
+    device = model.model.embed_tokens.weight.device
+    losses: list[float] = []
+    num_targets, num_bytes = 0, 0
+    has_bytes = True
+    for batch in batches:
+        targets = batch.targets.to(device)
+        documents = None if batch.document_ids is None else Documents.from_ids(batch.document_ids.to(device))
+        losses.append(float(model.loss(batch.input_ids.to(device), targets, documents=documents)))
+        num_targets += int((targets != -100).sum())
+        has_bytes = has_bytes and batch.num_bytes is not None
+        num_bytes += batch.num_bytes or 0
+    if num_targets == 0:
+        raise DataError(
+            f"evaluation needs at least one target, got none in {len(losses)} batches; "
+            "the held-out text is empty or wholly masked"
+        )
+    total = math.fsum(losses)
+    loss = total / num_targets
+    return Evaluation(
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=total / math.log(2) / num_bytes if has_bytes and num_bytes else None,
+        num_targets=num_targets,
+        num_bytes=num_bytes if has_bytes else None,
+    )
+
+
+def _exp(loss: float) -> float:
+    """Return e^loss, infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,171 @@
+"""Write on from prompts, token by token.
+
+The prompts are read at once into a key/value cache that holds all there will be; then each token costs one token.
+Prompts of different length are padded on the left, so that all rows grow at the same slot, and the padding is seen by
+no one: a row's logits are those of its prompt alone.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from entrenar.errors import DataError
+from entrenar.infer.decode_step import next_logits
+from entrenar.infer.sampling import candidates, draw, penalize_repetition
+from entrenar.model import KVCache, Llama, LlamaConfig
+
+
+class GenerateConfig(BaseModel):
+    """How to choose tokens and when to stop."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    max_new_tokens: int = Field(default=256, gt=0)
+    """Most tokens to write; the model's context may end earlier."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Below 1 likelier tokens gain, above 1 they lose; 0 always takes the likeliest."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Choose among so many likeliest tokens."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Choose among the fewest tokens whose probabilities reach this sum."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Choose among tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1 tokens of the prompt and of the text so far become less likely."""
+    seed: int = 0
+    """Seed of the random choices: the same seed writes the same text."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the writing; they are not part of it."""
+    eos_token_ids: tuple[int, ...] | None = None
+    """Tokens that end the writing; the model's own when not given."""
+
+    @model_validator(mode="after")
+    def _stops_are_text(self) -> "GenerateConfig":
+        if "" in self.stop:
+            raise ValueError("stop must hold no empty text, because it would end every text at once; remove it")
+        return self
+
+
+def generate(
+    model: Llama,
+    prompt_ids: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of each prompt, step by step; None for a row that has ended.
+
+    The token that ends a row is yielded. `generator` takes the place of the config's seed.
+
+    Raises:
+        DataError: a prompt is empty, longer than the context, or holds a token that the model has not.
+    """
+    _check_prompts(prompt_ids, model.config)
+    if generator is None:
+        generator = torch.Generator().manual_seed(config.seed)
+    return _steps(model, prompt_ids, config, generator)
+
+
+def room(config: LlamaConfig, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """Return how many tokens can be written after the prompt: as many as wanted, or as the context has room for."""
+    return min(max_new_tokens, config.context_length - num_prompt_tokens)
+
+
+def end_tokens(model_config: LlamaConfig, config: GenerateConfig) -> frozenset[int]:
+    """Return the tokens that end the writing."""
+    return frozenset(model_config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:
+    if not prompts:
+        raise DataError("generate needs at least one prompt, got none")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise DataError(f"a prompt needs at least one token, got none in prompt {number}; begin it with bos")
+        if len(prompt) >= config.context_length:
+            raise DataError(
+                f"a prompt must be shorter than the model's context of {config.context_length} tokens, "
+                f"got {len(prompt)} tokens in prompt {number}; shorten it"
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= config.vocab_size:
+            raise DataError(
+                f"prompt tokens must be in [0, {config.vocab_size}), got {low if low < 0 else high} "
+                f"in prompt {number}; take the tokenizer that belongs to the model"
+            )
+
+
+def _steps(
+    model: Llama, prompts: Sequence[Sequence[int]], config: GenerateConfig, generator: torch.Generator
+) -> Iterator[list[int | None]]:
+    rooms = [room(model.config, len(prompt), config.max_new_tokens) for prompt in prompts]
+    num_steps, longest = max(rooms), max(map(len, prompts))
+    device = model.model.embed_tokens.weight.device
+    padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    cache = _cache(model, prompts, longest + num_steps, device)
+    ends = end_tokens(model.config, config)
+    choose = _Chooser(config, prompts, model.config.vocab_size, generator)
+    logits = _read(model, padded, cache)
+    next_token = next_logits(model, cache)
+    open_rows = set(range(len(prompts)))
+    for step in range(1, num_steps + 1):
+        tokens = choose(logits)
+        step_ids = tokens.tolist()
+        yield [token if row in open_rows else None for row, token in enumerate(step_ids)]
+        open_rows = {row for row in open_rows if step_ids[row] not in ends and step < rooms[row]}
+        if not open_rows:
+            return
+        logits = next_token(tokens[:, None])
+
+
+def _cache(model: Llama, prompts: Sequence[Sequence[int]], max_len: int, device: torch.device) -> KVCache:
+    longest = max(map(len, prompts))
+    starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    return KVCache(
+        model.config,
+        len(prompts),
+        max_len,
+        starts=starts if bool(starts.any()) else None,
+        dtype=model.model.embed_tokens.weight.dtype,
+        device=device,
+    )
+
+
+@torch.inference_mode()
+def _read(model: Llama, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B V"]:
+    """Read the prompts and return the logits after their last tokens."""
+    return model.logits(model.hidden(input_ids, cache=cache)[:, -1:])[:, -1]
+
+
+class _Chooser:
+    """Chooses each row's next token, and remembers what a row holds where repetition is penalized."""
+
+    def __init__(
+        self, config: GenerateConfig, prompts: Sequence[Sequence[int]], vocab_size: int, generator: torch.Generator
+    ) -> None:
+        self._config = config
+        self._generator = generator
+        self._seen: Tensor | None = None
+        if config.repetition_penalty != 1:
+            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                self._seen[row, list(prompt)] = True
+
+    @torch.inference_mode()
+    def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+        config = self._config
+        if self._seen is not None:
+            self._seen = self._seen.to(logits.device)
+            logits = penalize_repetition(logits, self._seen, config.repetition_penalty)
+        if config.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            kept = candidates(
+                logits, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
+            )
+            tokens = draw(*kept, self._generator)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], value=True)
+        return tokens

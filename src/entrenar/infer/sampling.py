@@ -1,0 +1,53 @@
+"""From logits to the next token.
+
+The order is that of Hugging Face's generate, so the same settings mean the same distribution: repetition penalty,
+temperature, top-k, top-p, min-p. Sources: top-k (Fan 2018, arXiv:1805.04833), top-p (Holtzman 2019,
+arXiv:1904.09751), min-p (Nguyen 2024, arXiv:2407.01082), repetition penalty (Keskar 2019, CTRL, arXiv:1909.05858,
+section 4.1).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def penalize_repetition(
+    logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float
+) -> Float[Tensor, "B V"]:
+    """Make seen tokens less likely: divide their positive logits by `penalty`, multiply their negative ones."""
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def candidates(
+    logits: Float[Tensor, "B V"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[Float[Tensor, "B C"], Int[Tensor, "B C"]]:
+    """Return the tokens that may come next, likeliest first, and their probabilities, 0 for those cut off.
+
+    Kept are: of all, the `top_k` likeliest; of these, the fewest whose share reaches `top_p`; of these, those at least
+    `min_p` times as likely as the likeliest, which itself is always kept.
+    """
+    shifted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The largest becomes 0, so that no temperature makes it infinite.
+    scaled = (shifted - shifted.amax(-1, keepdim=True)) / temperature
+    count = scaled.shape[-1] if top_k is None else min(top_k, scaled.shape[-1])
+    kept, tokens = scaled.topk(count, dim=-1)
+    probabilities = kept.softmax(-1)
+    mass_before = probabilities.cumsum(-1) - probabilities
+    is_cut = (mass_before >= top_p) | (probabilities < min_p * probabilities[:, :1])
+    is_cut[:, 0] = False
+    probabilities = probabilities.masked_fill(is_cut, 0.0)
+    return probabilities / probabilities.sum(-1, keepdim=True), tokens
+
+
+def draw(
+    probabilities: Float[Tensor, "B C"], tokens: Int[Tensor, "B C"], generator: torch.Generator
+) -> Int[Tensor, " B"]:
+    """Draw one of each row's tokens, on the generator's device."""
+    choice = torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
+    return tokens.gather(-1, choice.to(tokens.device))[:, 0]
