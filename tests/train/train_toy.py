@@ -1,5 +1,9 @@
 """A small model with dropout, a loader whose position is its state, and what a run needs of them."""
 
+import hashlib
+import os
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from entrenar.train import Task
+from entrenar.train import (
+    CheckpointConfig,
+    MonitorConfig,
+    OptimConfig,
+    Run,
+    ScheduleConfig,
+    Settings,
+    Task,
+    TrainConfig,
+    fit,
+    latest_good,
+    list_checkpoints,
+    seed_all,
+)
+from entrenar.train.metrics import read_records
 
 ROWS, WIDTH, CLASSES = 4, 6, 5
 BATCHES_PER_EPOCH = 7
@@ -106,3 +124,91 @@ def held_out(module: nn.Module) -> Callable[[], dict[str, float]]:
     """Return an evaluation of `module` on one fixed batch."""
     batch = next(toy_batches({"index": 1000}))[0]
     return lambda: {"loss": toy_loss(module)(batch).item() / batch.num_targets}
+
+
+def toy_settings(**changes: Any) -> Settings:
+    """Return settings of a short run; `changes` are fields of any of the config models."""
+    fields: dict[str, Any] = {
+        "max_steps": 12,
+        "eval_every": 4,
+        "lr": 1e-2,
+        "save_every": 5,
+        "warmup_steps": 2,
+    } | changes
+    owners = {
+        "train": TrainConfig,
+        "optim": OptimConfig,
+        "schedule": ScheduleConfig,
+        "checkpoint": CheckpointConfig,
+        "monitor": MonitorConfig,
+    }
+    unknown = fields.keys() - {name for owner in owners.values() for name in owner.model_fields}
+    assert not unknown, unknown
+    return Settings(
+        **{
+            part: owner(**{k: v for k, v in fields.items() if k in owner.model_fields})
+            for part, owner in owners.items()
+        }
+    )
+
+
+def run_toy(
+    folder: Path, *, resume: bool = False, before_loss: Callable[[int], None] | None = None, **changes: Any
+) -> Toy:
+    """Train the toy in `folder`, from its latest checkpoint if there is one and `resume`; return the module.
+
+    `before_loss` is called with the number of losses computed so far in this process.
+    """
+    seed_all(5)
+    module = Toy()
+    resumed = latest_good(folder / "checkpoints") if resume and list_checkpoints(folder / "checkpoints") else None
+    loss, count = toy_loss(module), 0
+
+    def counted(batch: ToyBatch) -> Tensor:
+        nonlocal count
+        if before_loss is not None:
+            before_loss(count)
+        count += 1
+        return loss(batch)
+
+    task = toy_task(module, resumed.loader_state if resumed else None, loss=counted, evaluate=held_out(module))
+    fit(task, toy_settings(**changes), Run(folder, {"lr": 1e-2}, resumed))
+    return module
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Run `action` in a forked child; return 0, its exit code, or minus the signal that ended it."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads that do not survive a fork; the checkpoint threads of earlier tests ended.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001  # the child must not return into pytest
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """Return every byte of the latest checkpoint that a resumed run must share with one that was never stopped.
+
+    Only what is measured with a clock is left out.
+    """
+    last = latest_good(folder / "checkpoints")
+    tensors = {f"model.{name}": tensor for name, tensor in read_model(last.model).items()} | last.optimizer()
+    state = {key: last.state[key] for key in ("loader", "rng", "rows", "held_out")}
+    counters = {key: value for key, value in last.state["counters"].items() if key != "elapsed_s"}
+    windows = {key: value for key, value in last.state["monitor"]["windows"].items() if key != "rate"}
+    hashes = {
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in ((n, t.reshape(-1)) for n, t in tensors.items())
+    }
+    return {"step": last.step, "tensors": hashes, "counters": counters, "windows": windows, **state}
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Return step and loss of every record of the run."""
+    return [(record["step"], record["loss"]) for record in read_records(folder / "metrics.jsonl")]

@@ -1,5 +1,6 @@
 """The engine of the training half: it knows modules, iterators of batches and callables, not language models."""
 
+from entrenar.train.allocator import keep_freed_memory
 from entrenar.train.checkpoint import (
     Checkpoint,
     check_same_config,
@@ -14,6 +15,7 @@ from entrenar.train.metrics import StepRecord
 from entrenar.train.monitor import Event, MonitorConfig
 from entrenar.train.oom import is_oom
 from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer
+from entrenar.train.rng import seed_all
 from entrenar.train.schedule import ScheduleConfig, lr_multiplier
 from entrenar.train.settings import Batch, CheckpointConfig, LoaderState, Run, Settings, Task, TrainConfig
 
@@ -38,9 +40,11 @@ __all__ = [
     "fit",
     "git_revision",
     "is_oom",
+    "keep_freed_memory",
     "latest_good",
     "list_checkpoints",
     "load",
     "lr_multiplier",
+    "seed_all",
     "verify",
 ]

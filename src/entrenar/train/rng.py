@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 
+def seed_all(seed: int) -> None:
+    """Seed every global generator: Python's, numpy's, and torch's on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture() -> dict[str, Any]:
     """Return the state of Python's, numpy's and torch's global generators on every device."""
     numpy_state = np.random.get_state(legacy=False)
