@@ -45,7 +45,7 @@ def document_spans(ids: Sequence[int]) -> Spans:
     Raises:
         DataError: an id is smaller than the one before it.
     """
-    starts = [0] if ids else []
+    starts = [0]
     for place in range(1, len(ids)):
         if ids[place] < ids[place - 1]:
             raise DataError(
@@ -54,7 +54,7 @@ def document_spans(ids: Sequence[int]) -> Spans:
             )
         if ids[place] != ids[place - 1]:
             starts.append(place)
-    return tuple(zip(starts, [*starts[1:], len(ids)], strict=True))
+    return tuple(zip(starts, [*starts[1:], len(ids)], strict=True)) if ids else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +100,13 @@ def reference_attention(
     """Attend with one dense (T, S) softmax for each head, as plain torch that autograd differentiates."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    rows = (q.shape[0], k.shape[1], -1, q.shape[-1])
-    grouped = q.to(wide).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])  # (B, G, H/G, T, K)
     allowed = causal_mask(q.shape[2], k.shape[2], q.device)
     if documents is not None:
-        allowed = allowed & (documents.ids[:, :, None] == documents.ids[:, None, :])[:, None, None]
-    scores = (grouped.reshape(rows) @ k.to(wide).mT).reshape(*grouped.shape[:-1], -1) * scale
-    probabilities = torch.softmax(scores.masked_fill(~allowed, -math.inf), dim=-1)
-    out = probabilities.flatten(2, 3) @ v.to(wide)  # (B, G, H/G T, K)
-    return out.reshape(q.shape).to(q.dtype)
+        allowed = allowed & (documents.ids[:, :, None] == documents.ids[:, None, :])[:, None]
+    repeats = q.shape[1] // k.shape[1]
+    keys, values = (x.to(wide).repeat_interleave(repeats, dim=1) for x in (k, v))  # (B, H, S, K)
+    scores = (q.to(wide) @ keys.mT * scale).masked_fill(~allowed, -math.inf)
+    return (torch.softmax(scores, dim=-1) @ values).to(q.dtype)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -196,12 +194,12 @@ def hidden_keys(num_rows: int, block: slice, seen: int, k: Tensor) -> Tensor:
 
 def group_heads(x: Tensor, groups: int) -> Tensor:
     """Stack the heads of each group as rows: (B, H, T, K) to (B, G, H/G · T, K)."""
-    return x.reshape(x.shape[0], groups, -1, x.shape[-1])
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups * x.shape[2], x.shape[3])
 
 
 def ungroup_heads(x: Tensor, heads: int) -> Tensor:
     """Undo `group_heads`."""
-    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+    return x.reshape(x.shape[0], heads, x.shape[1] * x.shape[2] // heads, x.shape[3])
 
 
 def derived_attention(
