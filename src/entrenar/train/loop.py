@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from entrenar.errors import (
 )
 from entrenar.files import remove_incomplete
 from entrenar.train import checkpoint, rng
-from entrenar.train.metrics import Journal, StepRecord
+from entrenar.train.metrics import Journal, StepRecord, finite
 from entrenar.train.monitor import Event, Monitor
 from entrenar.train.oom import is_oom
 from entrenar.train.optim import build_optimizer
@@ -81,25 +82,20 @@ def fit(
         on_record=on_record,
         on_event=on_event,
     )
-    training = _Training(task, settings, run, journal)
-    try:
-        with StopSignals() as stop:
-            training.begin()
-            reason = training.end(stop.requested)
+    with closing(journal), closing(_Training(task, settings, run, journal)) as training, StopSignals() as stop:
+        try:
+            reason = training.begin()
             while reason is None:
                 batches = training.gather()
                 if not batches:
                     reason = "data"
                     break
                 record = training.take_step(batches)
-                reason = training.end(stop.requested)
-                reason = training.conclude_step(record, reason)
+                reason = training.conclude_step(record, training.end(stop.requested))
             training.finish(reason)
-    except EntrenarError:
-        training.rescue()
-        raise
-    finally:
-        training.close()
+        except EntrenarError:
+            training.rescue()
+            raise
     return Outcome(reason, training.counters.step, training.last_record, training.counters.best_held_out_loss)
 
 
@@ -141,13 +137,14 @@ class _Training:
 
     # ---- the road of `fit` ----
 
-    def begin(self) -> None:
-        """Clean up after a crash, and take over the checkpoint that is resumed."""
+    def begin(self) -> Reason | None:
+        """Clean up after a crash, take over the checkpoint that is resumed, and say if there is nothing left to do."""
         remove_incomplete(self.run.checkpoints)
         if self.run.resume is not None:
             self._restore(self.run.resume)
         self.task.module.train()
         self.boundary = self._capture()
+        return self.end(None)
 
     def end(self, signal_name: str | None) -> Reason | None:
         """Say why the run ends here; None if it goes on."""
@@ -239,9 +236,8 @@ class _Training:
             _log.warning("could not save on the way out: %s", error)
 
     def close(self) -> None:
-        """Wait for the writer and close the files."""
+        """Wait for the writer."""
         self.saver.close()
-        self.journal.close()
 
     # ---- the step ----
 
@@ -291,7 +287,7 @@ class _Training:
         self.task.module.train()
         rng.restore(before)
         loss, best = self.held_out["loss"], self.counters.best_held_out_loss
-        if best is None or loss < best:
+        if math.isfinite(loss) and (best is None or loss < best):
             self.counters.best_held_out_loss, self.counters.evaluations_since_best = loss, 0
         else:
             self.counters.evaluations_since_best += 1
@@ -342,7 +338,7 @@ class _Training:
             "rng": rng.capture(),
             "monitor": self.monitor.state_dict(),
             "rows": self.limit.rows,
-            "held_out": self.held_out,
+            "held_out": finite(self.held_out),
             "config": dict(self.run.config),
             "git_revision": self.revision,
         }

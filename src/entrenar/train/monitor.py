@@ -87,7 +87,9 @@ class Monitor:
         return events
 
     def after_step(self, step: int, loss: float, targets_per_s: float) -> list[Event]:
-        """Judge a finished step."""
+        """Judge a finished step; one that was skipped is left out."""
+        if not math.isfinite(loss):
+            return []
         events = [*self._slow(step, targets_per_s), *self._stuck(step, loss)]
         self._windows["rate"].append(targets_per_s)
         return events

@@ -1,0 +1,263 @@
+"""A checkpoint is whole or refused: no byte of it can change unnoticed, and the newest whole one is found."""
+
+import json
+import logging
+import random
+import resource
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from train_toy import write_model
+
+from entrenar.errors import CheckpointError, DiskFullError
+from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, list_checkpoints, load, verify
+from entrenar.train.checkpoint import Snapshot
+
+
+def _snapshot(step: int, held_out_loss: float | None = None) -> Snapshot:
+    generator = torch.Generator().manual_seed(step)
+    return Snapshot(
+        step=step,
+        weights={"w": torch.randn(4, 3, generator=generator)},
+        optimizer={"w.mean": torch.randn(4, 3, generator=generator), "step": torch.tensor(float(step))},
+        state={"loader": {"index": step}, "git_revision": "abc"},
+        held_out_loss=held_out_loss,
+    )
+
+
+def _write(folder: Path, step: int, held_out_loss: float | None = None) -> Path:
+    path = folder / checkpoint.folder_name(step)
+    checkpoint.write(path, _snapshot(step, held_out_loss), write_model, staged=lambda: None, before_commit=lambda: None)
+    return path
+
+
+def test_what_is_written_is_loaded(tmp_path: Path) -> None:
+    """Step, state, weights and moments come back exactly, and the manifest lists every file."""
+    path = _write(tmp_path, 7, held_out_loss=1.5)
+    loaded, original = load(path), _snapshot(7)
+    assert (loaded.step, loaded.state, loaded.loader_state) == (7, original.state, {"index": 7})
+    assert torch.equal(loaded.optimizer()["w.mean"], original.optimizer["w.mean"])
+    assert (loaded.model / "model.safetensors").is_file()
+    manifest = verify(path)
+    assert manifest["files"].keys() == {"model/model.safetensors", "optimizer.safetensors", "state.json"}
+    assert (manifest["held_out_loss"], manifest["git_revision"]) == (1.5, "abc")
+
+
+@pytest.mark.chaos
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """One flipped bit at any of 100 places in any file of the checkpoint, manifest included, is refused."""
+    path, chance = _write(tmp_path, 1), random.Random(0)
+    for file in [file for file in sorted(path.rglob("*")) if file.is_file()]:
+        content = file.read_bytes()
+        for _ in range(100):
+            damaged = bytearray(content)
+            damaged[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"damaged|no readable manifest"):
+                verify(path)
+        file.write_bytes(content)
+    verify(path)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("kept", [0, 1, -2])
+def test_every_truncation_is_noticed(tmp_path: Path, kept: int) -> None:
+    """A file cut to nothing, to one byte, or by its last byte but a newline is refused, with the file's name."""
+    path = _write(tmp_path, 1)
+    for file in [file for file in sorted(path.rglob("*")) if file.is_file()]:
+        content = file.read_bytes()
+        file.write_bytes(content[:kept])
+        with pytest.raises(CheckpointError, match=file.name):
+            verify(path)
+        file.write_bytes(content)
+
+
+def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
+    """A missing file and an altered one are both in the message."""
+    path = _write(tmp_path, 1)
+    (path / "state.json").unlink()
+    (path / "optimizer.safetensors").write_bytes(b"x" * (path / "optimizer.safetensors").stat().st_size)
+    message = r"optimizer.safetensors does not match its sha256; state.json cannot be read \(No such file"
+    with pytest.raises(CheckpointError, match=message):
+        verify(path)
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
+    """A manifest whose hashes were made to fit other files does not fit its own hash."""
+    path = _write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"step": 2}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: its content does not match its own sha256"):
+        load(path)
+    (path / "manifest.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(path)
+
+
+def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a later format says which version wrote it."""
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    path = _write(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="has checkpoint format 2, this program reads 1; use the version that"):
+        load(path)
+
+
+def test_the_latest_whole_one_wins_and_damaged_ones_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the two newest damaged, the third is taken; both are logged as warnings and listed with their reasons."""
+    for step in (1, 2, 10, 30):
+        _write(tmp_path, step)
+    (tmp_path / "step-00000030" / "manifest.json").unlink()
+    (tmp_path / "step-00000010" / "state.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    with caplog.at_level(logging.WARNING):
+        found = latest_good(tmp_path)
+    assert found.step == 2
+    assert ["step-00000030" in found.skipped[0], "step-00000010" in found.skipped[1]] == [True, True]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert list(list_checkpoints(tmp_path)) == [1, 2, 10, 30]
+
+
+def test_without_a_whole_one_the_error_says_why(tmp_path: Path) -> None:
+    """An absent folder, an empty one, and one of damaged checkpoints each say what was found."""
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*: there are none; start a new run"):
+            latest_good(folder)
+    (_write(tmp_path, 3) / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint .* state\.json has 2 bytes instead of"):
+        latest_good(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "left"),
+    [(1, False, [5]), (2, False, [4, 5]), (1, True, [2, 5]), (9, True, [1, 2, 3, 4, 5])],
+)
+def test_retention_keeps_the_last_and_the_best(
+    tmp_path: Path,
+    keep_last: int,
+    left: list[int],
+    *,
+    keep_best: bool,
+) -> None:
+    """The last k and the lowest held-out loss stay, everything else up to the newest goes."""
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 1.5], start=1):
+        _write(tmp_path, step, loss)
+    checkpoint.prune(tmp_path, newest=5, keep_last=keep_last, keep_best=keep_best)
+    assert list(list_checkpoints(tmp_path)) == left
+
+
+def test_retention_never_deletes_the_newest_nor_later_ones(tmp_path: Path) -> None:
+    """Between damaged manifests the newest stays, though it is not the best, and later steps are left alone."""
+    for step in (1, 2, 3, 9):
+        _write(tmp_path, step, float(step))
+    for step in (2, 3):
+        (tmp_path / checkpoint.folder_name(step) / "manifest.json").write_text("{")
+    checkpoint.prune(tmp_path, newest=3, keep_last=1, keep_best=False)
+    assert list(list_checkpoints(tmp_path)) == [1, 3, 9]
+
+
+def test_abandoned_checkpoints_are_kept_under_another_name(tmp_path: Path) -> None:
+    """Checkpoints newer than the step resumed from are renamed, twice if need be, and no longer listed."""
+    for _ in range(2):
+        for step in (1, 2, 3):
+            _write(tmp_path, step)
+        assert [path.name for path in checkpoint.abandon_after(tmp_path, 1)] == [
+            "abandoned-step-00000002",
+            "abandoned-step-00000003",
+        ]
+    assert list(list_checkpoints(tmp_path)) == [1]
+    assert load(tmp_path / "abandoned-step-00000003").step == 3
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_full_disk_is_recognized_behind_safetensors(tmp_path: Path, part: str) -> None:
+    """When safetensors meets the kernel's file-size limit, the error is DiskFullError and nothing is left behind."""
+    _write(tmp_path, 1)
+    snapshot = _snapshot(2)
+    big = {"w": torch.zeros(100_000)}
+    changed = {"weights": big} if part == "model" else {"optimizer": big}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    staged = []
+    try:
+        with pytest.raises(DiskFullError, match=r"no space left to write .*step-00000002"):
+            checkpoint.write(
+                tmp_path / "step-00000002",
+                Snapshot(**(vars(snapshot) | changed)),
+                write_model,
+                staged=lambda: staged.append(1),
+                before_commit=lambda: None,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert staged
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert latest_good(tmp_path).step == 1
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    """A missing weight and one of another shape or type are refused by name."""
+    own = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match="has no weight b; it belongs to another model"):
+        checkpoint.restore_weights(own, {"a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"weight b must be torch.float32 \(3,\), .* torch.bfloat16 \(3,\)"):
+        checkpoint.restore_weights(own, {"a": torch.ones(2), "b": torch.ones(3, dtype=torch.bfloat16)})
+    checkpoint.restore_weights(own, {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)})
+    assert own["b"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_changed_config_is_shown_difference_by_difference() -> None:
+    """Changed, added and removed settings are all shown; equal lists and tuples are no difference."""
+    saved = {"optim": {"lr": 0.1, "betas": [1, 2]}, "train": {"seed": 0, "old": 1}}
+    now = {"optim": {"lr": 0.2, "betas": (1, 2)}, "train": {"seed": 0, "new": None}}
+    check_same_config(saved, saved)
+    with pytest.raises(CheckpointError) as caught:
+        check_same_config(saved, now)
+    lines = str(caught.value).splitlines()
+    assert lines[1:4] == ["  optim.lr: 0.1 -> 0.2", "  train.new: (absent) -> None", "  train.old: 1 -> (absent)"]
+    assert lines[4].startswith("resume with the config it was made with, or allow")
+    check_same_config(saved, now, may_differ={"optim.lr", "train.new", "train.old"})
+
+
+def test_the_git_revision_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside a repository it is None, inside the commit, and with changes it says so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_revision() is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a").write_text("1")
+    for command in (["init", "-q"], ["add", "a"], [*identity, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *command], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert git_revision() == commit
+    (tmp_path / "a").write_text("2")
+    assert git_revision() == commit + "+dirty"
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() is None
+
+
+def test_a_removed_checkpoint_is_gone_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash in the middle of a deletion leaves no half checkpoint under its name."""
+    path = _write(tmp_path, 1)
+    delete, calls = shutil.rmtree, []
+
+    def crash(*arguments: object, **named: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        delete(*arguments, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.remove(path)
+    assert not list_checkpoints(tmp_path)
