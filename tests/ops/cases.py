@@ -15,6 +15,7 @@ from entrenar import ops
 from entrenar.ops.attention import causal_mask, reference_attention
 from entrenar.ops.linear import reference_linear
 from entrenar.ops.linear_cross_entropy import reference_linear_cross_entropy
+from entrenar.ops.lora_linear import reference_lora_linear
 from entrenar.ops.rms_norm import reference_rms_norm
 from entrenar.ops.rope import reference_rope, rope_forward
 from entrenar.ops.swiglu import reference_swiglu
@@ -245,6 +246,41 @@ def linear_example(batch: int, time: int, dtype: torch.dtype, generator: torch.G
     )
 
 
+def lora_linear_example(batch: int, time: int, dtype: torch.dtype, generator: torch.Generator) -> Example:
+    scale, dropout = 1.5, 0.4
+
+    def dropped(function: Operation) -> Operation:
+        return lambda *inputs: function(
+            *inputs, scale=scale, dropout=dropout, generator=torch.Generator().manual_seed(6)
+        )
+
+    reference = dropped(reference_lora_linear)
+
+    def undropped(*inputs: Tensor) -> Tensor:
+        return reference_lora_linear(*inputs, scale=scale)
+
+    def one_of(place: int, function: Operation) -> Backward:
+        def backward(dy: Tensor, *inputs: Tensor) -> Gradients:
+            gradients = list(vjp(reference, dy, *inputs))
+            gradients[place] = vjp(function, dy, *inputs)[place]
+            return tuple(gradients)
+
+        return backward
+
+    return Example(
+        inputs=tuple(draw(generator, dtype, *shape) for shape in ((batch, time, 4), (4, 4), (2, 4), (4, 2))),
+        op=dropped(ops.lora_linear),
+        reference=reference,
+        wrong={
+            "scale missing": of_another(lambda *inputs: undropped(*inputs[:3], inputs[3] / scale)),
+            "dropout mask missing in dx": one_of(0, undropped),
+            "dropout mask missing in dA": one_of(2, undropped),
+            "frozen product missing in dx": one_of(0, lambda x, w, a, b: reference(x, w * 0, a, b)),
+            "transpose missing": of_another(lambda x, w, a, b: reference(x, w.mT, a, b)),
+        },
+    )
+
+
 def linear_cross_entropy_example(batch: int, time: int, dtype: torch.dtype, generator: torch.Generator) -> Example:
     tokens, width, vocab = batch * time, 3, 5
     targets = torch.randint(0, vocab, (tokens,), generator=generator)
@@ -306,6 +342,7 @@ def table() -> dict[str, Callable[..., Example]]:
         "attention/packed": packed_attention_example,
         "linear": linear_example,
         "linear_cross_entropy": linear_cross_entropy_example,
+        "lora_linear": lora_linear_example,
         "rms_norm": rms_norm_example,
         "rope": rope_example,
         "swiglu": swiglu_example,

@@ -1,0 +1,40 @@
+"""Fine-tuning a few parameters of a frozen model."""
+
+from entrenar.peft.config import LoraConfig
+from entrenar.peft.layers import LoraLinear, LowRank, SavedModule
+from entrenar.peft.lora import (
+    DEFAULT_ADAPTER,
+    active_adapter,
+    adapter_names,
+    add_adapter,
+    from_base,
+    learning_rate_factors,
+    merge,
+    plain_state,
+    set_adapter,
+    unload,
+    unmerge,
+    wrappers,
+)
+from entrenar.peft.trainable import TrainableTable, trainable_table
+
+__all__ = [
+    "DEFAULT_ADAPTER",
+    "LoraConfig",
+    "LoraLinear",
+    "LowRank",
+    "SavedModule",
+    "TrainableTable",
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
+    "from_base",
+    "learning_rate_factors",
+    "merge",
+    "plain_state",
+    "set_adapter",
+    "trainable_table",
+    "unload",
+    "unmerge",
+    "wrappers",
+]

@@ -1,0 +1,233 @@
+"""The two modules that stand in a frozen module's place and hold its adapters.
+
+`LoraLinear` adds to a projection W the product of two thin matrices, y = x Wᵀ + s (x Aᵀ) Bᵀ (Hu et al. 2021,
+arXiv:2106.09685). `SavedModule` trains a copy of a whole weight. Both leave the base weight alone, so any number of
+adapters can be held over one base and switched, and taking them away leaves what was there, bit for bit.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3) gives each output row a trained magnitude m:
+y = m / ‖W + s B A‖ · (x Wᵀ + s (x Aᵀ) Bᵀ), the norm by rows and taken as a constant in the backward. So dm is
+Σ dy · y / m, which autograd takes from the product; there is nothing to derive. The norm is found without W + s B A:
+‖w + s bA‖² = ‖w‖² + 2s b·(A w) + s² b (A Aᵀ) bᵀ for each row w of W and b of B. Dropout spares x Wᵀ here as in
+plain LoRA.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) begins A and B at the largest singular directions of W and trains against the
+residual W - s B₀ A₀. The residual is never formed: -s B₀ A₀ rides along as a frozen part of the adapter, so W stays
+what it was.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from entrenar import ops
+from entrenar.errors import ConfigError
+from entrenar.peft.config import LoraInit
+
+
+class LowRank(nn.Module):
+    """One adapter of one projection.
+
+    Attributes:
+        lora_A, lora_B: the trained matrices, at least float32.
+        lora_magnitude_vector: DoRA's magnitudes, or None.
+        start_a, start_b: where PiSSA began, or None.
+        scale: what B A is multiplied by.
+        dropout: chance of an input to be dropped in training.
+    """
+
+    start_a: Tensor | None
+    start_b: Tensor | None
+
+    def __init__(self, weight: Float[Tensor, "O I"], rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, weight.shape[1], dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=dtype, device=weight.device))
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
+        self.scale = scale
+        self.dropout = dropout
+
+    def draw(self, weight: Float[Tensor, "O I"], init: LoraInit, generator: torch.Generator) -> None:
+        """Give A and B their first values; the output of the projection stays the base's."""
+        if weight.is_meta:
+            return
+        rank, width = self.lora_A.shape
+        draw = torch.empty(rank, width, dtype=torch.float32, device=generator.device)
+        with torch.no_grad():
+            if init == "pissa":
+                self.start_from(*principal_factors(weight, rank, self.scale))
+            elif init == "gaussian":
+                self.lora_A.copy_(draw.normal_(0.0, 1 / rank, generator=generator))
+            else:
+                self.lora_A.copy_(draw.uniform_(-(width**-0.5), width**-0.5, generator=generator))
+
+    def start_from(self, lora_a: Float[Tensor, "R I"], lora_b: Float[Tensor, "O R"]) -> None:
+        """Begin at B A and subtract it for good, so that the sum begins at zero."""
+        with torch.no_grad():
+            self.lora_A.copy_(lora_a)
+            self.lora_B.copy_(lora_b)
+        self.start_a, self.start_b = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def add_magnitude(self, weight: Float[Tensor, "O I"]) -> None:
+        """Train the rows' magnitudes too, from those the weight has."""
+        self.lora_magnitude_vector = nn.Parameter(self.row_norms(weight))
+
+    def matrices(self) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
+        """Return A and B of the update s B A; after PiSSA they are [A; A₀] and [B, -B₀]."""
+        if self.start_a is None or self.start_b is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.start_a)), torch.cat((self.lora_B, -self.start_b), dim=1)
+
+    def row_norms(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, " O"]:
+        """Return ‖W + s B A‖ by rows, as a constant."""
+        with torch.no_grad():
+            lora_a, lora_b = self.matrices()
+            wide = weight.to(lora_a.dtype)
+            cross = (wide @ lora_a.mT * lora_b).sum(1)
+            square = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(1)
+            return ((wide * wide).sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+
+    def merged(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+        """Return the one weight that does what the base and the adapter do, added in float32 and rounded once."""
+        with torch.no_grad():
+            lora_a, lora_b = self.matrices()
+            total = torch.addmm(weight.to(lora_a.dtype), lora_b, lora_a, alpha=self.scale)
+            if self.lora_magnitude_vector is not None:
+                total *= (self.lora_magnitude_vector / self.row_norms(weight))[:, None]
+            return total.to(weight.dtype)
+
+
+def principal_factors(
+    weight: Float[Tensor, "O I"], rank: int, scale: float
+) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
+    """Return A and B so that scale · B A is the weight's best approximation of that rank."""
+    left, sizes, right = torch.linalg.svd(
+        weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
+    )
+    roots = (sizes[:rank] / scale).sqrt()
+    return roots[:, None] * right[:rank], left[:, :rank] * roots
+
+
+class LoraLinear(nn.Module):
+    """A frozen projection with its low-rank adapters.
+
+    Attributes:
+        base_layer: the projection whose place this one takes, a module with a `weight` (O, I).
+        adapters: the adapters held, by name.
+        active: the adapter in use; None for the base alone.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self._original: Tensor | None = None
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Float[Tensor, "O I"]:
+        """The base's weight, or the merged one while merged."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the active adapter is added to the base's weight."""
+        return self._original is not None
+
+    def adapter(self, name: str) -> LowRank:
+        """Return an adapter that is held."""
+        return cast(LowRank, self.adapters[name])
+
+    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        """Multiply each token by the weight and the active adapter's update of it."""
+        if self.active is None or self.is_merged:
+            return cast(Tensor, self.base_layer(x))
+        adapter = self.adapter(self.active)
+        lora_a, lora_b = adapter.matrices()
+        y = ops.lora_linear(
+            x,
+            self.weight,
+            lora_a,
+            lora_b,
+            scale=adapter.scale,
+            dropout=adapter.dropout if self.training else 0.0,
+            compute_dtype=getattr(self.base_layer, "compute_dtype", None),
+        )
+        if adapter.lora_magnitude_vector is None:
+            return y
+        return (y * (adapter.lora_magnitude_vector / adapter.row_norms(self.weight))).to(y.dtype)
+
+    def merge(self) -> None:
+        """Put the merged weight in the base's place, once; the original is kept aside."""
+        if self.active is None or self.is_merged:
+            return
+        self._original = self.weight.detach()
+        set_weight(self.base_layer, self.adapter(self.active).merged(self._original))
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if self._original is not None:
+            set_weight(self.base_layer, self._original)
+            self._original = None
+
+
+class SavedModule(nn.Module):
+    """A frozen module of one weight, with trained copies of that weight.
+
+    Attributes:
+        base_layer: the module whose place this one takes.
+        adapters: the trained weights, by the name of their adapter.
+        active: the weight in use; None for the base's own.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        own = [name for name, _ in base_layer.named_parameters()]
+        if own != ["weight"]:
+            raise ConfigError(f"modules_to_save takes modules that are one weight, got one with {own}")
+        self.base_layer = base_layer
+        self.adapters = nn.ParameterDict()
+        self.active: str | None = None
+        self._original: Tensor | None = None
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use; a head that is tied to an embedding reads it here."""
+        if self.active is None or self.is_merged:
+            return cast(Tensor, self.base_layer.weight)
+        return cast(Tensor, self.adapters[self.active])
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the active copy stands in the base's place."""
+        return self._original is not None
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Do what the module does, with the weight in use."""
+        return cast(Tensor, functional_call(self.base_layer, {"weight": self.weight}, inputs))
+
+    def merge(self) -> None:
+        """Put the active copy in the base's place; the original is kept aside."""
+        if self.active is None or self.is_merged:
+            return
+        merged = self.weight.detach().clone()
+        self._original = cast(Tensor, self.base_layer.weight).detach()
+        set_weight(self.base_layer, merged)
+
+    def unmerge(self) -> None:
+        """Put the original weight back."""
+        if self._original is not None:
+            set_weight(self.base_layer, self._original)
+            self._original = None
+
+
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Give a module another, frozen, weight."""
+    module.weight = nn.Parameter(weight, requires_grad=False)
