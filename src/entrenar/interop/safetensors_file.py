@@ -1,0 +1,132 @@
+"""One safetensors file, read tensor by tensor into memory that its caller owns.
+
+Why: `safe_open` hands out views of a memory map. A map counts as the process's memory until the whole file is closed,
+so a load that converts the dtype would hold the model twice; and a map of a file that another program shortens kills
+the process. Here the library checks the header (overlaps, gaps, sizes, bounds) and the numbers are then read with
+plain reads, a block at a time. Format: the README of github.com/huggingface/safetensors.
+"""
+
+import io
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from entrenar.errors import FormatError
+from entrenar.files import explained_disk_errors
+
+_BLOCK_BYTES = 1 << 20
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes the tensor takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> Mapping[str, Entry]:
+    """Return what a file holds.
+
+    Raises:
+        FormatError: it is not a valid safetensors file, or a tensor is of a dtype that no weight has.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # the library's own checks
+            pass
+        with path.open("rb") as stream:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(header_size))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise FormatError(f"{path} is not a valid safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    foreign = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in _DTYPES}
+    for name, dtype in foreign.items():
+        raise FormatError(f"{path}: tensor {name} has dtype {dtype}; weights are one of {', '.join(_DTYPES)}")
+    start = 8 + header_size
+    return MappingProxyType(
+        {
+            name: Entry(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    )
+
+
+class TensorReader:
+    """Reads tensors through one buffer that lives as long as it: many short-lived ones would riddle the heap."""
+
+    def __init__(self) -> None:
+        self._staging = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+
+    def read(
+        self, path: Path, name: str, entry: Entry, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Tensor:
+        """Read one tensor as `dtype`, with no more memory than the result and the buffer.
+
+        Raises:
+            FormatError: the file ends too early, or a number is NaN or infinite, or becomes so as `dtype`.
+        """
+        result = torch.empty(entry.shape, dtype=dtype, device=device)
+        is_direct = entry.dtype == dtype and result.device.type == "cpu"
+        staging = self._staging.view(entry.dtype)
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            for start in range(0, result.numel(), len(staging)):
+                part = result.view(-1)[start : start + len(staging)]
+                block = part if is_direct else staging[: len(part)]
+                _fill(stream, block, path, name)
+                if not is_finite(block):
+                    raise FormatError(f"{path}: tensor {name} holds NaN or infinite weights")
+                if not is_direct:
+                    part.copy_(block)
+                if not is_finite(part):
+                    raise FormatError(f"{path}: tensor {name} holds weights beyond {dtype}; load it as bfloat16")
+        return result
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether no number is NaN or infinite."""
+    # A sum needs no temporary of the tensor's size, and is NaN or infinite as soon as one number is.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
+
+
+def _fill(stream: io.FileIO, block: Tensor, path: Path, name: str) -> None:
+    view = block.view(torch.uint8).numpy().data
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            raise FormatError(f"{path} ends in the middle of tensor {name}; was it changed while it was read?")
+        view = view[count:]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file.
+
+    Raises:
+        DiskFullError, MachineError: the disk refuses.
+    """
+    with explained_disk_errors(path):
+        try:
+            save_file(dict(tensors), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The library gives the system's error as text only.
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), str(error)) from error
+            raise
