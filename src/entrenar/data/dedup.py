@@ -26,6 +26,11 @@ class SeenHashes:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the table."""
+        return len(self._slots) * self._slots.itemsize
+
     def add(self, value: int) -> bool:
         """Add `value`; return whether it is new."""
         value = value or 1  # 0 marks a free slot

@@ -9,6 +9,7 @@ The split is decided by each document's own hash: independent of order, and the 
 """
 
 import os
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from entrenar.data.corpus import (
 )
 from entrenar.data.dedup import SeenHashes, document_hash
 from entrenar.data.shards import ShardWriter
-from entrenar.data.sources import ReadLog, Source, SourceConfig, find_sources, read_documents
+from entrenar.data.sources import STDLIB, ReadLog, Source, SourceConfig, find_sources, read_documents
 from entrenar.data.tokenizer import Tokenizer
 from entrenar.data.train_bpe import train_bpe
 from entrenar.errors import DataError
@@ -87,13 +88,15 @@ def prepare(
     DiskFullError.
     """
     config = config or PrepareConfig()
+    out = Path(out)
     found = find_sources([str(source) for source in sources], config)
+    _check_target(out, found)
     report = progress or (lambda _: None)
     if tokenizer is None:
         tokenizer = _train_tokenizer(found, config, report)
     elif not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
-    with atomic_directory(Path(out)) as folder:
+    with atomic_directory(out) as folder:
         run = _Run(folder, config, tokenizer, _started("encode", found), report)
         return run.write(found)
 
@@ -101,6 +104,16 @@ def prepare(
 def is_held_out(digest: int, val_fraction: float) -> bool:
     """Decide the split of a document by its hash."""
     return digest < val_fraction * _HASH_SPAN
+
+
+def _check_target(out: Path, sources: list[Source]) -> None:
+    """Refuse to replace a folder that is no corpus, or to write into a source."""
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} exists and is no corpus, so it is not replaced; name another folder (--out)")
+    for source in sources:
+        folder = Path(source.name).resolve()
+        if source.name != STDLIB and (out.resolve() == folder or folder in out.resolve().parents):
+            raise DataError(f"{out} lies in source {source.name}: the corpus would become its own source (--out)")
 
 
 def _started(stage: str, sources: list[Source]) -> Progress:
@@ -187,16 +200,17 @@ class _Encoder:
 
     def __call__(self, batch: _Batch) -> tuple[np.ndarray[Any, np.dtype[Any]], int]:
         """Return the ids, and how many documents they do not spell exactly."""
-        ids: list[int] = []
+        # An array of C integers fills three times as fast from a list as a numpy array does.
+        ids = array("I")
         starts: list[int] = []
         for encoded in self.tokenizer.encode_batch(batch.texts):
             starts.append(len(ids))
             ids.append(self.bos_id)
-            ids += encoded
+            ids.extend(encoded)
             ids.append(self.eos_id)
-        array = np.array(ids, dtype=self.dtype)
-        spelled = np.add.reduceat(self.token_bytes[array], starts, dtype=np.int64) - int(self.tokenizer.adds_space)
-        return array, int(np.count_nonzero(spelled != batch.sizes))
+        stored = np.frombuffer(ids, dtype=np.uintc).astype(self.dtype)
+        spelled = np.add.reduceat(self.token_bytes[stored], starts, dtype=np.int64) - int(self.tokenizer.adds_space)
+        return stored, int(np.count_nonzero(spelled != batch.sizes))
 
 
 class _Run:

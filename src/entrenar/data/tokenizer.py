@@ -20,9 +20,9 @@ import tokenizers
 
 from entrenar.data.sentencepiece_model import read_sentencepiece, special_tokens, tokenizer_json
 from entrenar.data.token_bytes import DecodeStream, bytes_of_tokens, decoder_family
-from entrenar.data.tokenizer_file import TokenizerFile, read_folder_config, read_tokenizer_json
+from entrenar.data.tokenizer_file import TokenizerFile, control_tokens, read_folder_config, read_tokenizer_json
 from entrenar.errors import DataError, FormatError
-from entrenar.files import write_json
+from entrenar.files import atomic_write, write_json
 
 _ROLES = {
     "bos_token": ("<|begin_of_text|>", "<|bos|>", "<s>", "<bos>", "[BOS]"),
@@ -39,8 +39,9 @@ class Tokenizer:
 
         Raises: FormatError naming `place` and the field.
         """
-        checked = TokenizerFile(content, place)
         self.config = dict(config or {})
+        checked = TokenizerFile(content, place, control_tokens(self.config))
+        self._file = checked
         self._content = checked.content
         self._backend = checked.backend(encode_special_tokens=True)
         self._family, self._drops_space = decoder_family(content.get("decoder"), place)
@@ -76,7 +77,7 @@ class Tokenizer:
         fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         kept = {key: value for key, value in self.config.items() if key != "added_tokens_decoder"}
         flags = {"add_bos_token": self.add_bos, "add_eos_token": self.add_eos}
-        write_json(folder / "tokenizer.json", self._content)
+        atomic_write(folder / "tokenizer.json", self._backend.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", {**kept, **named, **flags, **fixed})
 
     @property
@@ -154,7 +155,7 @@ class Tokenizer:
 
     @cached_property
     def _special_backend(self) -> tokenizers.Tokenizer:
-        return TokenizerFile(self._content, "tokenizer").backend(encode_special_tokens=False)
+        return self._file.backend(encode_special_tokens=False)
 
     def _token(self, index: int) -> str:
         return next(token for token, found in self._ids.items() if found == index)
@@ -168,9 +169,7 @@ class Tokenizer:
         return [index]
 
     def _role(self, role: str, place: str) -> int | None:
-        named = self.config.get(role)
-        if isinstance(named, dict):
-            named = named.get("content")
+        named = control_tokens(self.config).get(role)
         if named is None:
             known = (self._ids[name] for name in _ROLES[role] if self._ids.get(name) in self.special_ids)
             return next(known, None) if role not in self.config else None

@@ -6,6 +6,7 @@ cut every text).
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +39,13 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def control_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tokens a tokenizer_config.json names, by role (bos_token, eos_token, pad_token, unk_token)."""
+    named = {role: config.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
     """Read `path`, refusing keys that occur twice.
 
@@ -64,8 +72,8 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
 class TokenizerFile:
     """The checked content of a `tokenizer.json`."""
 
-    def __init__(self, content: dict[str, Any], place: str) -> None:
-        """Check `content`.
+    def __init__(self, content: dict[str, Any], place: str, control: Mapping[str, str] | None = None) -> None:
+        """Check `content`; tokens of `control` (see `control_tokens`) count as special even where it does not say so.
 
         Raises: FormatError naming `place` and the field.
         """
@@ -80,7 +88,8 @@ class TokenizerFile:
         self.vocab = self._vocabulary(model)
         self.added: dict[int, str] = {}
         special: set[int] = set()
-        self._read_added_tokens(content.get("added_tokens") or [], special)
+        self.content["added_tokens"] = self._with_control(content.get("added_tokens"), control or {})
+        self._read_added_tokens(self.content["added_tokens"], special)
         self.special_ids = frozenset(special)
         self.ids = {**self.vocab, **{content: index for index, content in self.added.items()}}
         self._check_merges(model)
@@ -119,9 +128,21 @@ class TokenizerFile:
             self._refuse("model.vocab", f"has {len(owner)} tokens but an id as high as {max(owner)}")
         return vocab
 
-    def _read_added_tokens(self, tokens: Any, special: set[int]) -> None:
+    def _with_control(self, tokens: Any, control: Mapping[str, str]) -> list[Any]:
+        tokens = [] if tokens is None else tokens
         if not isinstance(tokens, list):
             self._refuse("added_tokens", f"must be a list, got {type(tokens).__name__}")
+        names = set(control.values())
+        marked = [
+            {**token, "special": True} if isinstance(token, dict) and token.get("content") in names else token
+            for token in tokens
+        ]
+        present = {token.get("content") for token in marked if isinstance(token, dict)}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        missing = sorted((self.vocab[name], name) for name in names - present if name in self.vocab)
+        return marked + [{"id": index, "content": name, **flags} for index, name in missing]
+
+    def _read_added_tokens(self, tokens: list[Any], special: set[int]) -> None:
         for position, token in enumerate(tokens):
             field = f"added_tokens[{position}]"
             entry = self._object(token, field)
