@@ -350,7 +350,7 @@ def test_out_of_memory_in_the_optimizer_is_not_saved(tmp_path: Path, monkeypatch
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(Optimizer, "step", starved)
-    with pytest.raises(OutOfMemoryError, match=r"inside the optimizer's step 7: .*; resume from the last checkpoint"):
+    with pytest.raises(OutOfMemoryError, match=r"optimizer was in step 7: some weights have moved .* resume from"):
         _fit(tmp_path)
     assert list(list_checkpoints(tmp_path / "checkpoints")) == [5]
 
@@ -409,3 +409,21 @@ def test_a_non_finite_held_out_loss_is_never_the_best_and_can_be_saved(tmp_path:
     assert list(list_checkpoints(tmp_path / "checkpoints")) == [2, 3]
     saved = latest_good(tmp_path / "checkpoints").state
     assert (saved["held_out"], saved["counters"]["evaluations_since_best"]) == ({"loss": None}, 1)
+
+
+def test_out_of_memory_in_the_evaluation_is_typed_and_the_step_is_saved(tmp_path: Path) -> None:
+    """When only the evaluation does not fit, the error says so, and the step before it is not lost."""
+
+    def hungry() -> dict[str, float]:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError, match="while evaluating held-out data; use smaller evaluation batches"):
+        _fit(tmp_path, task={"evaluate": hungry})
+    assert latest_good(tmp_path / "checkpoints").step == 4
+
+
+def test_out_of_memory_before_the_first_step_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the optimizer's state does not fit, the error says what would."""
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("std::bad_alloc")))
+    with pytest.raises(OutOfMemoryError, match=r"preparing the optimizer's state; choose .* \(std::bad_alloc\)"):
+        _fit(tmp_path)

@@ -25,6 +25,7 @@ def test_real_failures_are_recognized(library: str) -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("can't start new thread"),
+        RuntimeError("could not create a primitive"),
     ],
 )
 def test_known_sentences_are_recognized(error: BaseException) -> None:

@@ -22,14 +22,13 @@ from entrenar.errors import (
     EntrenarError,
     MachineError,
     NonFiniteError,
-    OutOfMemoryError,
     TrainingHalted,
 )
 from entrenar.files import remove_incomplete
 from entrenar.train import checkpoint, rng
 from entrenar.train.metrics import Journal, StepRecord, finite
 from entrenar.train.monitor import Event, Monitor
-from entrenar.train.oom import is_oom
+from entrenar.train.oom import explained_oom
 from entrenar.train.optim import build_optimizer
 from entrenar.train.phases import Phases
 from entrenar.train.saver import Saver
@@ -117,7 +116,10 @@ class _Training:
     def __init__(self, task: Task[Any], settings: Settings, run: Run, journal: Journal) -> None:
         self.task, self.settings, self.run, self.journal = task, settings, run, journal
         self.total_steps = settings.train.total_steps(task.micro_batches_per_epoch)
-        self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim, settings.train.precision)
+        with explained_oom(
+            "preparing the optimizer's state; choose precision = bfloat16, an adapter or a smaller model"
+        ):
+            self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim, settings.train.precision)
         self.monitor = Monitor(settings.monitor)
         self.limit = RowLimit()
         self.counters = _Counters()
@@ -149,16 +151,17 @@ class _Training:
     def end(self, signal_name: str | None) -> Reason | None:
         """Say why the run ends here; None if it goes on."""
         train = self.settings.train
-        patience = train.early_stop_patience
         if self.total_steps is not None and self.counters.step >= self.total_steps:
             return "steps"
         if signal_name is not None:
             return "signal"
         if train.max_time_s is not None and self._elapsed() >= train.max_time_s:
             return "time"
-        if patience is not None and self.counters.evaluations_since_best >= patience:
-            return "early_stop"
-        return None
+        return self._end_of_patience()
+
+    def _end_of_patience(self) -> Reason | None:
+        patience = self.settings.train.early_stop_patience
+        return "early_stop" if patience is not None and self.counters.evaluations_since_best >= patience else None
 
     def gather(self) -> list[Batch]:
         """Take the micro-batches of one step; fewer, or none, when the data ends."""
@@ -211,13 +214,13 @@ class _Training:
         self._heed(events)
         if is_saving:
             self._save()
-        return reason or self.end(None)
+        return reason or self._end_of_patience()
 
     def finish(self, reason: Reason) -> None:
         """Make sure that the last step is evaluated and saved."""
         if reason == "data" and self.last_record is None:
             raise DataError(f"there is no batch to train on after step {self.counters.step}")
-        if self.last_record is not None and reason in ("data", "early_stop") and self.held_out is None:
+        if self.last_record is not None and reason == "data" and self.held_out is None:
             self._evaluate()
             self.boundary = self._capture()
             self._write(self.last_record, is_wanted=self.held_out is not None)
@@ -257,16 +260,10 @@ class _Training:
         with self._phase("checkpoint"):
             self.saver.wait_staged()
         self.boundary = None
-        try:
-            with self._phase("optimizer"):
-                self.optimizer.step(lr, gradient_scale)
-        except (RuntimeError, MemoryError) as error:
-            if not is_oom(error):
-                raise
-            raise OutOfMemoryError(
-                f"memory ran out inside the optimizer's step {self.counters.step + 1}: some weights have moved and "
-                f"some have not; resume from the last checkpoint with less memory in use ({error})"
-            ) from error
+        step = self.counters.step + 1
+        torn = f"the optimizer was in step {step}: some weights have moved and some have not, resume from a checkpoint"
+        with explained_oom(torn), self._phase("optimizer"):
+            self.optimizer.step(lr, gradient_scale)
 
     def _horizon(self) -> int:
         """Return the number of steps the schedule spans; by the pace so far when only time limits the run."""
@@ -282,7 +279,8 @@ class _Training:
             return
         before = rng.capture()
         self.task.module.eval()
-        with self._phase("evaluate"), torch.no_grad():
+        evaluating = explained_oom("evaluating held-out data; use smaller evaluation batches")
+        with evaluating, self._phase("evaluate"), torch.no_grad():
             self.held_out = dict(self.task.evaluate())
         self.task.module.train()
         rng.restore(before)

@@ -6,7 +6,7 @@
     gradient_spike   the same for the gradient norm                                            before the weights move
     dead_gradient    the gradient norm has been (almost) zero for several steps                before the weights move
     plateau          the newer half of the window is no better than the older half             after the step
-    throughput_drop  targets per second fall far below the window's median                     after the step
+    throughput_drop  targets per second stay far below the window's median                     after the step
 
 A cord leaves an event; `non_finite` and those listed in `halt_on` also stop the run. The windows never hold the
 sample they judge, and they are saved in the checkpoint, so a resumed run judges exactly as one that was never
@@ -49,7 +49,9 @@ class MonitorConfig(BaseModel):
     dead_gradient_steps: int = Field(default=5, ge=1)
     """Steps in a row with a dead gradient that pull the cord."""
     throughput_drop: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Part of the usual targets per second under which the cord is pulled."""
+    """Part of the usual targets per second that counts as a drop."""
+    throughput_drop_steps: int = Field(default=5, ge=1)
+    """Steps in a row with a drop that pull the cord."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Monitor:
             "plateau": deque[float](maxlen=config.plateau_steps),
         }
         self._dead_steps = 0
+        self._slow_steps = 0
         self._skipped_steps = 0
 
     def before_update(self, step: int, loss: float, grad_norm: float) -> list[Event]:
@@ -125,10 +128,11 @@ class Monitor:
             )
 
     def _slow(self, step: int, rate: float) -> Iterator[Event]:
-        if self._is_armed("rate"):
-            usual = statistics.median(self._windows["rate"])
-            if rate < self.config.throughput_drop * usual:
-                yield Event(step, "throughput_drop", f"{rate:.1f} targets/s, usually {usual:.1f}")
+        usual = statistics.median(self._windows["rate"]) if self._is_armed("rate") else 0.0
+        self._slow_steps = self._slow_steps + 1 if rate < self.config.throughput_drop * usual else 0
+        if self._slow_steps == self.config.throughput_drop_steps:
+            message = f"{rate:.1f} targets/s, usually {usual:.1f}, for {self._slow_steps} steps"
+            yield Event(step, "throughput_drop", message)
 
     def _stuck(self, step: int, loss: float) -> Iterator[Event]:
         window = self._windows["plateau"]
@@ -146,6 +150,7 @@ class Monitor:
         return {
             "windows": {name: list(window) for name, window in self._windows.items()},
             "dead_steps": self._dead_steps,
+            "slow_steps": self._slow_steps,
             "skipped_steps": self._skipped_steps,
         }
 
@@ -155,4 +160,5 @@ class Monitor:
             self._windows[name].clear()
             self._windows[name].extend(values)
         self._dead_steps = state["dead_steps"]
+        self._slow_steps = state["slow_steps"]
         self._skipped_steps = state["skipped_steps"]

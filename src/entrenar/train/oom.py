@@ -1,13 +1,27 @@
 """Recognize that memory ran out, on a device or on the host, whatever shape the news takes.
 
 On a CPU torch never raises `torch.OutOfMemoryError`: its allocator raises a RuntimeError with a sentence, C++
-containers raise `std::bad_alloc` through one, numpy and Python raise MemoryError. All are recoverable as long as
-the step is undone, which is why only forward and backward are retried (`step.py`), never the optimizer.
+containers raise `std::bad_alloc` through one, oneDNN "could not create" what it had no room for, numpy and Python
+raise MemoryError. All are recoverable as long as the step is undone, which is why only forward and backward are
+retried (`step.py`), never the optimizer.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-_SENTENCES = ("can't allocate memory", "std::bad_alloc", "not enough memory", "out of memory", "can't start new thread")
+from entrenar.errors import OutOfMemoryError
+
+_SENTENCES = (
+    "can't allocate memory",
+    "std::bad_alloc",
+    "not enough memory",
+    "out of memory",
+    "can't start new thread",
+    "could not create a primitive",
+    "could not create a memory object",
+)
 
 
 def is_oom(error: BaseException) -> bool:
@@ -15,3 +29,18 @@ def is_oom(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sentence in str(error).lower() for sentence in _SENTENCES)
+
+
+@contextmanager
+def explained_oom(activity: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into ours; `activity` says what was being done and what would help.
+
+    Raises: OutOfMemoryError.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_oom(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OutOfMemoryError(f"memory ran out while {activity} ({reason})") from error
