@@ -12,7 +12,7 @@ import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from entrenar.errors import DataError
+from entrenar.errors import DataError, NonFiniteError
 from entrenar.infer import GenerateConfig, generate
 from entrenar.model import Llama, LlamaConfig, RopeScaling
 
@@ -158,6 +158,15 @@ def test_unusable_prompts_are_refused_at_the_call(prompts: list[list[int]], mess
     """A prompt that cannot be read is refused before the first step, with lengths and numbers."""
     with pytest.raises(DataError, match=message):
         generate(model_of(), prompts, GREEDY)
+
+
+def test_damaged_weights_write_nothing() -> None:
+    """A model of NaN is refused at the first token, before it writes the same token for ever."""
+    model = model_of()
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"must be finite, got NaN or infinity: the weights are damaged"):
+        written(model, [[1, 2]], GREEDY)
 
 
 @pytest.mark.parametrize(

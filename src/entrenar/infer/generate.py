@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from entrenar.errors import DataError
+from entrenar.errors import DataError, NonFiniteError
 from entrenar.infer.decode_step import next_logits
 from entrenar.infer.sampling import candidates, draw, penalize_repetition
 from entrenar.model import KVCache, Llama, LlamaConfig
@@ -108,6 +108,8 @@ def _steps(
     ends = end_tokens(model.config, config)
     choose = _Chooser(config, prompts, model.config.vocab_size, generator)
     logits = _read(model, padded, cache)
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteError("the logits after a prompt must be finite, got NaN or infinity: the weights are damaged")
     next_token = next_logits(model, cache)
     open_rows = set(range(len(prompts)))
     for step in range(1, num_steps + 1):

@@ -27,27 +27,36 @@ def candidates(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> tuple[Float[Tensor, "B C"], Int[Tensor, "B C"]]:
-    """Return the tokens that may come next, likeliest first, and their probabilities, 0 for those cut off.
+    """Return the tokens that may come next and their probabilities, 0 for those cut off; in no promised order.
 
-    Kept are: of all, the `top_k` likeliest; of these, the fewest whose share reaches `top_p`; of these, those at least
-    `min_p` times as likely as the likeliest, which itself is always kept.
+    Kept are: of all, the `top_k` likeliest; of these, the fewest whose share reaches `top_p`; of these, those at
+    least `min_p` times as likely as the likeliest, which itself is always kept.
     """
-    shifted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The largest becomes 0, so that no temperature makes it infinite.
-    scaled = (shifted - shifted.amax(-1, keepdim=True)) / temperature
-    count = scaled.shape[-1] if top_k is None else min(top_k, scaled.shape[-1])
-    kept, tokens = scaled.topk(count, dim=-1)
+    kept = (wide - wide.amax(-1, keepdim=True)) / temperature
+    tokens = torch.arange(kept.shape[-1], device=kept.device).expand(kept.shape)
+    if top_k is not None:
+        kept, tokens = kept.topk(min(top_k, kept.shape[-1]), dim=-1)
+    elif top_p < 1:
+        kept, tokens = kept.sort(dim=-1, descending=True)
     probabilities = kept.softmax(-1)
-    mass_before = probabilities.cumsum(-1) - probabilities
-    is_cut = (mass_before >= top_p) | (probabilities < min_p * probabilities[:, :1])
-    is_cut[:, 0] = False
-    probabilities = probabilities.masked_fill(is_cut, 0.0)
+    if top_p < 1:
+        mass_before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(mass_before >= top_p, 0.0)
+    if min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0.0)
     return probabilities / probabilities.sum(-1, keepdim=True), tokens
 
 
 def draw(
     probabilities: Float[Tensor, "B C"], tokens: Int[Tensor, "B C"], generator: torch.Generator
 ) -> Int[Tensor, " B"]:
-    """Draw one of each row's tokens, on the generator's device."""
-    choice = torch.multinomial(probabilities.to(generator.device), 1, generator=generator)
-    return tokens.gather(-1, choice.to(tokens.device))[:, 0]
+    """Draw one of each row's tokens: the first whose cumulated probability exceeds a uniform number.
+
+    One number a row, where `torch.multinomial` draws one for each token of the vocabulary.
+    """
+    cumulated = probabilities.double().cumsum(-1)
+    uniform = torch.rand(len(tokens), 1, dtype=torch.float64, generator=generator, device=generator.device)
+    place = torch.searchsorted(cumulated, uniform.to(tokens.device) * cumulated[:, -1:], right=True)
+    return tokens.gather(-1, place.clamp(max=tokens.shape[-1] - 1))[:, 0]
