@@ -20,6 +20,10 @@ COMMANDS = {
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}
 
+_PROLOG = """usage: entrenar COMMAND …
+
+Train and fine-tune LLaMA models, and show that it was right.
+"""
 _EPILOG = """
 Exit codes: 0 done; 1 a gate or the andon cord said no; 2 the input is at fault; 3 the machine failed; 5 not measured.
 Start with `make quickstart`, or `entrenar COMMAND --help`.
@@ -29,7 +33,7 @@ Start with `make quickstart`, or `entrenar COMMAND --help`.
 def overview() -> str:
     """Return what `entrenar --help` prints."""
     rows = "\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items())
-    return f"usage: entrenar COMMAND …\n\nTrain and fine-tune LLaMA models, and show that it was right.\n\n{rows}\n{_EPILOG}"
+    return f"{_PROLOG}\n{rows}\n{_EPILOG}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from entrenar.data.batch import Batch, LoaderState
 from entrenar.data.corpus import Corpus, CorpusManifest, check_same_tokenizer
 from entrenar.data.loader import Loader, validation_batches
 from entrenar.data.prepare import PrepareConfig, Progress, prepare
+from entrenar.data.settings import DataConfig
 from entrenar.data.token_bytes import DecodeStream
 from entrenar.data.tokenizer import Tokenizer
 from entrenar.data.train_bpe import train_bpe
@@ -12,6 +13,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "CorpusManifest",
+    "DataConfig",
     "DecodeStream",
     "Loader",
     "LoaderState",

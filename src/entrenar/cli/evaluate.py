@@ -1,0 +1,32 @@
+"""`entrenar eval MODEL --corpus DIR`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from entrenar import recipe
+from entrenar.cli import flags
+from entrenar.cli.train import describe
+
+
+def run(words: Sequence[str]) -> int:
+    """Evaluate; return the exit code."""
+    arguments = flags.parser("eval", "Measure a model on the held-out split of a corpus.")
+    arguments.add_argument("model", type=Path, help="a run, a checkpoint or a model folder")
+    arguments.add_argument("--corpus", type=Path, required=True, help="a prepared corpus with the model's tokenizer")
+    arguments.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    arguments.add_argument("--seq-len", type=int, help="tokens in a window (default: the model's context)")
+    arguments.add_argument("--threads", type=int, help="CPU threads")
+    arguments.add_argument("--json", action="store_true", help="print JSON")
+    parsed = flags.parse(arguments, words)
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
+    result = recipe.evaluate_model(parsed.model, parsed.corpus, batch_size=parsed.batch_size, seq_len=parsed.seq_len)
+    if parsed.json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(f"{describe(result)}   over {result.num_targets:,} tokens")
+    return 0

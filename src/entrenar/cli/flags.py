@@ -1,0 +1,74 @@
+"""Every option of a run as a flag, described by the docstring of its field."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from entrenar.config import RunConfig, load_config, options
+from entrenar.errors import ConfigError
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return an argument parser that looks like all others of this program."""
+    return argparse.ArgumentParser(
+        prog=f"entrenar {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_config_flags(arguments: argparse.ArgumentParser) -> None:
+    """Add `--config FILE` and one flag for each option of `RunConfig`, grouped as the file's tables are."""
+    arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags go over it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in options():
+        table = option.path[0] if len(option.path) > 1 else "run"
+        group = groups.setdefault(table, arguments.add_argument_group(f"[{table}]" if table != "run" else "run"))
+        default = option.field.get_default(call_default_factory=True)
+        shown = "" if default is None or option.field.is_required() else f" (default: {_shown(default)})"
+        has_value = option.field.annotation is not bool
+        group.add_argument(
+            option.flag,
+            dest=option.key,
+            metavar=option.path[-1].upper() if has_value else "true|false",
+            nargs=None if has_value else "?",
+            const=None if has_value else "true",
+            default=argparse.SUPPRESS,
+            help=((option.field.description or "").replace("%", "%%") + shown),
+        )
+
+
+def _shown(default: object) -> str:
+    return " ".join(str(item) for item in default) if isinstance(default, tuple) else str(default)
+
+
+def given_flags(parsed: argparse.Namespace) -> dict[str, str]:
+    """Return the config flags that were typed, by dotted key."""
+    keys = {option.key for option in options()}
+    return {key: value for key, value in vars(parsed).items() if key in keys}
+
+
+def config_of(parsed: argparse.Namespace) -> RunConfig:
+    """Read the config file and put the typed flags over it.
+
+    Raises: ConfigError with every fault.
+    """
+    return load_config(parsed.config, given_flags(parsed))
+
+
+def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse; argparse itself exits with 2 on a fault and 0 after --help.
+
+    Raises:
+        ConfigError: flags that do not exist, each with the nearest that does.
+    """
+    parsed, unknown = arguments.parse_known_args(list(words))
+    if unknown:
+        flags = [word for word in unknown if word.startswith("-")] or unknown
+        raise ConfigError("\n".join(f"{flag} is not a flag of {arguments.prog}{_nearest(flag)}" for flag in flags))
+    return parsed
+
+
+def _nearest(flag: str) -> str:
+    known = [option.flag for option in options()]
+    match = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""

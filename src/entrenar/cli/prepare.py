@@ -1,0 +1,79 @@
+"""`entrenar prepare SOURCE… --out DIR`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from entrenar.cli import flags
+from entrenar.cli.progress import TrainingView, quantity
+from entrenar.data import Corpus, CorpusManifest, PrepareConfig, prepare
+from entrenar.errors import ConfigError
+
+
+def run(words: Sequence[str]) -> int:
+    """Prepare a corpus; return the exit code."""
+    parsed = flags.parse(_arguments(), words)
+    if parsed.if_missing and parsed.out.exists():
+        Corpus.open(parsed.out)
+        print(f"{parsed.out} is there and whole")
+        return 0
+    manifest = prepare(
+        parsed.sources, parsed.out, _config(parsed), tokenizer=parsed.tokenizer, progress=TrainingView(None).preparing
+    )
+    _print_summary(parsed.out, manifest)
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = flags.parser("prepare", "Tokenize text, code, jsonl, json or parquet into a corpus of shards.")
+    arguments.add_argument("sources", nargs="+", help="files or folders; `stdlib` is Python's own sources")
+    arguments.add_argument("--out", type=Path, required=True, help="folder of the corpus; it must not exist")
+    arguments.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json, sentencepiece .model or a model folder; trained when not given"
+    )
+    arguments.add_argument("--if-missing", action="store_true", help="do nothing if the corpus is there and whole")
+    for name, field in PrepareConfig.model_fields.items():
+        arguments.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=f"config.{name}",
+            metavar=name.upper(),
+            default=argparse.SUPPRESS,
+            help=f"{(field.description or '').replace('%', '%%')} (default: {field.default})",
+        )
+    return arguments
+
+
+def _config(parsed: argparse.Namespace) -> PrepareConfig:
+    given = {
+        name: getattr(parsed, f"config.{name}") for name in PrepareConfig.model_fields if f"config.{name}" in parsed
+    }
+    try:
+        return PrepareConfig.model_validate({name: _parsed(name, text) for name, text in given.items()})
+    except ValidationError as error:
+        faults = [
+            f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, got {fault['input']!r}"
+            for fault in error.errors()
+        ]
+        raise ConfigError("\n".join(faults)) from error
+
+
+def _parsed(name: str, text: str) -> object:
+    is_list = isinstance(PrepareConfig.model_fields[name].default, tuple)
+    return tuple(text.split(",")) if is_list else text
+
+
+def _print_summary(out: Path, manifest: CorpusManifest) -> None:
+    print(f"\n{out}: vocabulary of {manifest.tokenizer.vocab_size:,}")
+    for name, split in manifest.splits.items():
+        ratio = split.bytes / max(split.tokens, 1)
+        print(
+            f"  {name:<6} {quantity(split.documents):>7} documents  {quantity(split.tokens):>7} tokens  "
+            f"{quantity(split.bytes):>7} bytes  {ratio:.2f} bytes per token"
+        )
+    if manifest.duplicates:
+        print(f"  {manifest.duplicates:,} duplicates left out")
+    for skipped in manifest.skipped:
+        names = ", ".join(skipped.names[:3])
+        print(f"  {skipped.count:,} files left out, {skipped.reason}: {names}{' …' if skipped.count > 3 else ''}")

@@ -1,0 +1,111 @@
+"""What a person sees while something runs: one live line on a terminal, plain lines in a file or pipe."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from entrenar.data import Progress
+from entrenar.recipe import Observer
+from entrenar.train import Event, StepRecord
+
+_LIVE_EVERY_S = 0.2
+_PLAIN_EVERY_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as a person would: 42s, 3m10s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def quantity(count: float) -> str:
+    """Write a count with a unit: 950, 12.3k, 4.5M."""
+    for limit, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
+        if count < limit:
+            return f"{count / divisor:.0f}{unit}" if divisor == 1 else f"{count / divisor:.1f}{unit}"
+    return f"{count / 1e9:.1f}G"
+
+
+class Line:
+    """One line that is rewritten on a terminal; elsewhere a new line now and then."""
+
+    def __init__(self) -> None:
+        self._is_live = sys.stdout.isatty()
+        self._every_s = _LIVE_EVERY_S if self._is_live else _PLAIN_EVERY_S
+        self._shown = float("-inf")
+        self._width = 0
+
+    def show(self, text: str, *, is_forced: bool = False) -> None:
+        """Show `text` in place of what was shown, if it is time to."""
+        now = time.monotonic()
+        if now - self._shown < self._every_s and not is_forced:
+            return
+        self._shown = now
+        if self._is_live:
+            sys.stdout.write("\r" + text.ljust(self._width))
+            self._width = len(text)
+        else:
+            sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._is_live and self._width:
+            sys.stdout.write("\r" + " " * self._width + "\r")
+            self._width = 0
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        self._shown = float("-inf")
+
+
+class TrainingView:
+    """Shows a run: step, loss, held-out loss, tokens/s, time left."""
+
+    def __init__(self, epochs: float | None) -> None:
+        self._line = Line()
+        self._epochs = epochs
+        self._held_out: Mapping[str, float] | None = None
+        self._epoch = 1
+        self._phases: dict[str, float] = {}
+
+    def observer(self) -> Observer:
+        """Return the callbacks for a recipe."""
+        return Observer(self.stage, self.record, self.event, self.preparing)
+
+    def stage(self, text: str) -> None:
+        """Say what begins."""
+        self._line.note(text)
+
+    def preparing(self, progress: Progress) -> None:
+        """Show how far `prepare` is."""
+        share = progress.bytes_read / max(progress.total_bytes, 1)
+        counts = f"{quantity(progress.documents)} documents  {quantity(progress.tokens)} tokens"
+        self._line.show(f"{progress.stage}: {share:4.0%}  {counts}")
+
+    def record(self, record: StepRecord) -> None:
+        """Show a step."""
+        self._held_out = record.held_out or self._held_out
+        held_out = f"  held-out {self._held_out['loss']:.4f}" if self._held_out else ""
+        left = f"  {duration(record.eta_s)} left" if record.eta_s is not None else ""
+        self._line.show(
+            f"step {record.step}  loss {record.loss:.4f}{held_out}  {quantity(record.targets_per_s)} tokens/s{left}",
+            is_forced=record.held_out is not None,
+        )
+        self._conclude_epoch(record)
+        self._phases = dict(record.phases_s)
+
+    def _conclude_epoch(self, record: StepRecord) -> None:
+        if self._epochs is None or record.epoch is None or record.epoch < self._epoch:
+            return
+        self._line.note(f"[entrenar: Epoch {self._epoch}/{self._epochs:g}, Loss: {record.loss:.3f}]")
+        self._line.note(f"[entrenar: Backward pass: {record.phases_s.get('backward', 0) * 1e3:.0f}ms]")
+        self._line.note(f"[entrenar: Optimizer step: {record.phases_s.get('optimizer', 0) * 1e3:.0f}ms]")
+        self._epoch += 1
+
+    def event(self, event: Event) -> None:
+        """Tell of something out of the ordinary."""
+        self._line.note(f"step {event.step}: {event.message}")

@@ -1,0 +1,91 @@
+"""`entrenar train`: pre-train from a config, or go on with a run."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from entrenar import recipe
+from entrenar.cli import flags
+from entrenar.cli.progress import TrainingView, duration
+from entrenar.config import RunConfig, load_config
+from entrenar.infer import Evaluation
+
+_ENDS = {
+    "steps": "all steps done",
+    "time": "time is up",
+    "early_stop": "the held-out loss no longer falls",
+    "signal": "stopped by a signal; resume with --resume",
+    "data": "the data ended",
+}
+
+
+def run(words: Sequence[str]) -> int:
+    """Train; return the exit code."""
+    logging.basicConfig(level=logging.ERROR)
+    parsed = flags.parse(_arguments(), words)
+    config = _config(parsed.config, flags.given_flags(parsed), is_resuming=parsed.resume)
+    if parsed.dry_run:
+        return _dry_run(config)
+    view = TrainingView(config.train.epochs)
+    if parsed.resume:
+        print("[entrenar: Loading checkpoint...]")
+    report = recipe.train(
+        config,
+        resume=parsed.resume,
+        overwrite=parsed.overwrite,
+        allow_changes=parsed.allow_config_changes,
+        observer=view.observer(),
+    )
+    _print_report(report)
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = flags.parser("train", "Pre-train a LLaMA on prepared corpora, or go on with a run.")
+    arguments.add_argument("--resume", action="store_true", help="go on from the latest good checkpoint of the run")
+    arguments.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    arguments.add_argument(
+        "--allow-config-changes", action="store_true", help="resume although the config is not the one it began with"
+    )
+    arguments.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
+    flags.add_config_flags(arguments)
+    return arguments
+
+
+def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> RunConfig:
+    if file is None and is_resuming:
+        run_dir = Path(given.get("runs_dir", "runs")) / given.get("name", "run")
+        return recipe.resumable_config(run_dir, given)
+    return load_config(file, given)
+
+
+def _dry_run(config: RunConfig) -> int:
+    model = config.model
+    print(f"run          {config.run_dir}")
+    print(f"parameters   {model.parameter_count():,}")
+    print(f"corpora      {', '.join(map(str, config.data.corpus))}")
+    tokens = config.data.batch_size * config.data.seq_len * config.train.grad_accum_steps
+    print(f"tokens/step  {tokens:,}")
+    print(f"FLOPs/step   {model.flops_per_token(config.data.seq_len) * tokens:.3g}")
+    for folder in config.data.corpus:
+        state = "there" if (folder / "manifest.json").is_file() else "missing"
+        print(f"corpus {folder}: {state}")
+    return 0
+
+
+def _print_report(report: recipe.TrainReport) -> None:
+    last = report.outcome.last_record
+    elapsed = f" after {duration(last.elapsed_s)}" if last else ""
+    print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {_ENDS[report.outcome.reason]}")
+    if report.before is not None:
+        print(f"  held-out before   {describe(report.before)}")
+    print(f"  held-out after    {describe(report.after)}")
+    print(f"  checkpoint        {recipe.model_folder(report.run_dir)}")
+    print(f"  metrics           {report.run_dir / 'metrics.jsonl'}")
+
+
+def describe(evaluation: Evaluation) -> str:
+    """Write loss, perplexity and bits per byte in one line."""
+    bits = "" if evaluation.bits_per_byte is None else f"   {evaluation.bits_per_byte:.4f} bits per byte"
+    return f"loss {evaluation.loss:.4f}   perplexity {evaluation.perplexity:,.2f}{bits}"

@@ -1,0 +1,266 @@
+"""A run's settings: the owners' config models side by side, read from a TOML or JSON file and from flags.
+
+Each option is declared once, in the model of the code that uses it; the file has a table for each model (`[optim]`) and
+the command line a flag for each field (`--lr`). All faults are reported at once, each with its file and line.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from entrenar.data import DataConfig
+from entrenar.errors import ConfigError
+from entrenar.model import LlamaConfig, PresetName
+from entrenar.train import CheckpointConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainConfig
+
+
+class RunConfig(BaseModel):
+    """Everything that determines a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    """The run's folder under `runs_dir`."""
+    runs_dir: Path = Path("runs")
+    """Where runs are kept."""
+    preset: PresetName | None = None
+    """Architecture to start from: tiny, 124m, 1b, 7b, llama3-8b; [model] changes single fields of it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrices are multiplied in; auto measures at the start which is fastest for `precision`, and keeps to it."""
+    model: LlamaConfig = LlamaConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig(epochs=1)
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _windows_fit_the_context(self) -> Self:
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len must be <= model.max_seq_len, got {self.data.seq_len} > {self.model.max_seq_len}; "
+                "shorten the windows or lengthen the context"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run."""
+        return self.runs_dir / self.name
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf of `RunConfig`: where it lies and how it is described."""
+
+    path: tuple[str, ...]
+    field: FieldInfo
+
+    @property
+    def flag(self) -> str:
+        """The flag that sets it."""
+        return "--" + self.path[-1].replace("_", "-")
+
+    @property
+    def key(self) -> str:
+        """The dotted key that names it in messages."""
+        return ".".join(self.path)
+
+
+def options(model: type[BaseModel] = RunConfig, prefix: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Yield every leaf option of a config model, in order."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from options(inner, (*prefix, name))
+        else:
+            yield Option((*prefix, name), field)
+
+
+def load_config(file: Path | None, flags: Mapping[str, str] | None = None) -> RunConfig:
+    """Read `file` (TOML or JSON), put the flags (dotted key to text) over it, and validate the whole.
+
+    Raises:
+        ConfigError: every fault of file and flags in one message.
+    """
+    source = Source.read(file)
+    values = _expand_preset(source.values, flags or {})
+    for key, text in (flags or {}).items():
+        _set(values, key.split("."), _parse_flag(text))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [describe_fault(detail, source, flags or {}) for detail in error.errors()]
+        raise ConfigError("\n".join(faults)) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """A config file: its values, and its text to find the line of a key in."""
+
+    path: Path | None
+    text: str
+    values: dict[str, Any]
+
+    @staticmethod
+    def read(path: Path | None) -> "Source":
+        """Read a TOML or JSON file.
+
+        Raises:
+            ConfigError: the file is missing, is neither TOML nor JSON, or is not valid.
+        """
+        if path is None:
+            return Source(None, "", {})
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except FileNotFoundError as error:
+            raise ConfigError(f"config file {path} does not exist{_similar_file(path)}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"config file {path} is not valid {path.suffix[1:] or 'TOML'}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"config file {path} must hold a table of settings, got {type(values).__name__}")
+        return Source(path, text, values)
+
+    def line_of(self, keys: tuple[str, ...]) -> int | None:
+        """Return the 1-based line on which the key at this path is set, if it is found."""
+        lines = self.text.splitlines()
+        line = 0
+        for depth, key in enumerate(keys):
+            quoted = re.escape(key)
+            is_last = depth == len(keys) - 1
+            table = (
+                rf'^\s*\[{re.escape(".".join(keys[: depth + 1]))}\]|^\s*"?{quoted}"?\s*[:=]|[{{,]\s*"?{quoted}"?\s*[:=]'
+            )
+            found = next((at for at in range(line, len(lines)) if re.search(table, lines[at])), None)
+            if found is None:
+                return line + 1 if depth and is_last else None
+            line = found
+        return line + 1 if lines else None
+
+
+def describe_fault(detail: ErrorDetails, source: Source, flags: Mapping[str, str]) -> str:
+    """Say rule, value, place and remedy of one validation error."""
+    keys = tuple(str(part) for part in detail["loc"])
+    key = ".".join(keys)
+    if detail["type"] == "extra_forbidden":
+        fault = f"{key} is not a setting{_nearest(keys)}"
+    else:
+        reason = str(detail.get("ctx", {}).get("error", "")) or _rule(detail)
+        fault = f"{key}: {reason}" if key else reason
+    if key in flags:
+        return f"{fault} (flag --{keys[-1].replace('_', '-')})"
+    line = source.line_of(keys) if source.path and keys else None
+    return f"{fault} ({source.path}, line {line})" if line else fault + (f" ({source.path})" if source.path else "")
+
+
+def _rule(detail: ErrorDetails) -> str:
+    message = detail["msg"].replace("Input should be", "must be")
+    return f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _nearest(keys: tuple[str, ...]) -> str:
+    known = {option.path[-1]: option.key for option in options()}
+    sections = {option.path[0]: option.path[0] for option in options() if len(option.path) > 1}
+    candidates = {**sections, **known}
+    if keys[-1] in known:
+        return f"; it is {known[keys[-1]]}"
+    match = difflib.get_close_matches(keys[-1], candidates, n=1)
+    return f"; did you mean {candidates[match[0]]}?" if match else "; `entrenar config schema` lists all settings"
+
+
+def _similar_file(path: Path) -> str:
+    parent = path.parent if path.parent.is_dir() else Path()
+    names = sorted(entry.name for entry in parent.iterdir() if entry.suffix in (".toml", ".json"))
+    match = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {parent / match[0]}?" if match else ""
+
+
+def _expand_preset(values: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
+    preset = flags.get("preset", values.get("preset"))
+    expanded = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    if isinstance(preset, str) and preset in get_args(PresetName):
+        own = expanded.get("model", {})
+        base = LlamaConfig.preset(preset).model_dump(exclude_unset=True)
+        expanded["model"] = {**base, **own} if isinstance(own, dict) else own
+    return expanded
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            return  # the validation of the file reports this table
+        values = inner
+    values[keys[-1]] = value
+
+
+def _parse_flag(text: str) -> Any:
+    """Read lists, tables and null as JSON; all else stays text, which the field's own type reads."""
+    if text[:1] in "[{" or text == "null":
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
+def to_toml(config: RunConfig) -> str:
+    """Write a config as TOML that `load_config` reads back to the same config."""
+    lines: list[str] = []
+    nested: list[tuple[str, BaseModel]] = []
+    for name in RunConfig.model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            nested.append((name, value))
+        elif value is not None and name != "preset":
+            lines.append(f"{name} = {_toml_value(value)}")
+    for name, section in nested:
+        dumped = section.model_dump(mode="json", exclude_none=True)
+        lines += ["", f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in dumped.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return (
+            "{ "
+            + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items() if inner is not None)
+            + " }"
+        )
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value if isinstance(value, (bool, int, str)) else str(value), ensure_ascii=False)
+
+
+def difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return a line `key: old -> new` for each option that differs."""
+    changed = []
+    for option in options():
+        before, after = (_at(config, option.path) for config in (old, new))
+        if before != after:
+            changed.append(f"{option.key}: {before!r} -> {after!r}")
+    return changed
+
+
+def _at(config: BaseModel, path: tuple[str, ...]) -> Any:
+    value: Any = config
+    for name in path:
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,28 @@
+"""What a user decides about a run's data."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DataConfig(BaseModel):
+    """Where the tokens come from and how they are cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    corpus: tuple[Path, ...] = (Path("corpora/stdlib"),)
+    """Prepared corpora to train on, folders made by `entrenar prepare`."""
+    weights: tuple[float, ...] | None = None
+    """How often each corpus is drawn from; by its number of tokens when not given."""
+    sources: tuple[str, ...] = ()
+    """What to prepare the corpus from when its folder does not exist yet; `stdlib` is Python's own sources."""
+    tokenizer: Path | None = None
+    """Tokenizer for `sources`: tokenizer.json, a sentencepiece .model or a model folder; one is trained when not given."""
+    batch_size: int = Field(default=8, ge=1)
+    """Windows in one micro-batch."""
+    seq_len: int = Field(default=256, ge=1)
+    """Tokens in a window."""
+    mask_documents: bool = True
+    """Keep documents that share a window from seeing each other."""
+    max_eval_batches: int | None = Field(default=None, ge=1)
+    """Held-out batches of one evaluation; all of them when not given."""

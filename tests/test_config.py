@@ -1,0 +1,151 @@
+"""Configs: every fault at once with its place, flags over files, and what is printed is read back."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from entrenar.config import difference, load_config, options, to_toml
+from entrenar.errors import ConfigError
+
+GOOD = """\
+name = "trial"
+preset = "tiny"
+
+[optim]
+lr = 0.001
+
+[train]
+max_steps = 10
+"""
+
+
+def write(tmp_path: Path, text: str, name: str = "run.toml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_sets_what_it_names_and_nothing_else(tmp_path):
+    """The file's values hold; all else is the default."""
+    config = load_config(write(tmp_path, GOOD))
+    assert (config.name, config.optim.lr, config.train.max_steps) == ("trial", 0.001, 10)
+    assert config.model.hidden_size == 256
+    assert config.optim.beta1 == 0.9
+
+
+def test_flags_go_over_the_file(tmp_path):
+    """A typed flag wins, and the rest of its table stays."""
+    config = load_config(write(tmp_path, GOOD), {"optim.lr": "5e-4", "train.tensorboard": "true", "name": "other"})
+    assert (config.optim.lr, config.train.tensorboard, config.name) == (5e-4, True, "other")
+    assert config.train.max_steps == 10
+
+
+def test_json_is_read_like_toml(tmp_path):
+    """The same settings as JSON give the same config."""
+    as_json = json.dumps(
+        {"name": "trial", "preset": "tiny", "optim": {"lr": 0.001}, "train": {"max_steps": 10}}, indent=1
+    )
+    assert load_config(write(tmp_path, as_json, "run.json")) == load_config(write(tmp_path, GOOD))
+
+
+def test_single_fields_change_a_preset(tmp_path):
+    """[model] goes over the preset, field by field."""
+    config = load_config(write(tmp_path, GOOD + "\n[model]\nnum_layers = 2\n"))
+    assert (config.model.num_layers, config.model.hidden_size) == (2, 256)
+
+
+def test_all_faults_are_told_at_once_with_their_lines(tmp_path):
+    """A negative rate, a misspelt key and a wrong type are one message, each with file and line."""
+    path = write(tmp_path, 'name = "x"\n[optim]\nlr = -0.1\nwieght_decay = 0\n[train]\nmax_steps = "many"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    lines = str(caught.value).splitlines()
+    assert f"optim.lr: must be greater than 0, got -0.1 ({path}, line 3)" in lines
+    assert f"optim.wieght_decay is not a setting; did you mean optim.weight_decay? ({path}, line 4)" in lines
+    assert any(line.startswith("train.max_steps: must be a valid integer") and "line 6" in line for line in lines)
+
+
+def test_a_key_in_the_wrong_table_is_told_its_place(tmp_path):
+    """A known key under another table is named with its own table."""
+    with pytest.raises(ConfigError, match=r"^train\.lr is not a setting; it is optim\.lr \(.*line 3\)"):
+        load_config(write(tmp_path, "[train]\nmax_steps = 1\nlr = 1\n"))
+
+
+def test_a_fault_in_a_flag_names_the_flag():
+    """A typed value that breaks a rule is traced to its flag, not to the file."""
+    with pytest.raises(ConfigError, match=r"^optim\.lr: must be greater than 0, got '-3' \(flag --lr\)$"):
+        load_config(None, {"optim.lr": "-3"})
+
+
+def test_windows_longer_than_the_context_are_refused(tmp_path):
+    """A rule between two tables names both values."""
+    with pytest.raises(ConfigError, match=r"data\.seq_len must be <= model\.max_seq_len, got 512 > 256"):
+        load_config(write(tmp_path, GOOD + "[data]\nseq_len = 512\n"))
+
+
+def test_an_unknown_preset_is_refused(tmp_path):
+    """The presets there are are listed."""
+    with pytest.raises(ConfigError, match=r"^preset: must be 'tiny', '124m'.* got 'huge'"):
+        load_config(write(tmp_path, 'preset = "huge"\n[train]\nepochs = 1\n'))
+
+
+def test_a_run_without_an_end_is_refused(tmp_path):
+    """One of max_steps, epochs, max_time_s is needed."""
+    with pytest.raises(ConfigError, match="a run needs an end: set max_steps, epochs or max_time_s"):
+        load_config(write(tmp_path, "[train]\nseed = 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.toml", b"lr = = 3", "is not valid toml"),
+        ("run.json", b"[1]", "must hold a table of settings, got list"),
+        ("run.json", b"{", "is not valid json"),
+        ("run.toml", b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path, name, content, message):
+    """A broken file is an error that names it."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    """A misspelt file name is answered with the nearest file."""
+    write(tmp_path, GOOD, "quickstart.toml")
+    with pytest.raises(ConfigError, match=r"quikstart\.toml does not exist; did you mean .*quickstart\.toml\?"):
+        load_config(tmp_path / "quikstart.toml")
+
+
+def test_what_is_printed_is_read_back(tmp_path):
+    """The TOML of a config is that config."""
+    scaled = GOOD + '[model]\nrope_scaling = { rope_type = "linear", factor = 2.0 }\n'
+    config = load_config(write(tmp_path, scaled))
+    again = load_config(write(tmp_path, to_toml(config), "again.toml"))
+    assert difference(config, again) == ["preset: 'tiny' -> None"]  # its fields are written out
+    assert again.model_dump(exclude={"preset"}) == config.model_dump(exclude={"preset"})
+
+
+def test_differences_are_listed(tmp_path):
+    """Two configs are compared option by option."""
+    path = write(tmp_path, GOOD)
+    changed = load_config(path, {"optim.lr": "0.002", "train.seed": "7"})
+    assert difference(load_config(path), changed) == ["train.seed: 0 -> 7", "optim.lr: 0.001 -> 0.002"]
+
+
+def test_every_flag_is_unique_and_described():
+    """No two options share a flag, and each has a docstring for its help."""
+    all_options = list(options())
+    flags = [option.flag for option in all_options]
+    assert len(flags) == len(set(flags)), sorted(flag for flag in flags if flags.count(flag) > 1)
+    assert [option.key for option in all_options if not option.field.description] == []
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*")), ids=lambda path: path.name)
+def test_the_configs_of_the_project_are_valid(path):
+    """Every shipped config loads."""
+    load_config(path)

@@ -1,0 +1,217 @@
+"""The whole road, from text to a model that is resumed, measured and read by others."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entrenar import recipe
+from entrenar.cli.main import main
+from entrenar.config import RunConfig, load_config
+from entrenar.data import Corpus, PrepareConfig, prepare
+from entrenar.errors import CheckpointError, ConfigError, DataError
+from entrenar.files import sha256_file
+from entrenar.train import latest_good
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A small corpus with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    words = np.random.default_rng(0).choice(
+        ["def", "return", "value", "self", "import", "for", "in", "0"], size=(400, 30)
+    )
+    text = "\n----\n".join(" ".join(row) for row in words)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    config = PrepareConfig(vocab_size=VOCAB_SIZE, val_fraction=0.1, document_separator="----", threads=1)
+    prepare([folder / "text.txt"], folder / "corpus", config)
+    return folder / "corpus"
+
+
+def config_for(corpus: Path, runs: Path, **flags: str) -> RunConfig:
+    """A run of a model of two small layers."""
+    base = {
+        "name": "trial", "runs_dir": str(runs), "data.corpus": json.dumps([str(corpus)]), "data.batch_size": "4",
+        "data.seq_len": "32", "model.vocab_size": str(VOCAB_SIZE), "model.hidden_size": "32", "model.num_layers": "2",
+        "model.num_heads": "4", "model.num_kv_heads": "2", "model.intermediate_size": "64", "model.max_seq_len": "64",
+        "train.max_steps": "6", "optim.lr": "0.01", "train.eval_every": "0", "train.threads": "1",
+        "train.grad_accum_steps": "2", "checkpoint.save_every": "2",
+    }  # fmt: skip
+    return load_config(None, base | {key.replace("__", "."): value for key, value in flags.items()})
+
+
+def tensors_of(run_dir: Path) -> dict[str, str]:
+    """The hash of every tensor file of the newest checkpoint."""
+    folder = latest_good(run_dir / "checkpoints").path
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*.safetensors")}
+
+
+def test_training_lowers_the_held_out_loss(corpus, tmp_path):
+    """Sixty steps leave a lower held-out loss than none, and the report says both."""
+    report = recipe.train(config_for(corpus, tmp_path, train__max_steps="60", checkpoint__save_every="0"))
+    assert report.before is not None
+    assert report.before.loss == pytest.approx(np.log(VOCAB_SIZE), rel=0.05)
+    assert report.after.loss < 0.6 * report.before.loss
+    assert report.after.bits_per_byte is not None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path, precision):
+    """Two steps, a stop, two steps, a second stop and two more are six steps, byte for byte."""
+    # Constant: other schedules are stretched over the run's steps, which differ between the parts.
+    flags = {"train__precision": precision, "compute_dtype": "float32", "schedule__schedule": "constant"}
+    recipe.train(config_for(corpus, tmp_path / "whole", **flags))
+    for steps in ("2", "4", "6"):
+        config = config_for(corpus, tmp_path / "parts", train__max_steps=steps, **flags)
+        recipe.train(config, resume=steps != "2")
+    whole, parts = (latest_good(tmp_path / name / "trial" / "checkpoints") for name in ("whole", "parts"))
+    assert whole.loader_state == parts.loader_state
+    assert whole.state["rng"] == parts.state["rng"]
+    assert tensors_of(tmp_path / "whole" / "trial") == tensors_of(tmp_path / "parts" / "trial")
+
+
+def test_a_killed_run_goes_on_byte_for_byte(corpus, tmp_path):
+    """A run killed by SIGKILL in the middle and resumed ends with the bytes of a run that was not."""
+    words = ["--runs-dir", str(tmp_path / "killed"), *flags_of(config_for(corpus, tmp_path))]
+    command = [sys.executable, "-m", "entrenar", "train", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "trial" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("step-*/manifest.json")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    recipe.train(config_for(corpus, tmp_path / "killed", train__max_steps="40"), resume=True)
+    recipe.train(config_for(corpus, tmp_path / "whole", train__max_steps="40"))
+    assert tensors_of(tmp_path / "killed" / "trial") == tensors_of(tmp_path / "whole" / "trial")
+
+
+def flags_of(config: RunConfig) -> list[str]:
+    """The flags that make this config, for forty steps."""
+    model = config.model.model_dump(exclude_unset=True)
+    flags = {**model, **config.train.model_dump(exclude_unset=True), **config.data.model_dump(exclude_unset=True)}
+    flags |= {**config.optim.model_dump(exclude_unset=True), **config.checkpoint.model_dump(exclude_unset=True)}
+    flags |= {"corpus": json.dumps([str(path) for path in config.data.corpus]), "name": "trial", "max_steps": 40}
+    return [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def test_a_changed_config_is_refused_with_the_difference(corpus, tmp_path):
+    """Resuming with another learning rate names it; --allow-config-changes goes on."""
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="2"))
+    changed = config_for(corpus, tmp_path, optim__lr="0.02", train__max_steps="3")
+    with pytest.raises(CheckpointError, match=r"optim\.lr"):
+        recipe.train(changed, resume=True)
+    assert recipe.train(changed, resume=True, allow_changes=True).outcome.step == 3
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus, tmp_path):
+    """One flipped bit in the newest checkpoint: the run goes on from the one before and says so."""
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="4"))
+    weights = tmp_path / "trial" / "checkpoints" / "step-00000004" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    events = []
+    observer = recipe.Observer(on_event=events.append)
+    report = recipe.train(config_for(corpus, tmp_path, train__max_steps="6"), resume=True, observer=observer)
+    assert report.outcome.step == 6
+    assert any(event.kind == "checkpoint_damaged" and "step-00000004" in event.message for event in events)
+
+
+def test_a_checkpoint_opens_in_transformers(corpus, tmp_path):
+    """The model folder of a checkpoint loads with AutoModelForCausalLM and gives the same logits."""
+    transformers = pytest.importorskip("transformers")
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="2"))
+    model, _ = recipe.open_model(tmp_path / "trial")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(recipe.model_folder(tmp_path / "trial"))
+    ids = torch.randint(0, VOCAB_SIZE, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_is_not_overwritten_unasked(corpus, tmp_path):
+    """A second run of the same name is refused with the ways out."""
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
+    with pytest.raises(ConfigError, match=r"already holds a run; go on with it by --resume, replace it by --overwrite"):
+        recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
+    report = recipe.train(config_for(corpus, tmp_path, train__max_steps="1"), overwrite=True)
+    assert report.outcome.step == 1
+
+
+def test_resuming_what_is_not_there_is_refused(corpus, tmp_path):
+    """--resume without a run says to start without it."""
+    with pytest.raises(CheckpointError, match="there is no run at .* to resume; start it without --resume"):
+        recipe.train(config_for(corpus, tmp_path), resume=True)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(corpus, tmp_path):
+    """A vocabulary that does not fit names both sizes."""
+    with pytest.raises(DataError, match=r"tokenizer has \d+ tokens, model\.vocab_size is 200; set model\.vocab_size"):
+        recipe.train(config_for(corpus, tmp_path, model__vocab_size="200"))
+
+
+def test_a_device_that_is_not_there_is_refused(corpus, tmp_path):
+    """cuda on a machine without one is a config error."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="device must be one this machine has, got 'cuda'"):
+        recipe.train(config_for(corpus, tmp_path, device="cuda"))
+
+
+def test_no_model_is_told_apart_from_a_model(tmp_path):
+    """A folder without a model says what would be one."""
+    with pytest.raises(DataError, match="neither a model folder"):
+        recipe.model_folder(tmp_path)
+
+
+def test_a_missing_corpus_is_made_from_its_sources(tmp_path):
+    """A run whose corpus does not exist prepares it from data.sources first."""
+    rows = (json.dumps({"text": f"document {number} of {number * number} words"}) for number in range(800))
+    rows_file = tmp_path / "rows.jsonl"
+    rows_file.write_text("\n".join(rows), encoding="utf-8")
+    new = tmp_path / "corpus"
+    recipe.train(config_for(new, tmp_path, data__sources=json.dumps([str(rows_file)]), train__max_steps="1"))
+    assert Corpus.open(new).manifest.splits["val"].documents > 0
+
+
+def test_the_command_line_trains_evaluates_and_writes(corpus, tmp_path, capsys):
+    """train, eval and generate work on the same run, and say what the spec's lines say."""
+    words = flags_of(config_for(corpus, tmp_path))
+    assert main(["train", *words, "--runs-dir", str(tmp_path), "--epochs", "2", "--max-steps", "60"]) == 0
+    said = capsys.readouterr().out
+    assert "[entrenar: Epoch 1/2, Loss: " in said
+    assert "[entrenar: Backward pass: " in said
+    assert "[entrenar: Training complete!]" in said
+    assert main(["eval", str(tmp_path / "trial"), "--corpus", str(corpus), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["loss"] < np.log(VOCAB_SIZE)
+    written = [
+        "generate",
+        str(tmp_path / "trial"),
+        "--prompt",
+        "def value",
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0",
+    ]
+    assert main(written) == 0
+    assert capsys.readouterr().out.startswith("def value")
+
+
+def test_the_command_line_answers_a_fault_with_exit_code_2(tmp_path, capsys):
+    """A misspelt flag and a missing model end with 2 and one message."""
+    assert main(["train", "--batchsize", "4"]) == 2
+    assert "--batchsize is not a flag of entrenar train; did you mean --batch-size?" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert main(["nonsense"]) == 2
