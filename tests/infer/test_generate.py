@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from entrenar.data import Tokenizer
 from entrenar.errors import DataError, NonFiniteError
-from entrenar.infer import GenerateConfig, generate
+from entrenar.infer import GenerateConfig, complete, generate
 from entrenar.model import Llama, LlamaConfig, RopeScaling
 
 CONFIG = LlamaConfig(
@@ -194,6 +194,8 @@ def test_published_greedy_tokens_of_stories260k(shared_data: Path) -> None:
     expected = np.load(folder / "reference_logits.npz")["greedy_from_bos"].tolist()
     (row,) = written(model, [[1]], GenerateConfig(max_new_tokens=200, temperature=0))
     assert row[: len(expected)] == expected
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(shared_data / "tokenizers/tok512/tok512.model"))
+    tokenizer = Tokenizer.load(shared_data / "tokenizers/tok512/tok512.model")
     text = (shared_data / "models/stories260K/expected_greedy_200.txt").read_text()
-    assert pieces.decode(row).startswith(text)
+    (completion,) = complete(model, tokenizer, [""], GenerateConfig(max_new_tokens=200, temperature=0))
+    assert completion.token_ids == tuple(row)
+    assert completion.text.startswith(text)
