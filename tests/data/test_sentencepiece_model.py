@@ -55,7 +55,9 @@ def pairs(trained: dict[str, Path]) -> list[tuple[Tokenizer, sentencepiece.Sente
     return [(Tokenizer.load(path), sentencepiece.SentencePieceProcessor(str(path))) for path in trained.values()]
 
 
-LIKELY = st.lists(st.sampled_from(["the", "cat", " ", "  ", "\n", "a", "at", "é", "<s>", "<0x41>", "in", "▁"])).map("".join)
+LIKELY = st.lists(st.sampled_from(["the", "cat", " ", "  ", "\n", "a", "at", "é", "<s>", "<0x41>", "in", "▁"])).map(
+    "".join
+)
 
 
 @pytest.mark.property
