@@ -178,7 +178,7 @@ def test_what_is_no_tokenizer_is_refused_with_the_way_out(tmp_path: Path):
     with pytest.raises(DataError, match=r"it needs a tokenizer.json or a tokenizer.model"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(DataError, match=r"its name must end in .json or .model"):
+    with pytest.raises(DataError, match=r"its name must end in \.json, \.model or \.bin$"):
         Tokenizer.load(tmp_path / "vocab.txt")
 
 

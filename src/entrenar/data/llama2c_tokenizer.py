@@ -6,18 +6,21 @@ sentencepiece's "▁"; id 0 is `<unk>`, ids 1 and 2 are written "\n<s>\n" and "\
 
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from entrenar.data.sentencepiece_model import SPACE
-from entrenar.data.tokenizer import Tokenizer
-from entrenar.data.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, Vocabulary, tokenizer_of, vocabulary_of
+from entrenar.data.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, Vocabulary, tokenizer_files, vocabulary_of
 from entrenar.errors import FormatError
+
+if TYPE_CHECKING:  # the tokenizer reads files through this module
+    from entrenar.data.tokenizer import Tokenizer
 
 _CONTROL = {1: "<s>", 2: "</s>"}
 _BYTE_NAMES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
-def read_tokenizer_bin(path: Path) -> Tokenizer:
-    """Read a `tokenizer.bin`.
+def read_tokenizer_bin(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a `tokenizer.bin` as the content of `tokenizer.json` and `tokenizer_config.json`.
 
     Raises:
         FormatError: naming file and token.
@@ -30,7 +33,7 @@ def read_tokenizer_bin(path: Path) -> Tokenizer:
         except UnicodeDecodeError as error:
             raise FormatError(f"{path}: token {index} is not UTF-8: {data!r}") from error
         texts.append(_CONTROL.get(index, text.replace(" ", SPACE)))
-    has_bytes = _BYTE_NAMES <= set(texts)
+    has_bytes = set(texts) >= _BYTE_NAMES
     kinds = [BYTE if has_bytes and text in _BYTE_NAMES else NORMAL for text in texts]
     for index, kind in {0: UNKNOWN, 1: CONTROL, 2: CONTROL}.items():
         if index < len(kinds):
@@ -50,7 +53,7 @@ def read_tokenizer_bin(path: Path) -> Tokenizer:
         adds_space=True,
         chat_template=None,
     )
-    return tokenizer_of(vocabulary, str(path))
+    return tokenizer_files(vocabulary, str(path))
 
 
 def read_tokens(path: Path) -> list[tuple[float, bytes]]:
@@ -72,14 +75,14 @@ def read_tokens(path: Path) -> list[tuple[float, bytes]]:
         at += 8
         if not 0 <= length <= min(longest, len(data) - at):
             raise FormatError(
-                f"{path}: token {len(entries)} claims {length} bytes; the longest has {longest}, {len(data) - at} are left"
+                f"{path}: token {len(entries)} claims {length} bytes, of {longest} at most and {len(data) - at} left"
             )
         entries.append((score, data[at : at + length]))
         at += length
     return entries
 
 
-def tokenizer_bin(tokenizer: Tokenizer, vocab_size: int) -> bytes:
+def tokenizer_bin(tokenizer: "Tokenizer", vocab_size: int) -> bytes:
     """Return a `tokenizer.bin` of `vocab_size` tokens.
 
     Raises:

@@ -9,10 +9,10 @@ and belong to files of LLaMA 3's size only.
 import base64
 import binascii
 from pathlib import Path
+from typing import Any
 
 from entrenar.data.token_bytes import byte_alphabet
-from entrenar.data.tokenizer import Tokenizer
-from entrenar.data.vocabulary import CONTROL, NORMAL, Vocabulary, tokenizer_of
+from entrenar.data.vocabulary import CONTROL, NORMAL, Vocabulary, tokenizer_files
 from entrenar.errors import FormatError
 
 _LLAMA3_RANKS = 128_000
@@ -30,14 +30,17 @@ def llama3_control_tokens() -> list[str]:
     return named + [f"<|reserved_special_token_{number}|>" for number in range(2, _NUM_CONTROL - len(named) + 2)]
 
 
-def looks_like_tiktoken(head: bytes) -> bool:
+def is_tiktoken(path: Path) -> bool:
     """Tell a rank file from a sentencepiece model by its first line."""
-    parts = head.split(b"\n", 1)[0].split()
+    with path.open("rb") as stream:
+        parts = stream.readline(_MAX_TOKEN_BYTES).split()
     return len(parts) == 2 and parts[1] == b"0" and parts[0].isascii()
 
 
-def read_tiktoken(path: Path, control: list[str] | None = None) -> Tokenizer:
-    """Read a rank file; `control` are the tokens behind the last rank, LLaMA 3's for a file of its size.
+def read_tiktoken(path: Path, control: list[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a rank file as the content of `tokenizer.json` and `tokenizer_config.json`.
+
+    `control` are the tokens behind the last rank; for a file of LLaMA 3's size they are LLaMA 3's.
 
     Raises:
         FormatError: naming file and line.
@@ -63,7 +66,7 @@ def read_tiktoken(path: Path, control: list[str] | None = None) -> Tokenizer:
         adds_space=False,
         chat_template=None,
     )
-    return tokenizer_of(vocabulary, str(path))
+    return tokenizer_files(vocabulary, str(path))
 
 
 def _read_ranks(path: Path) -> list[bytes]:

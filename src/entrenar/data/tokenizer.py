@@ -1,4 +1,4 @@
-"""One tokenizer for every LLaMA: `tokenizer.json`, sentencepiece `.model`, or a folder that holds one of them.
+"""One tokenizer for every LLaMA: `tokenizer.json`, `.model`, llama2.c's `tokenizer.bin`, or a folder with one.
 
 The work is done by the `tokenizers` package; what is added is what training needs to be sure of:
 
@@ -11,14 +11,16 @@ The work is done by the `tokenizers` package; what is added is what training nee
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
+from entrenar.data.llama2c_tokenizer import read_tokenizer_bin
 from entrenar.data.sentencepiece_model import read_sentencepiece, special_tokens, tokenizer_json
+from entrenar.data.tiktoken import is_tiktoken, read_tiktoken
 from entrenar.data.token_bytes import DecodeStream, bytes_of_tokens, decoder_family
 from entrenar.data.tokenizer_file import TokenizerFile, control_tokens, read_folder_config, read_tokenizer_json
 from entrenar.errors import DataError, FormatError
@@ -56,11 +58,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load a `tokenizer.json`, a sentencepiece `.model`, or a folder with one of them.
+        """Load a `tokenizer.json`, a `.model` (sentencepiece's or LLaMA 3's), a `tokenizer.bin`, or a folder with one.
 
         Raises: DataError if nothing is there; FormatError naming file and field if it is damaged.
         """
         file = _find(Path(path))
+        if file.suffix == ".bin" or (file.suffix == ".model" and is_tiktoken(file)):
+            content, config = (read_tokenizer_bin if file.suffix == ".bin" else read_tiktoken)(file)
+            return cls(content, {**config, **read_folder_config(file.parent)}, str(file))
         if file.suffix == ".model":
             model = read_sentencepiece(file)
             config = {**special_tokens(model), "add_bos_token": True, "add_eos_token": False}
@@ -72,7 +77,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        named = {role: self._token(index) for role, index in roles.items() if index is not None}
+        named = {role: self.name_of(index) for role, index in roles.items() if index is not None}
         # LlamaTokenizer would rebuild normalizer and decoder by its own rules; this class takes the file as it stands.
         fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         kept = {key: value for key, value in self.config.items() if key != "added_tokens_decoder"}
@@ -84,6 +89,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The highest id plus one: how many rows an embedding needs."""
         return len(self._table)
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """The content of `tokenizer.json`."""
+        return self._content
 
     @property
     def chat_template(self) -> str | None:
@@ -157,7 +167,8 @@ class Tokenizer:
     def _special_backend(self) -> tokenizers.Tokenizer:
         return self._file.backend(encode_special_tokens=False)
 
-    def _token(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
+        """Return the name of a token."""
         return next(token for token, found in self._ids.items() if found == index)
 
     def _around(self, role: str, *, wanted: bool) -> list[int]:
@@ -189,7 +200,7 @@ class Tokenizer:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer.bin"):
             if (path / name).is_file():
                 return path / name
         found = sorted(path.glob("*.model"))
@@ -198,8 +209,8 @@ def _find(path: Path) -> Path:
         raise DataError(f"no tokenizer in {path}: it needs a tokenizer.json or a tokenizer.model")
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}: give a tokenizer.json, a sentencepiece .model, or a folder")
-    if path.suffix not in (".json", ".model"):
-        raise DataError(f"{path} is not a tokenizer: its name must end in .json or .model")
+    if path.suffix not in (".json", ".model", ".bin"):
+        raise DataError(f"{path} is not a tokenizer: its name must end in .json, .model or .bin")
     return path
 
 

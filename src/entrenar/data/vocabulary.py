@@ -6,14 +6,17 @@ known (a `tokenizer.json`), a piece scores minus the rank of the first merge tha
 order. "bytes" (byte-level BPE) keeps its merges and the name of the pattern that cuts words.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from entrenar.data.sentencepiece_model import SentencePieceModel, special_tokens, tokenizer_json
+from entrenar.data.sentencepiece_model import SentencePieceModel, tokenizer_json
 from entrenar.data.token_bytes import decoder_family
-from entrenar.data.tokenizer import Tokenizer
 from entrenar.errors import FormatError
+
+if TYPE_CHECKING:  # the tokenizer reads files through this module
+    from entrenar.data.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BPE = 2
@@ -54,11 +57,11 @@ class Vocabulary:
 
     @property
     def family(self) -> str:
-        """ "bytes" or "pieces"."""
+        """The kind of tokenizer: "bytes" or "pieces"."""
         return "pieces" if self.pattern is None else "bytes"
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary_of(tokenizer: "Tokenizer") -> Vocabulary:
     """Restate a tokenizer.
 
     Raises:
@@ -125,19 +128,19 @@ def _pattern(pre_tokenizer: Any) -> WordPattern:
                 if is_plain and found == pattern:
                     return name
     raise FormatError(
-        "tokenizer.json: pre_tokenizer cuts words neither as LLaMA 3 nor as GPT-2 does, and other formats have names for "
-        "these two only; keep the Hugging Face folder"
+        "tokenizer.json: pre_tokenizer cuts words neither as LLaMA 3 nor as GPT-2 does, and other formats know these "
+        "two only; keep the Hugging Face folder"
     )
 
 
-def tokenizer_of(vocabulary: Vocabulary, place: str) -> Tokenizer:
-    """Build the tokenizer again.
+def tokenizer_files(vocabulary: Vocabulary, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of `tokenizer.json` and of `tokenizer_config.json`.
 
     Raises:
         FormatError: naming `place` and the field, for a list that no tokenizer can have.
     """
     _check(vocabulary, place)
-    content = _pieces_json(vocabulary, place) if vocabulary.pattern is None else bytes_json(vocabulary)
+    content = _pieces_json(vocabulary, place) if vocabulary.pattern is None else _bytes_json(vocabulary)
     named = {
         "bos_token": vocabulary.bos_id,
         "eos_token": vocabulary.eos_id,
@@ -148,7 +151,7 @@ def tokenizer_of(vocabulary: Vocabulary, place: str) -> Tokenizer:
     config |= {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
     if vocabulary.chat_template is not None:
         config["chat_template"] = vocabulary.chat_template
-    return Tokenizer(content, config, place)
+    return content, config
 
 
 def _check(vocabulary: Vocabulary, place: str) -> None:
@@ -162,7 +165,7 @@ def _check(vocabulary: Vocabulary, place: str) -> None:
     for index, (token, score) in enumerate(zip(vocabulary.tokens, vocabulary.scores, strict=True)):
         if first.setdefault(token, index) != index:
             raise FormatError(f"{place}: token {index} repeats token {first[token]}, {token!r}")
-        if not token or score != score:
+        if not token or math.isnan(score):
             raise FormatError(f"{place}: token {index} must have text and a score, got {token!r} and {score}")
     for role in ("bos_id", "eos_id", "pad_id", "unk_id"):
         index = getattr(vocabulary, role)
@@ -190,7 +193,7 @@ def _pieces_json(vocabulary: Vocabulary, place: str) -> dict[str, Any]:
     return tokenizer_json(model)
 
 
-def bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
+def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """Restate a vocabulary of the bytes family in the layout of `tokenizer.json`."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
@@ -243,7 +246,9 @@ def _bos_template(vocabulary: Vocabulary) -> dict[str, Any] | None:
     mark, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     tokens = {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": [mark, text], "pair": [mark, text, *second], "special_tokens": tokens}
-
-
-__all__ = ["Vocabulary", "special_tokens", "tokenizer_of", "vocabulary_of"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [mark, text],
+        "pair": [mark, text, *second],
+        "special_tokens": tokens,
+    }
