@@ -1,10 +1,9 @@
-"""The gated activation: identities of silu, extremes, blocks."""
+"""The gated activation: identities of silu, extremes, what is kept."""
 
 import torch
 
 from entrenar.ops import swiglu
-from entrenar.ops.row_blocks import BLOCK_ELEMENTS
-from entrenar.ops.swiglu import reference_swiglu
+from entrenar.ops.swiglu import swiglu_backward, swiglu_forward
 
 
 def test_silu_of_a_number_and_its_negative_differ_by_the_number(generator):
@@ -30,15 +29,22 @@ def test_gradients_at_extreme_gates_are_their_limits():
     torch.testing.assert_close(dup, torch.tensor([[200.0, 0.0, 1e30, 0.0]]), rtol=1e-7, atol=1e-30)
 
 
-def test_many_blocks_equal_the_whole(generator):
-    """Rows that fill several blocks and a part of one give the reference's output and gradients."""
-    width = 512
-    rows = 5 * BLOCK_ELEMENTS // (2 * width) + 1
-    gate, up, dy = torch.randn(3, rows, width, generator=generator)
+def test_derived_arithmetic_equals_the_fast_path(generator):
+    """Equations (1) to (3) as plain functions, which the proofs run on, give what torch's kernels give."""
+    gate, up, dy = torch.randn(3, 4, 9, generator=generator, dtype=torch.float64) * 3
     gate.requires_grad_()
     up.requires_grad_()
-    y, want = swiglu(gate, up), reference_swiglu(gate, up)
-    torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-7)
-    pairs = zip(torch.autograd.grad(y, (gate, up), dy), torch.autograd.grad(want, (gate, up), dy), strict=True)
-    for got, grad in pairs:
-        torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-6)
+    y = swiglu(gate, up)
+    torch.testing.assert_close(y, swiglu_forward(gate, up), rtol=1e-14, atol=1e-15)
+    derived = swiglu_backward(dy, gate, up)
+    for got, want in zip(torch.autograd.grad(y, (gate, up), dy), derived, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+
+def test_backward_saves_gate_and_up_alone(generator):
+    """No activation is kept: torch's own silu times up would keep a third tensor."""
+    gate, up = torch.randn(2, 3, 9, generator=generator)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        swiglu(gate.requires_grad_(), up.requires_grad_())
+    assert [x.data_ptr() for x in saved] == [gate.data_ptr(), up.data_ptr()]

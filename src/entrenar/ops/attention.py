@@ -37,6 +37,7 @@ from entrenar.errors import DataError
 from entrenar.ops.first_order import refuse_double_backward
 
 Spans = tuple[tuple[int, int], ...]
+Piece = tuple[slice, slice, slice]
 
 
 def document_spans(ids: Sequence[int]) -> Spans:
@@ -228,15 +229,18 @@ class FlashFunction(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Spans, ...], compute_dtype: torch.dtype
     ) -> Tensor:
         """Compute out; save q, k, v, out and the log-sum-exp of each span."""
-        out, logsumexps = torch.empty_like(q), []
-        for piece in span_slices(q.shape[0], q.shape[2], spans):
+        pieces = span_slices(q.shape[0], q.shape[2], spans)
+        outs, logsumexps = [], []
+        for piece in pieces:
             inputs = (kernel_input(x[piece], compute_dtype) for x in (q, k, v))
-            out[piece], logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *inputs, is_causal=True, scale=scale
             )
+            outs.append(out)
             logsumexps.append(logsumexp)
+        out = join(outs, pieces, q)
         ctx.save_for_backward(q, k, v, out, *logsumexps)
-        ctx.scale, ctx.spans, ctx.compute_dtype = scale, spans, compute_dtype
+        ctx.scale, ctx.pieces, ctx.compute_dtype = scale, pieces, compute_dtype
         return out
 
     @staticmethod
@@ -244,22 +248,35 @@ class FlashFunction(torch.autograd.Function):
         """Compute dq, dk and dv."""
         refuse_double_backward("attention")
         q, k, v, out, *logsumexps = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for piece, logsumexp in zip(span_slices(q.shape[0], q.shape[2], ctx.spans), logsumexps, strict=True):
+        parts = []
+        for piece, logsumexp in zip(ctx.pieces, logsumexps, strict=True):
             inputs = (kernel_input(x[piece], ctx.compute_dtype) for x in (dout, q, k, v, out))
-            dq[piece], dk[piece], dv[piece] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *inputs, logsumexp, 0.0, is_causal=True, scale=ctx.scale
+            parts.append(
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *inputs, logsumexp, 0.0, is_causal=True, scale=ctx.scale
+                )
             )
+        dq, dk, dv = (join(grads, ctx.pieces, x) for grads, x in zip(zip(*parts, strict=True), (q, k, v), strict=True))
         return dq, dk, dv, None, None, None
 
 
-def span_slices(batch: int, time: int, spans: tuple[Spans, ...]) -> list[tuple[slice, slice, slice]]:
+def span_slices(batch: int, time: int, spans: tuple[Spans, ...]) -> list[Piece]:
     """Return the index of each document in a (B, H, T, K) tensor; without documents, of the whole."""
     if not spans:
         return [(slice(0, batch), slice(None), slice(0, time))]
     return [
         (slice(row, row + 1), slice(None), slice(start, end)) for row, ends in enumerate(spans) for start, end in ends
     ]
+
+
+def join(parts: Sequence[Tensor], pieces: Sequence[Piece], like: Tensor) -> Tensor:
+    """Put the parts of a tensor back together, in the dtype and layout of `like`."""
+    if parts[0].shape == like.shape:
+        return parts[0].to(like.dtype)
+    whole = torch.empty_like(like)
+    for part, piece in zip(parts, pieces, strict=True):
+        whole[piece] = part
+    return whole
 
 
 def kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
