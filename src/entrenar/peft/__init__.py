@@ -1,6 +1,7 @@
 """Fine-tuning a few parameters of a frozen model."""
 
 from entrenar.peft.config import LoraConfig
+from entrenar.peft.fingerprint import fingerprint
 from entrenar.peft.layers import LoraLinear, LowRank, SavedModule
 from entrenar.peft.lora import (
     DEFAULT_ADAPTER,
@@ -16,6 +17,7 @@ from entrenar.peft.lora import (
     unmerge,
     wrappers,
 )
+from entrenar.peft.targets import find_saved, find_targets, layer_number
 from entrenar.peft.trainable import TrainableTable, trainable_table
 
 __all__ = [
@@ -28,7 +30,11 @@ __all__ = [
     "active_adapter",
     "adapter_names",
     "add_adapter",
+    "find_saved",
+    "find_targets",
+    "fingerprint",
     "from_base",
+    "layer_number",
     "learning_rate_factors",
     "merge",
     "plain_state",

@@ -92,8 +92,8 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, LoraLinear | SavedModule]]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that are held."""
-    return list(dict.fromkeys(name for _, module in wrappers(model) for name in module.adapters))
+    """Return the names of the adapters that are held, in order of the alphabet."""
+    return sorted({name for _, module in wrappers(model) for name in module.adapters})
 
 
 def active_adapter(model: nn.Module) -> str | None:
