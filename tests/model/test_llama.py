@@ -207,3 +207,16 @@ def test_published_stories260k_logits_and_loss(shared_data: Path) -> None:
     for ids, expected in zip(torch.from_numpy(reference["loss_ids"]), reference["loss_hf"], strict=True):
         loss = model.loss(ids[None, :-1], ids[None, 1:]) / (len(ids) - 1)
         assert float(loss) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_model_cut_at_a_layer_is_the_model(layer: int) -> None:
+    """The blocks below a layer, then the rest, give the whole model's states bit for bit, packed or not."""
+    model = Llama(LlamaConfig(**SMALL))
+    model.init_weights(torch.Generator().manual_seed(0))
+    ids = torch.arange(12).reshape(2, 6)
+    for documents in (None, Documents.from_ids(torch.tensor([[0, 0, 1, 1, 1, 2]] * 2))):
+        below = model.hidden_below(ids, layer, documents=documents)
+        whole = model.hidden(ids, documents=documents)
+        assert torch.equal(model.hidden_from(below, layer, documents=documents), whole)
+        assert torch.equal(below, model.model.embed_tokens(ids)) == (layer == 0)

@@ -146,15 +146,20 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Int[Tensor, "B T"], context: Context) -> Float[Tensor, "B T D"]:
-        """Return the final hidden state of each token; "full" recomputes each block in the backward."""
-        x: Tensor = self.embed_tokens(input_ids)
-        for block in self.layers:
+        """Return the final hidden state of each token."""
+        out: Tensor = self.norm(self.blocks(self.embed_tokens(input_ids), context))
+        return out
+
+    def blocks(
+        self, x: Float[Tensor, "B T D"], context: Context, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Run the blocks from `start` up to `stop`; "full" recomputes each in the backward."""
+        for block in self.layers[start:stop]:
             if context.checkpointing == "full":
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
-        out: Tensor = self.norm(x)
-        return out
+        return x
 
 
 class Llama(nn.Module):
@@ -208,6 +213,20 @@ class Llama(nn.Module):
             cache.advance(input_ids.shape[1])
         return out
 
+    def hidden_below(
+        self, input_ids: Int[Tensor, "B T"], layer: int, *, documents: ops.Documents | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Return the state of each token as it enters block `layer`."""
+        context = self._context(input_ids, documents, None)
+        return self.model.blocks(self.model.embed_tokens(input_ids), context, stop=layer)
+
+    def hidden_from(
+        self, x: Float[Tensor, "B T D"], layer: int, *, documents: ops.Documents | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Go on from the state that enters block `layer` to the final hidden state, after the last norm."""
+        out: Tensor = self.model.norm(self.model.blocks(x, self._context(x, documents, None), start=layer))
+        return out
+
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Apply the head."""
         return ops.linear(hidden, self.head_weight, self.compute_dtype)
@@ -226,7 +245,10 @@ class Llama(nn.Module):
         self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.Documents | None = None
     ) -> Float[Tensor, ""]:
         """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t."""
-        hidden = self.hidden(input_ids, documents=documents)
+        return self.loss_of_hidden(self.hidden(input_ids, documents=documents), targets)
+
+    def loss_of_hidden(self, hidden: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+        """Return the loss of final hidden states."""
         return ops.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -247,17 +269,17 @@ class Llama(nn.Module):
                 draw = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
                 weight.copy_(draw.normal_(0.0, residual_deviation if is_residual else deviation, generator=generator))
 
-    def _context(self, input_ids: Tensor, documents: ops.Documents | None, cache: KVCache | None) -> Context:
+    def _context(self, tokens: Tensor, documents: ops.Documents | None, cache: KVCache | None) -> Context:
         if cache is not None:
             if documents is not None:
                 raise DataError("documents and a key/value cache exclude each other: a cache holds one document a row")
-            return self._cached_context(input_ids, cache)
+            return self._cached_context(tokens, cache)
         checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
         if documents is not None:
             cos, sin = self.rotary.of_documents(documents)
         else:
-            num_tokens = input_ids.shape[1]
-            cos, sin = (table[None, :num_tokens] for table in self.rotary.rows(num_tokens, input_ids.device))
+            num_tokens = tokens.shape[1]
+            cos, sin = (table[None, :num_tokens] for table in self.rotary.rows(num_tokens, tokens.device))
         return Context(cos, sin, documents, checkpointing=checkpointing)
 
     def _cached_context(self, input_ids: Tensor, cache: KVCache) -> Context:
