@@ -220,8 +220,8 @@ def derived_attention(
 class FlashFunction(torch.autograd.Function):
     """Torch's fused CPU kernel and its backward on each span of tokens, in `compute_dtype`.
 
-    Saved: q, k, v and out in their own dtype, and the log-sum-exp. They are widened a span at a time, so a wider
-    `compute_dtype` costs no memory that outlives the span.
+    Saved: q, k, v and out in their own dtype, and the log-sum-exp. They are widened a span or row at a time, so a
+    wider `compute_dtype` costs no memory that outlives it.
     """
 
     @staticmethod
@@ -229,14 +229,14 @@ class FlashFunction(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Spans, ...], compute_dtype: torch.dtype
     ) -> Tensor:
         """Compute out; save q, k, v, out and the log-sum-exp of each span."""
-        pieces = span_slices(q.shape[0], q.shape[2], spans)
+        pieces = span_slices(q.shape[0], q.shape[2], spans, by_row=compute_dtype != q.dtype)
         outs, logsumexps = [], []
         for piece in pieces:
             inputs = (kernel_input(x[piece], compute_dtype) for x in (q, k, v))
             out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *inputs, is_causal=True, scale=scale
             )
-            outs.append(out)
+            outs.append(out.to(q.dtype))
             logsumexps.append(logsumexp)
         out = join(outs, pieces, q)
         ctx.save_for_backward(q, k, v, out, *logsumexps)
@@ -251,28 +251,29 @@ class FlashFunction(torch.autograd.Function):
         parts = []
         for piece, logsumexp in zip(ctx.pieces, logsumexps, strict=True):
             inputs = (kernel_input(x[piece], ctx.compute_dtype) for x in (dout, q, k, v, out))
-            parts.append(
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    *inputs, logsumexp, 0.0, is_causal=True, scale=ctx.scale
-                )
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *inputs, logsumexp, 0.0, is_causal=True, scale=ctx.scale
             )
-        dq, dk, dv = (join(grads, ctx.pieces, x) for grads, x in zip(zip(*parts, strict=True), (q, k, v), strict=True))
+            parts.append([grad.to(q.dtype) for grad in grads])
+        dq, dk, dv = (join([part[i] for part in parts], ctx.pieces, x) for i, x in enumerate((q, k, v)))
         return dq, dk, dv, None, None, None
 
 
-def span_slices(batch: int, time: int, spans: tuple[Spans, ...]) -> list[Piece]:
-    """Return the index of each document in a (B, H, T, K) tensor; without documents, of the whole."""
-    if not spans:
+def span_slices(batch: int, time: int, spans: tuple[Spans, ...], *, by_row: bool) -> list[Piece]:
+    """Return the index of each document in a (B, H, T, K) tensor; without documents, of each row or of the whole."""
+    if not spans and not by_row:
         return [(slice(0, batch), slice(None), slice(0, time))]
     return [
-        (slice(row, row + 1), slice(None), slice(start, end)) for row, ends in enumerate(spans) for start, end in ends
+        (slice(row, row + 1), slice(None), slice(start, end))
+        for row, ends in enumerate(spans or (((0, time),),) * batch)
+        for start, end in ends
     ]
 
 
 def join(parts: Sequence[Tensor], pieces: Sequence[Piece], like: Tensor) -> Tensor:
-    """Put the parts of a tensor back together, in the dtype and layout of `like`."""
-    if parts[0].shape == like.shape:
-        return parts[0].to(like.dtype)
+    """Put the parts of a tensor back together, in the layout of `like`."""
+    if len(parts) == 1:
+        return parts[0]
     whole = torch.empty_like(like)
     for part, piece in zip(parts, pieces, strict=True):
         whole[piece] = part
