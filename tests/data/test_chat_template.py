@@ -86,7 +86,7 @@ HOSTILE = {
     "{{ cycler.__init__.__globals__ }}": "unsafe|SecurityError|UndefinedError",
     "{{ 'a' * 10**10 }}": "memory",
     "{{ '%9999999999d' % 1 }}": "memory|Error",
-    GROWING: "memory|longer",
+    GROWING: "memory|longer|was not done",
     "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}": r"longer than 4000000 characters$",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": r"was not done after 1 s$",
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "recursion|was not done",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entrenar.errors import FormatError
 from entrenar.files import read_json, write_json
+from entrenar.interop.assemble import set_parameter
 from entrenar.interop.safetensors_file import Entry, TensorReader, read_header, write_tensors
 from entrenar.model import Llama, LlamaConfig
 
@@ -110,7 +111,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
         dtype = _widest(entry.dtype for _, entry in found.values())
     reader = TensorReader()
     for name, (path, entry) in found.items():
-        _set_parameter(model, name, reader.read(path, name, entry, dtype, device))
+        set_parameter(model, name, reader.read(path, name, entry, dtype, device))
     if tied_head is not None:
         _check_tied(model, *tied_head)
     return model
@@ -175,9 +176,3 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             "where you trust them, with transformers' save_pretrained(safe_serialization=True)"
         )
     raise FormatError(f"{folder} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-
-
-def _set_parameter(model: Llama, name: str, tensor: Tensor) -> None:
-    owner_name, _, own_name = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    setattr(owner, own_name, torch.nn.Parameter(tensor))
