@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_a_tokenizer_is_trained_on_the_training_split_only(tmp_path: Path):
 
 
 def test_the_sample_for_the_tokenizer_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At most the given bytes are seen, spread over the whole source."""
+    """The given bytes are seen, to within a document, spread over the whole source."""
     (tmp_path / "a.txt").write_text("\n###\n".join([*STORIES, "rareword " * 2]), "utf-8")
     config = PrepareConfig(document_separator="###", val_fraction=0, vocab_size=300, tokenizer_sample_bytes=1200)
     seen: list[str] = []
@@ -125,7 +126,7 @@ def test_the_sample_for_the_tokenizer_is_bounded(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(sys.modules["entrenar.data.prepare"], "train_bpe", recording)
     prepare([tmp_path / "a.txt"], tmp_path / "out", config)
-    assert 300 < sum(len(text.encode()) for text in seen) <= 1200
+    assert 300 < sum(len(text.encode()) for text in seen) <= 1200 + max(len(text.encode()) for text in STORIES)
     assert max(STORIES.index(text) for text in seen if text in STORIES) > 100
 
 
@@ -254,6 +255,25 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer
     for _ in range(2):  # an empty folder, then the corpus that is there
         prepare([source], tmp_path / "empty", config, tokenizer=tokenizer)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_sample_smaller_than_a_document_still_trains(tmp_path: Path):
+    """One document is always seen."""
+    (tmp_path / "a.txt").write_text("word " * 100)
+    config = PrepareConfig(val_fraction=0, vocab_size=262, tokenizer_sample_bytes=499, threads=1)
+    prepare([tmp_path / "a.txt"], tmp_path / "out", config)
+    assert b"wor" in b"".join(Corpus.open(tmp_path / "out").tokenizer().token_bytes[259:])
+
+
+def test_the_switch_of_tokenizers_is_put_back(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """A user's own TOKENIZERS_PARALLELISM is as before; a tokenizer may be named by its path."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    (tmp_path / "a.txt").write_text("the cat")
+    tokenizer.save(tmp_path / "t")
+    config = PrepareConfig(val_fraction=0)
+    manifest = prepare([tmp_path / "a.txt"], tmp_path / "out", config, tokenizer=tmp_path / "t")
+    assert manifest.tokenizer.sha256 == tokenizer.hash
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
 @pytest.mark.chaos

@@ -93,6 +93,27 @@ def test_saved_conversion_equals_the_model(trained: dict[str, Path], tmp_path: P
     assert Tokenizer.load(tmp_path).hash == tokenizer.hash
 
 
+def test_a_model_with_unicode_normalization(tmp_path: Path):
+    """The NFKC table in the file is applied: ligatures, full-width letters and odd spaces give sentencepiece's ids."""
+    path, buffer = tmp_path / "nfkc.model", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=buffer,
+        model_type="bpe",
+        vocab_size=360,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    path.write_bytes(buffer.getvalue())
+    ours, theirs = Tokenizer.load(path), sentencepiece.SentencePieceProcessor(str(path))
+    assert ours.bos_id is None
+    for text in ("ﬁne ｔｈｅ cat", "the\u00a0cat\tsat", "①②³ x", "  a cat  "):
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text) != ours.encode("the")
+
+
 def test_llama2_vectors(shared_data: Path):
     """All 47 strings of llama.cpp and all 5 of Meta's reference have the published ids, from .model and .json."""
     vectors = shared_data / "tokenizers/vectors"

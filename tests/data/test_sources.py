@@ -75,6 +75,16 @@ def test_long_documents_are_cut_at_line_starts(tmp_path: Path):
         assert parts == [f"line {number}\nline {number + 1}\n" for number in range(0, 8, 2)]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_one_long_line_is_cut_between_characters(tmp_path: Path, name: str):
+    """Without a line end to cut at, no character is cut in half."""
+    text = "aé😀" * 30
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name == "a.jsonl" else text, "utf-8")
+    parts = _read(tmp_path / name, max_document_bytes=16)
+    assert "".join(parts) == text
+    assert all(12 < len(part.encode()) <= 16 for part in parts[:-1])
+
+
 def test_a_folder_gives_its_text_files_sorted_and_names_the_rest(tmp_path: Path):
     """Binary, non-UTF-8, too large and empty files are counted and named; hidden ones and links are passed over."""
     (tmp_path / "sub").mkdir()

@@ -58,7 +58,7 @@ class PrepareConfig(SourceConfig):
     vocab_size: int = Field(default=8192, ge=1)
     """Vocabulary of the tokenizer that is trained when none is given."""
     tokenizer_sample_bytes: int = Field(default=32 << 20, ge=1)
-    """How much text of the training split a tokenizer is trained on at most."""
+    """How much text of the training split a tokenizer is trained on, to within a document."""
 
 
 @dataclass
@@ -140,10 +140,10 @@ def _sample(sources: list[Source], config: PrepareConfig, report: Callable[[Prog
             chosen = (digest & 0xFFFFFFFF) < wanted * (1 << 32)
             if not chosen or is_held_out(digest, config.val_fraction):
                 continue
-            taken += len(data)
-            if taken > config.tokenizer_sample_bytes:
-                return
             yield text
+            taken += len(data)
+            if taken >= config.tokenizer_sample_bytes:
+                return
         progress.files += 1
         progress.bytes_read += file.size_bytes
         report(progress)
