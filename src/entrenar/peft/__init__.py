@@ -19,6 +19,7 @@ from entrenar.peft.lora import (
 )
 from entrenar.peft.targets import find_saved, find_targets, layer_number
 from entrenar.peft.trainable import TrainableTable, trainable_table
+from entrenar.peft.trunk import TrunkCache, TrunkConfig, highest_cut
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -27,6 +28,8 @@ __all__ = [
     "LowRank",
     "SavedModule",
     "TrainableTable",
+    "TrunkCache",
+    "TrunkConfig",
     "active_adapter",
     "adapter_names",
     "add_adapter",
@@ -34,6 +37,7 @@ __all__ = [
     "find_targets",
     "fingerprint",
     "from_base",
+    "highest_cut",
     "layer_number",
     "learning_rate_factors",
     "merge",
