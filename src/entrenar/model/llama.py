@@ -35,6 +35,7 @@ class Context:
     cache: KVCache | None = None
     mask: Bool[Tensor, "B 1 T S"] | None = None
     checkpointing: Checkpointing = "none"
+    compute_dtype: torch.dtype | None = None
 
 
 class RMSNorm(nn.Module):
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         if context.mask is not None:
             mixed = scaled_dot_product_attention(q, k, v, attn_mask=context.mask, enable_gqa=q.shape[1] != k.shape[1])
         else:
-            mixed = ops.attention(q, k, v, documents=context.documents)
+            mixed = ops.attention(q, k, v, documents=context.documents, compute_dtype=context.compute_dtype)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -249,7 +250,9 @@ class Llama(nn.Module):
 
     def loss_of_hidden(self, hidden: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
         """Return the loss of final hidden states."""
-        return ops.linear_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        return ops.linear_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(), compute_dtype=self.compute_dtype
+        )
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw all weights: normal with deviation `initializer_range`, norms one.
@@ -280,7 +283,7 @@ class Llama(nn.Module):
         else:
             num_tokens = tokens.shape[1]
             cos, sin = (table[None, :num_tokens] for table in self.rotary.rows(num_tokens, tokens.device))
-        return Context(cos, sin, documents, checkpointing=checkpointing)
+        return Context(cos, sin, documents, checkpointing=checkpointing, compute_dtype=self.compute_dtype)
 
     def _cached_context(self, input_ids: Tensor, cache: KVCache) -> Context:
         start, end = cache.length, cache.end_after(input_ids.shape[1])
