@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -261,20 +262,17 @@ def _loss(model: Llama, device: torch.device, *, is_compiled: bool) -> Callable[
 
 def _held_out(config: RunConfig, model: Llama, corpora: list[Corpus]) -> Callable[[], Evaluation]:
     def measure() -> Evaluation:
-        batches = (
-            batch
-            for corpus in corpora
-            for number, batch in enumerate(
-                validation_batches(
-                    corpus,
-                    batch_size=config.data.batch_size,
-                    seq_len=config.data.seq_len,
-                    mask_documents=config.data.mask_documents,
-                )
+        each = (
+            validation_batches(
+                corpus,
+                batch_size=config.data.batch_size,
+                seq_len=config.data.seq_len,
+                mask_documents=config.data.mask_documents,
             )
-            if config.data.max_eval_batches is None or number < config.data.max_eval_batches
+            for corpus in corpora
         )
-        return evaluate(model, batches)
+        batches = (islice(one, config.data.max_eval_batches) for one in each)
+        return evaluate(model, chain.from_iterable(batches))
 
     return measure
 

@@ -74,6 +74,8 @@ def _print_summary(out: Path, manifest: CorpusManifest) -> None:
         )
     if manifest.duplicates:
         print(f"  {manifest.duplicates:,} duplicates left out")
+    if manifest.lossy_documents:
+        print(f"  {manifest.lossy_documents:,} documents hold text that the tokenizer cannot spell")
     for skipped in manifest.skipped:
         names = ", ".join(skipped.names[:3])
         print(f"  {skipped.count:,} files left out, {skipped.reason}: {names}{' …' if skipped.count > 3 else ''}")

@@ -15,7 +15,7 @@ class DataConfig(BaseModel):
     weights: tuple[float, ...] | None = None
     """How often each corpus is drawn from; by its number of tokens when not given."""
     sources: tuple[str, ...] = ()
-    """What to prepare the corpus from when its folder does not exist yet; `stdlib` is Python's own sources."""
+    """What to prepare the corpus from if its folder does not exist; `stdlib` is Python's own sources."""
     tokenizer: Path | None = None
     """Tokenizer for `sources`: tokenizer.json, a sentencepiece .model or a model folder; one is trained when not given."""
     batch_size: int = Field(default=8, ge=1)
