@@ -1,5 +1,6 @@
 """Fine-tuning a few parameters of a frozen model."""
 
+from entrenar.peft.checked_merge import MergeReport, checked_merge
 from entrenar.peft.config import LoraConfig
 from entrenar.peft.fingerprint import fingerprint
 from entrenar.peft.layers import LoraLinear, LowRank, SavedModule
@@ -26,6 +27,7 @@ __all__ = [
     "LoraConfig",
     "LoraLinear",
     "LowRank",
+    "MergeReport",
     "SavedModule",
     "TrainableTable",
     "TrunkCache",
@@ -33,6 +35,7 @@ __all__ = [
     "active_adapter",
     "adapter_names",
     "add_adapter",
+    "checked_merge",
     "find_saved",
     "find_targets",
     "fingerprint",
