@@ -8,18 +8,20 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from entrenar.data import DataConfig
+from entrenar.data import DataConfig, SftConfig
 from entrenar.errors import ConfigError
+from entrenar.infer import TaskConfig
 from entrenar.model import LlamaConfig, PresetName
+from entrenar.peft import LoraConfig, TrunkConfig
 from entrenar.train import CheckpointConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
@@ -61,9 +63,58 @@ class RunConfig(BaseModel):
         return self.runs_dir / self.name
 
 
+class FinetuneConfig(BaseModel):
+    """Everything that determines a fine-tuning run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: Path
+    """What to fine-tune: a Hugging Face folder, a checkpoint, or a run of ours."""
+    method: Literal["full", "lora"] = "lora"
+    """Train every weight, or low-rank adapters beside the frozen weights."""
+    name: str = Field(default="finetune", pattern=r"^[A-Za-z0-9._-]+$")
+    """The run's folder under `runs_dir`."""
+    runs_dir: Path = Path("runs")
+    """Where runs are kept."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrices are multiplied in; auto measures at the start which is fastest for `precision`, and keeps to it."""
+    sft: SftConfig
+    lora: LoraConfig = LoraConfig()
+    trunk: TrunkConfig = TrunkConfig()
+    task: TaskConfig = TaskConfig()
+    train: TrainConfig = TrainConfig(epochs=3)
+    optim: OptimConfig = OptimConfig(lr=2e-4, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_method(self) -> Self:
+        if self.method == "full":
+            if self.lora.model_fields_set:
+                raise ValueError(
+                    f"lora.{sorted(self.lora.model_fields_set)[0]} has no effect with method = full; "
+                    "set method = lora, or leave [lora] out"
+                )
+            if self.trunk.cache_trunk:
+                raise ValueError("trunk.cache_trunk needs frozen layers, but method = full trains all; use lora")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run."""
+        return self.runs_dir / self.name
+
+
+AnyConfig = RunConfig | FinetuneConfig
+ConfigT = TypeVar("ConfigT", RunConfig, FinetuneConfig)
+
+
 @dataclass(frozen=True)
 class Option:
-    """One leaf of `RunConfig`: where it lies and how it is described."""
+    """One leaf of a config: where it lies and how it is described."""
 
     path: tuple[str, ...]
     field: FieldInfo
@@ -95,15 +146,41 @@ def load_config(file: Path | None, flags: Mapping[str, str] | None = None) -> Ru
     Raises:
         ConfigError: every fault of file and flags in one message.
     """
+    return _load(RunConfig, file, flags or {}, _expand_preset)
+
+
+def load_finetune_config(file: Path | None, flags: Mapping[str, str] | None = None) -> FinetuneConfig:
+    """Read the config of a fine-tuning run; see `load_config`."""
+    return _load(FinetuneConfig, file, flags or {}, _expand_defaults)
+
+
+def _load(
+    model: type[ConfigT],
+    file: Path | None,
+    flags: Mapping[str, str],
+    expand: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]],
+) -> ConfigT:
     source = Source.read(file)
-    values = _expand_preset(source.values, flags or {})
-    for key, text in (flags or {}).items():
-        _set(values, key.split("."), _parse_flag(text))
+    values = expand(source.values, flags)
+    lists = {option.key for option in options(model) if get_origin(option.field.annotation) is tuple}
+    for key, text in flags.items():
+        _set(values, key.split("."), _parse_flag(text, is_list=key in lists))
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        faults = [describe_fault(detail, source, flags or {}) for detail in error.errors()]
+        known = list(options(model))
+        faults = [describe_fault(detail, source, flags, known) for detail in error.errors()]
         raise ConfigError("\n".join(faults)) from error
+
+
+def _expand_defaults(values: Mapping[str, Any], _: Mapping[str, str]) -> dict[str, Any]:
+    """Keep the defaults of a section, which differ from those of pre-training, when single fields of it are set."""
+    expanded = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for name in ("train", "optim"):
+        own = expanded.get(name, {})
+        default = FinetuneConfig.model_fields[name].get_default().model_dump(exclude_unset=True)
+        expanded[name] = {**default, **own} if isinstance(own, dict) else own
+    return expanded
 
 
 @dataclass(frozen=True)
@@ -153,12 +230,12 @@ class Source:
         return line + 1 if lines else None
 
 
-def describe_fault(detail: ErrorDetails, source: Source, flags: Mapping[str, str]) -> str:
+def describe_fault(detail: ErrorDetails, source: Source, flags: Mapping[str, str], known: Sequence[Option]) -> str:
     """Say rule, value, place and remedy of one validation error."""
     keys = tuple(str(part) for part in detail["loc"])
     key = ".".join(keys)
     if detail["type"] == "extra_forbidden":
-        fault = f"{key} is not a setting{_nearest(keys)}"
+        fault = f"{key} is not a setting{_nearest(keys, known)}"
     else:
         reason = str(detail.get("ctx", {}).get("error", "")) or _rule(detail)
         fault = f"{key}: {reason}" if key else reason
@@ -173,12 +250,12 @@ def _rule(detail: ErrorDetails) -> str:
     return f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
 
 
-def _nearest(keys: tuple[str, ...]) -> str:
-    known = {option.path[-1]: option.key for option in options()}
-    sections = {option.path[0]: option.path[0] for option in options() if len(option.path) > 1}
-    candidates = {**sections, **known}
-    if keys[-1] in known:
-        return f"; it is {known[keys[-1]]}"
+def _nearest(keys: tuple[str, ...], known: Sequence[Option]) -> str:
+    leaves = {option.path[-1]: option.key for option in known}
+    sections = {option.path[0]: option.path[0] for option in known if len(option.path) > 1}
+    candidates = {**sections, **leaves}
+    if keys[-1] in leaves:
+        return f"; it is {leaves[keys[-1]]}"
     match = difflib.get_close_matches(keys[-1], candidates, n=1)
     return f"; did you mean {candidates[match[0]]}?" if match else "; `entrenar config schema` lists all settings"
 
@@ -209,21 +286,21 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _parse_flag(text: str) -> Any:
-    """Read lists, tables and null as JSON; all else stays text, which the field's own type reads."""
+def _parse_flag(text: str, *, is_list: bool) -> Any:
+    """Read lists, tables and null as JSON, a list also as a,b,c; all else stays text, which the field's type reads."""
     if text[:1] in "[{" or text == "null":
         try:
             return json.loads(text)
         except ValueError:
             return text
-    return text
+    return text.split(",") if is_list else text
 
 
-def to_toml(config: RunConfig) -> str:
-    """Write a config as TOML that `load_config` reads back to the same config."""
+def to_toml(config: AnyConfig) -> str:
+    """Write a config as TOML that is read back to the same config."""
     lines: list[str] = []
     nested: list[tuple[str, BaseModel]] = []
-    for name in RunConfig.model_fields:
+    for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             nested.append((name, value))
@@ -239,7 +316,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return (
             "{ "
-            + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items() if inner is not None)
+            + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items() if item is not None)
             + " }"
         )
     if isinstance(value, (list, tuple)):

@@ -5,6 +5,7 @@ from entrenar.data.corpus import Corpus, CorpusManifest, check_same_tokenizer
 from entrenar.data.loader import Loader, validation_batches
 from entrenar.data.prepare import PrepareConfig, Progress, prepare
 from entrenar.data.settings import DataConfig
+from entrenar.data.sft_settings import SftConfig
 from entrenar.data.token_bytes import DecodeStream
 from entrenar.data.tokenizer import Tokenizer
 from entrenar.data.train_bpe import train_bpe
@@ -19,6 +20,7 @@ __all__ = [
     "LoaderState",
     "PrepareConfig",
     "Progress",
+    "SftConfig",
     "Tokenizer",
     "check_same_tokenizer",
     "prepare",

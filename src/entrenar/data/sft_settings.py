@@ -1,0 +1,57 @@
+"""What a user decides about the data of a fine-tuning run."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+TrainOn = Literal["answers", "last", "all"]
+PromptFormat = Literal["auto", "chat", "alpaca", "plain"]
+Batching = Literal["packed", "grouped", "padded"]
+
+
+class SftConfig(BaseModel):
+    """Which rows, how they become tokens, and how the tokens become batches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    data: tuple[Path, ...] = Field(min_length=1)
+    """Files of rows: jsonl, json, parquet, csv or tsv."""
+    eval_data: tuple[Path, ...] = ()
+    """Held-out rows; a share of `data` when not given."""
+    eval_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of the rows of `data` held out when there is no `eval_data`; equal rows fall on the same side."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a csv or tsv file whose first line is not their names."""
+    prompt_template: str | None = None
+    """Prompt made from a row's fields, such as "Review: {sentence}"; for rows of no usual shape."""
+    completion_template: str | None = Field(default=None, validate_default=True)
+    """Answer made from a row's fields, such as " {label}"; goes with prompt_template."""
+    prompt_format: PromptFormat = "auto"
+    """Text around the turns: chat is the tokenizer's template; auto takes chat if there is one, else alpaca."""
+    train_on: TrainOn = "answers"
+    """Trained tokens: the answers of all turns, of the last turn only, or all tokens."""
+    long_rows: Literal["drop", "cut", "stop"] = "drop"
+    """Rows longer than seq_len: leave them out, cut their end off, or stop; the count is said."""
+    bad_rows: Literal["stop", "quarantine"] = "stop"
+    """Rows that cannot be used: stop with their lines, or write them to quarantine.jsonl in the run's folder."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows in one micro-batch."""
+    seq_len: int = Field(default=512, ge=1)
+    """Tokens in a row at most."""
+    batching: Batching = "packed"
+    """Several examples in a row that do not see each other (packed); rows of like length (grouped); or neither."""
+    max_eval_examples: int | None = Field(default=None, ge=1)
+    """Most held-out examples of one evaluation; all of them when not given."""
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("completion_template")
+    @classmethod
+    def _templates_come_in_pairs(cls, value: str | None, info: Any) -> str | None:
+        if (value is None) != (info.data.get("prompt_template") is None):
+            raise ValueError("prompt_template and completion_template must be given together, got one of them")
+        return value

@@ -1,0 +1,142 @@
+"""How well a model does what it was fine-tuned for, beside the loss: tokens, whole answers, or the choice of a label.
+
+- token accuracy: the share of answer tokens that are the likeliest ones, given all that stands before them;
+- exact match: the share of prompts after which greedy writing gives the answer, spaces around it aside;
+- accuracy: the share of prompts whose own answer is the likeliest of all answers in the file, for tasks with labels.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from entrenar.data import Tokenizer
+from entrenar.errors import DataError
+from entrenar.infer.evaluate import EvalBatch
+from entrenar.infer.generate import GenerateConfig, end_tokens, generate
+from entrenar.model import Llama
+from entrenar.ops import Documents
+
+Metric = Literal["exact_match", "accuracy"]
+MAX_LABELS = 64
+
+
+class TaskConfig(BaseModel):
+    """What is asked of the model during fine-tuning, beside the held-out loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    task_data: Path | None = None
+    """File of rows whose answers are asked for at each evaluation."""
+    metric: Metric = "exact_match"
+    """exact_match writes the answer; accuracy chooses among all answers of the file, for tasks with labels."""
+    max_task_examples: int = Field(default=200, ge=1)
+    """Most rows of `task_data` that are asked, from the first on."""
+    sample_answers: int = Field(default=2, ge=0)
+    """Held-out prompts whose answers are shown at each evaluation."""
+    max_answer_tokens: int = Field(default=64, ge=1)
+    """Most tokens of a written answer."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answer that is wanted, as tokens; the answer may end in an end token."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def write_answers(
+    model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, rows: int = 16
+) -> list[str]:
+    """Return what the model writes greedily after each prompt."""
+    config = GenerateConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    ends = end_tokens(model.config, config)
+    answers: list[str] = []
+    for first in range(0, len(prompts), rows):
+        some = prompts[first : first + rows]
+        written: list[list[int]] = [[] for _ in some]
+        for step in generate(model, some, config):
+            for row, token in zip(written, step, strict=True):
+                if token is not None and token not in ends:
+                    row.append(token)
+        answers += [_text_after(tokenizer, prompt, ids) for prompt, ids in zip(some, written, strict=True)]
+    return answers
+
+
+def _text_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    stream = tokenizer.decode_stream(prompt)
+    return stream.feed(ids) + stream.finish()
+
+
+def exact_match(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int) -> list[bool]:
+    """Say of each question whether the written answer is the wanted one.
+
+    Raises:
+        DataError: there is no question.
+    """
+    _need(questions)
+    wanted = [_text_after(tokenizer, question.prompt, question.answer).strip() for question in questions]
+    written = write_answers(model, tokenizer, [question.prompt for question in questions], max_new_tokens)
+    return [one.strip() == other for one, other in zip(written, wanted, strict=True)]
+
+
+@torch.no_grad()
+def accuracy(model: Llama, questions: Sequence[Question]) -> list[bool]:
+    """Say of each question whether its answer is the likeliest of all answers of the questions.
+
+    Raises:
+        DataError: there is no question, or the answers are no labels.
+    """
+    _need(questions)
+    labels = sorted({question.answer for question in questions})
+    if not 2 <= len(labels) <= MAX_LABELS:
+        raise DataError(
+            f"metric = accuracy needs 2 to {MAX_LABELS} different answers to choose from, "
+            f"the task has {len(labels)}; use exact_match"
+        )
+    right = []
+    for question in questions:
+        scores = _scores(model, question.prompt, labels)
+        right.append(labels[int(scores.argmax())] == question.answer)
+    return right
+
+
+def _scores(model: Llama, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log probability of each label after the prompt."""
+    device = model.model.embed_tokens.weight.device
+    length = len(prompt) + max(map(len, labels)) - 1
+    ids = torch.zeros(len(labels), length, dtype=torch.int64)
+    is_asked = torch.zeros(len(labels), length, dtype=torch.bool)
+    for row, label in enumerate(labels):
+        whole = [*prompt, *label][:-1]
+        ids[row, : len(whole)] = torch.tensor(whole)
+        is_asked[row, len(prompt) - 1 : len(whole)] = True
+    ids, is_asked = ids.to(device), is_asked.to(device)
+    logits = model.logits(model.hidden(ids)[is_asked][None])[0].float()  # (answer tokens, V)
+    wanted = torch.tensor([token for label in labels for token in label], device=device)
+    chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    rows = is_asked.nonzero()[:, 0]
+    return torch.zeros(len(labels), device=device).index_add_(0, rows, chosen)
+
+
+def _need(questions: Sequence[Question]) -> None:
+    if not questions:
+        raise DataError("a task needs at least one row with an answer, got none")
+
+
+@torch.no_grad()
+def token_hits(model: Llama, batches: Iterable[EvalBatch]) -> Iterator[tuple[int, int]]:
+    """Yield, for each batch, how many targets the model finds likeliest, and how many there are."""
+    device = model.model.embed_tokens.weight.device
+    for batch in batches:
+        documents = None if batch.document_ids is None else Documents.from_ids(batch.document_ids.to(device))
+        targets = batch.targets.to(device)
+        is_target = targets != -100
+        hidden = model.hidden(batch.input_ids.to(device), documents=documents)[is_target]  # (N, D)
+        found = torch.cat([model.logits(part[None])[0].argmax(-1) for part in torch.split(hidden, 512)])
+        yield int((found == targets[is_target]).sum()), int(is_target.sum())

@@ -1,0 +1,56 @@
+"""Find, load and write models and adapters, whatever kind of folder a user names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entrenar.data import Corpus, Tokenizer, check_same_tokenizer, validation_batches
+from entrenar.errors import DataError
+from entrenar.infer import Evaluation, evaluate
+from entrenar.interop import load_model, save_model
+from entrenar.model import Llama
+from entrenar.train import latest_good
+
+
+def write_model_folder(folder: Path, model: Llama, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Write a Hugging Face model folder with its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, model.config, weights)
+    tokenizer.save(folder)
+
+
+def model_folder(path: Path) -> Path:
+    """Return the model folder that `path` means: itself, a checkpoint's, or that of a run's latest good checkpoint.
+
+    Raises:
+        DataError: there is no model at `path`.
+    """
+    if (path / "config.json").is_file():
+        return path
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "checkpoints").is_dir():
+        return latest_good(path / "checkpoints").model
+    raise DataError(f"{path} is neither a model folder (config.json), nor a checkpoint, nor a run with checkpoints")
+
+
+def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
+    """Load model and tokenizer from a model folder, a checkpoint or a run."""
+    folder = model_folder(path)
+    model = load_model(folder, dtype=dtype)
+    return model, Tokenizer.load(folder)
+
+
+def evaluate_model(path: Path, corpus: Path, *, batch_size: int, seq_len: int | None = None) -> Evaluation:
+    """Measure a model on a corpus' held-out split.
+
+    Raises:
+        DataError: the corpus' tokenizer is not the model's.
+    """
+    model, tokenizer = open_model(path)
+    opened = Corpus.open(corpus)
+    check_same_tokenizer([opened], tokenizer.hash, f"model {path}")
+    length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    return evaluate(model, validation_batches(opened, batch_size=batch_size, seq_len=length))

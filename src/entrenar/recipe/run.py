@@ -1,0 +1,95 @@
+"""What every kind of training needs before it starts: observers, threads and seeds, a device, a run folder."""
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from entrenar.config import AnyConfig, ConfigT
+from entrenar.data import Progress
+from entrenar.errors import CheckpointError, ConfigError
+from entrenar.ops import fastest_compute_dtype
+from entrenar.train import Checkpoint, Event, Run, StepRecord, keep_freed_memory, latest_good, list_checkpoints
+
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who is told what happens: the command line prints it."""
+
+    on_stage: Callable[[str], None] = lambda _: None
+    on_record: Callable[[StepRecord], None] = lambda _: None
+    on_event: Callable[[Event], None] = lambda _: None
+    on_prepare: Callable[[Progress], None] = lambda _: None
+
+
+def use_machine(config: AnyConfig) -> None:
+    """Set threads, allocator and seeds, which hold for the whole process."""
+    random.seed(config.train.seed)
+    np.random.seed(config.train.seed % 2**32)
+    torch.manual_seed(config.train.seed)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    keep_freed_memory()
+
+
+def choose_device(config: AnyConfig) -> torch.device:
+    """Return the device that the config names, or the best there is.
+
+    Raises:
+        ConfigError: the machine has no such device.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device must be one this machine has, got \'cuda\'; set device = "cpu" or "auto"')
+    return torch.device(config.device)
+
+
+def find_checkpoint(run_dir: Path, *, resume: bool, overwrite: bool) -> Checkpoint | None:
+    """Return the checkpoint to go on from; None for a new run, whose place is free or is cleared on purpose.
+
+    Raises:
+        CheckpointError: there is nothing to resume.
+        ConfigError: a run of that name is there already.
+    """
+    checkpoints = Run(run_dir, {}).checkpoints
+    if resume:
+        if not run_dir.is_dir():
+            raise CheckpointError(f"there is no run at {run_dir} to resume; start it without --resume")
+        return latest_good(checkpoints)
+    if list_checkpoints(checkpoints):
+        if not overwrite:
+            raise ConfigError(
+                f"{run_dir} already holds a run; go on with it by --resume, replace it by --overwrite, "
+                "or choose another --name"
+            )
+        shutil.rmtree(run_dir)
+    return None
+
+
+def settle_compute_dtype(config: ConfigT, device: torch.device, checkpoint: Checkpoint | None) -> ConfigT:
+    """Replace "auto" by the dtype that is fastest here, or by that of the run which goes on.
+
+    Another dtype would change the last bits, so it is measured once in the life of a run and recorded.
+    """
+    if config.compute_dtype != "auto":
+        return config
+    if checkpoint is not None:
+        settled = checkpoint.state["config"]["compute_dtype"]
+    else:
+        fastest = fastest_compute_dtype(getattr(torch, config.train.precision), device)
+        settled = str(fastest).removeprefix("torch.")
+    return config.model_copy(update={"compute_dtype": settled})
+
+
+def recorded(config: AnyConfig) -> dict[str, Any]:
+    """Return the config as checkpoints remember it."""
+    values: dict[str, Any] = config.model_dump(mode="json", exclude={"preset"})
+    return values
