@@ -62,21 +62,22 @@ def test_what_is_written_equals_the_published_file(shared_data, tmp_path):
 
 
 def test_tok105_loss_is_near_the_published_one(shared_data):
-    """Held-out loss of the published character-level model on TinyStories, in nats a character.
+    """Loss of the published character-level model on TinyStories, in nats a character.
 
-    Published is 0.7366 on a validation shard we do not have. Ours are 20 stories of the training set's text (most of
-    which the model, after 5000 steps of 128 windows, has not seen): cut at lines, since the vocabulary has no newline,
-    joined as llama2.c joins them (BOS before each), windows of 256. Other text, so the same to about a tenth.
+    Published is 0.7366 on a validation shard of the first TinyStories, which we do not have. Ours is every 28th of 2725
+    stories, part of them of the second TinyStories (another author), prepared as llama2.c does: stripped, BOS before
+    each, one stream, windows of 256, a newline is <unk>. Other text, so the same to about a tenth: 0.81 is measured.
+    A model whose layout is read wrong is above 3.
     """
     model = load_llama2c(shared_data / "models/tok105_5000/model.bin")
     tokenizer = Tokenizer.load(shared_data / "models/tok105_5000/tok105.model")
     text = (shared_data / "text/tinystories_train.txt").read_text("utf-8")
-    stories = text.split("<|endoftext|>")[-40:]
-    tokens = [token for story in stories for token in tokenizer.encode(" ".join(story.split()), bos=True)]
+    stories = text.split("<|endoftext|>")[::28]
+    tokens = [token for story in stories for token in tokenizer.encode(story.strip(), bos=True)]
     rows = torch.tensor(tokens[: len(tokens) // 257 * 257]).view(-1, 257)
     with torch.no_grad():
         loss = model.loss(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()
-    assert loss.item() == pytest.approx(0.7366, abs=0.08)
+    assert loss.item() == pytest.approx(0.7366, abs=0.1)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

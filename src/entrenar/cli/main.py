@@ -14,7 +14,10 @@ COMMANDS = {
     "prepare": "tokenize text, code, jsonl or parquet into shards, training a tokenizer first if there is none",
     "train": "pre-train from a config file, or resume",
     "generate": "continue a prompt",
+    "chat": "talk with a model in the terminal",
+    "convert": "write a model in another format, and prove the file: hf, gguf, llama2c",
     "eval": "held-out loss, perplexity and bits per byte of a model",
+    "merge": "put an adapter into the weights of its base, and say what that cost",
     "config": "print, validate, diff, or give the JSON schema of run configs",
     "doctor": "check the machine and the install",
 }

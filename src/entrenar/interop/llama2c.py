@@ -170,7 +170,7 @@ def save_llama2c(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor],
         FormatError: llama2.c has no place for something in the config.
     """
     check_expressible(config)
-    group_size = math.gcd(config.hidden_size, config.intermediate_size, _LARGEST_GROUP) if is_quantized else 0
+    group_size = group_size_of(config) if is_quantized else 0
     header = Header(2 if is_quantized else 1, config, HEADER_BYTES, group_size)
     numbers = (
         config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.kv_heads,
@@ -190,6 +190,11 @@ def save_llama2c(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor],
                     stream.write(part.numpy().data)
             else:
                 stream.write(tensor.contiguous().numpy().data)
+
+
+def group_size_of(config: LlamaConfig) -> int:
+    """Return the numbers that share a scale: as many as divide every row, since a group must not cross rows."""
+    return math.gcd(config.hidden_size, config.intermediate_size, _LARGEST_GROUP)
 
 
 def check_expressible(config: LlamaConfig) -> None:

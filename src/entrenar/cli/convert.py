@@ -1,0 +1,56 @@
+"""`entrenar convert SRC DST --to FORMAT`: write a model in another format, proved before it gets its name."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from entrenar import recipe
+from entrenar.cli import flags
+from entrenar.interop.convert import Format, Target, Threshold, convert, open_source
+
+
+def run(words: Sequence[str]) -> int:
+    """Convert; return the exit code."""
+    parsed = flags.parse(_arguments(), words)
+    thresholds = [Threshold.parse(text) for text in parsed.refuse_if]
+    path = recipe.model_folder(parsed.source) if _is_run(parsed.source) else parsed.source
+    source = open_source(path, parsed.tokenizer)
+    target = Target(
+        parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences
+    )  # fmt: skip
+    report = convert(source, target, thresholds)
+    print(f"{path} ({source.format}) -> {target.path} ({target.format} {target.dtype_for(source.model)})")
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and not (path / "config.json").is_file() and not (path / "model.bin").is_file()
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = flags.parser(
+        "convert",
+        "Write a model in another format. The written file is read back by an independent reader, which\n"
+        "compares every weight, the logits on a probe set and the tokenizer on hard strings, before it gets its name.",
+    )
+    arguments.add_argument("source", type=Path, help="a run, a model folder, a .gguf or a .bin")
+    arguments.add_argument("target", type=Path, help="a folder (hf, llama2c) or a file (gguf)")
+    arguments.add_argument("--to", choices=get_args(Format), required=True, help="format to write")
+    arguments.add_argument("--dtype", help="f32, f16, bf16, q8_0 or q4_0 (default: the source's)")
+    arguments.add_argument("--tokenizer", type=Path, help="tokenizer to take, instead of the source's")
+    arguments.add_argument(
+        "--refuse-if",
+        nargs="+",
+        default=[],
+        metavar="METRIC>NUMBER",
+        help="end with 1 and write nothing, like kl>0.01 or top1<0.9; metrics: kl, max_kl, dlogit, top1, tensor_error",
+    )
+    arguments.add_argument(
+        "--accept-tokenizer-differences",
+        action="store_true",
+        help="write though the tokenizer in the file gives some strings other ids",
+    )
+    arguments.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    return arguments

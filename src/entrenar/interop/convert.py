@@ -1,0 +1,252 @@
+"""From any format to any other, each written file proved before it gets its name.
+
+A file is written beside its place, verified there (`verify`), and renamed; a conversion that fails, or whose measured
+loss is over a threshold of the user's, leaves nothing behind.
+"""
+
+import re
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from entrenar.data import Tokenizer
+from entrenar.data.llama2c_tokenizer import tokenizer_bin
+from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
+from entrenar.files import TEMPORARY_PREFIX, atomic_directory, fsync_directory, fsync_file
+from entrenar.interop import gguf_file, hf, llama2c, readback
+from entrenar.interop.gguf import GGUFType, load_gguf, save_gguf
+from entrenar.interop.verify import Report, verify
+from entrenar.model import Llama, LlamaConfig
+
+Format = Literal["hf", "llama2c", "gguf"]
+_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_ALLOWED: dict[Format, tuple[str, ...]] = {
+    "hf": ("f32", "f16", "bf16"),
+    "llama2c": ("f32", "q8_0"),
+    "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
+}
+_BLOCK = 32
+_MODEL_BIN, _TOKENIZER_BIN = "model.bin", "tokenizer.bin"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in memory and where it came from."""
+
+    model: Llama
+    tokenizer: Tokenizer | None
+    format: Format
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A measured value that makes a conversion fail, like `kl>0.01`."""
+
+    metric: str
+    is_above: bool
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Threshold":
+        """Read `METRIC>NUMBER` or `METRIC<NUMBER`.
+
+        Raises:
+            ConfigError.
+        """
+        names = ("kl", "max_kl", "dlogit", "top1", "tensor_error")
+        match = re.fullmatch(rf"\s*({'|'.join(names)})\s*([<>])\s*([-+.0-9eE]+)\s*", text)
+        try:
+            if match is not None:
+                return cls(match[1], match[2] == ">", float(match[3]))
+        except ValueError:
+            pass
+        raise ConfigError(f"--refuse-if must be one of {', '.join(names)}, then > or <, then a number, got {text!r}")
+
+    def check(self, report: Report) -> None:
+        """Compare.
+
+        Raises:
+            GateFailed.
+        """
+        found = report.metrics[self.metric]
+        if found > self.value if self.is_above else found < self.value:
+            sign = ">" if self.is_above else "<"
+            raise GateFailed(f"{self.metric} is {found:.3g}, refused if {sign} {self.value:g}; nothing was written")
+
+
+def detect(path: Path) -> Format:
+    """Tell the format of a file or folder by its content.
+
+    Raises:
+        DataError: nothing is there; FormatError: it is none of them.
+    """
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return "hf"
+        if (path / _MODEL_BIN).is_file():
+            return "llama2c"
+        raise FormatError(f"{path} is no model folder: it has neither config.json nor {_MODEL_BIN}")
+    if not path.is_file():
+        raise DataError(f"no model at {path}: give a Hugging Face folder, a .gguf or a llama2.c .bin")
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    # a pickle begins with 80 and its protocol, then an opcode; a llama2.c file of dim 128 with 80 00 00 00
+    if magic[:2] == b"PK" or (magic[:1] == b"\x80" and magic[2:3] != b"\0"):
+        raise FormatError(
+            f"{path} is a pickle, which can run code when it is read; convert it where you trust it, "
+            "with transformers' save_pretrained"
+        )
+    return "gguf" if magic == gguf_file.MAGIC else "llama2c"
+
+
+def open_source(path: Path, tokenizer: Path | None = None) -> Source:
+    """Load a model of any format with its tokenizer: `tokenizer`, else the one in it or beside it.
+
+    Raises:
+        DataError, FormatError.
+    """
+    kind = detect(path)
+    found = None if tokenizer is None else Tokenizer.load(tokenizer)
+    if kind == "gguf":
+        model, own = load_gguf(path)
+        return Source(model, found or own, kind)
+    if kind == "hf":
+        return Source(hf.load_model(path), found or _tokenizer_in(path), kind)
+    file = path / _MODEL_BIN if path.is_dir() else path
+    return Source(llama2c.load_llama2c(file), found or _tokenizer_in(file.parent), kind)
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer.bin"))
+    return Tokenizer.load(folder) if has_one or len(list(folder.glob("*.model"))) == 1 else None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to write what."""
+
+    path: Path
+    format: Format
+    dtype: str | None = None
+    can_overwrite: bool = False
+    accepts_tokenizer_differences: bool = False
+
+    def dtype_for(self, model: Llama) -> str:
+        """Return the dtype to write, the model's own where none was asked for and the format has it.
+
+        Raises:
+            ConfigError.
+        """
+        allowed = _ALLOWED[self.format]
+        if self.dtype is not None:
+            if self.dtype not in allowed:
+                raise ConfigError(f"--dtype for {self.format} must be one of {', '.join(allowed)}, got {self.dtype!r}")
+            return self.dtype
+        own = next(name for name, dtype in _DTYPES.items() if dtype == model.model.embed_tokens.weight.dtype)
+        return own if own in allowed else "f32"
+
+
+def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ()) -> Report:
+    """Write `source` to `target`, verified.
+
+    Raises:
+        GateFailed: the file is not what it should be, or over a threshold; nothing is left.
+        ConfigError, FormatError, DiskFullError, MachineError.
+    """
+    dtype = target.dtype_for(source.model)
+    is_used = target.path.is_file() or (target.path.is_dir() and any(target.path.iterdir()))
+    if is_used and not target.can_overwrite:
+        raise ConfigError(f"{target.path} exists; name another place or give --overwrite")
+    if target.path.is_dir() == (target.format == "gguf") and target.path.exists():
+        kind = "folder" if target.format == "gguf" else "file"
+        raise ConfigError(f"{target.path} is a {kind}, {target.format} is not; name another place")
+    if is_used and target.path.is_dir():
+        detect(target.path)  # only a model is replaced by one
+    with (_atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
+        _write(source, place, target, dtype)
+        bound = _bound(dtype, target.format, source.model.config)
+        report = verify(_read_back(place, target.format, source.model), source.model, source.tokenizer, bound)
+        if report.differing_strings and not target.accepts_tokenizer_differences:
+            differing = f"{len(report.differing_strings)} of {report.num_strings} strings"
+            raise GateFailed(
+                f"the file's tokenizer gives {differing} other ids, {report.differing_strings[0]!r} first; "
+                "nothing was written (--accept-tokenizer-differences writes it nevertheless)"
+            )
+        for threshold in refuse_if:
+            threshold.check(report)
+    return report
+
+
+def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
+    model, tokenizer = source.model, source.tokenizer
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    if target.format == "gguf":
+        name = target.path.stem
+        save_gguf(place, model.config, weights, tokenizer, type_name=_gguf_type(dtype), model_name=name)
+    elif target.format == "hf":
+        hf.save_model(place, model.config, {name: weight.to(_DTYPES[dtype]) for name, weight in weights.items()})
+        if tokenizer is not None:
+            tokenizer.save(place)
+    else:
+        llama2c.save_llama2c(place / _MODEL_BIN, model.config, weights, is_quantized=dtype == "q8_0")
+        if tokenizer is not None:
+            (place / _TOKENIZER_BIN).write_bytes(tokenizer_bin(tokenizer, model.config.vocab_size))
+
+
+def _gguf_type(dtype: str) -> GGUFType:
+    return next(name for name in get_args(GGUFType) if name == dtype)
+
+
+def _read_back(place: Path, kind: Format, model: Llama) -> readback.Readback:
+    readers = {
+        "hf": readback.read_hf_folder,
+        "gguf": readback.read_gguf_file,
+        "llama2c": readback.read_llama2c_folder,
+    }
+    return readers[kind](place, model.config)
+
+
+def _bound(dtype: str, kind: Format, config: LlamaConfig) -> Callable[[Tensor], Tensor]:
+    """Return what the rounding of a dtype may change each weight by."""
+
+    def of_numbers(weight: Tensor, name: str) -> Tensor:
+        # half a unit in the last place; below the smallest normal number the unit is fixed
+        bits, smallest = {"f32": (24, 0.0), "f16": (11, 2.0**-25), "bf16": (8, 0.0)}[name]
+        return torch.zeros_like(weight) if name == "f32" else weight.abs() * 2.0**-bits + smallest
+
+    def of_blocks(weight: Tensor, size: int) -> Tensor:
+        largest = weight.reshape(-1, size).abs().amax(dim=1, keepdim=True)
+        # Q8_0: half of 1/127; Q4_0: a step of 1/8, since its range ends at +7; the scale itself is a float16 in GGUF.
+        step = 0.5 / 127 if dtype == "q8_0" else 1 / 8
+        allowed = largest * (step + (2.0**-11 if kind == "gguf" else 0)) * 1.001 + 127 * 2.0**-25
+        return allowed.expand(-1, size).reshape(weight.shape)
+
+    def bound(weight: Tensor) -> Tensor:
+        if weight.ndim == 1 and kind != "hf":
+            return of_numbers(weight, "f32")
+        if dtype not in ("q8_0", "q4_0"):
+            return of_numbers(weight, dtype)
+        if kind == "llama2c":
+            return of_blocks(weight, llama2c.group_size_of(config))
+        return of_numbers(weight, "f16") if weight.shape[-1] % _BLOCK else of_blocks(weight, _BLOCK)
+
+    return bound
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(path)
+        fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""Readers of written files that share nothing with what wrote them: safetensors by hand, GGUF by its own package,
+llama2.c by counting offsets.
+
+They exist for verification only. They are simple and believe the file, because the file was just written here.
+"""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from entrenar.interop.gguf import gguf_package
+from entrenar.interop.llama2c import HEADER_BYTES
+from entrenar.interop.numpy_llama import Array, Shape, Weights
+from entrenar.interop.piece_encoder import PieceEncoder
+from entrenar.model import LlamaConfig
+from entrenar.model.rope_scaling import inverse_frequencies
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+
+
+@dataclass(frozen=True)
+class Readback:
+    """What an independent reader found: the weights by Hugging Face's names, in the file's own order of rows.
+
+    Attributes:
+        encode: the tokenizer in the file, None where it holds none.
+    """
+
+    names: frozenset[str]
+    weight: Weights
+    shape: Shape
+    encode: Any = None
+
+
+def _frequencies(config: LlamaConfig, theta: float, width: int) -> tuple[Array, float]:
+    if config.rope_scaling is None:
+        return theta ** -(np.arange(0, width, 2) / width), 1.0
+    # Stretched frequencies are proved against transformers' in the model's own tests; here only their order matters.
+    frequencies, scale = inverse_frequencies(config, 0)
+    return frequencies.numpy(), scale
+
+
+def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
+    """Read safetensors by hand and tokenizer.json by the `tokenizers` package."""
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    places: dict[str, tuple[Path, Mapping[str, Any], int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+        places |= {name: (path, entry, 8 + size) for name, entry in header.items() if name != "__metadata__"}
+
+    def weight(name: str) -> Array:
+        path, entry, start = places[name]
+        begin, end = entry["data_offsets"]
+        raw = np.fromfile(path, np.uint8, end - begin, offset=start + begin)
+        if entry["dtype"] == "BF16":
+            values: Array = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = raw.view(_NUMPY[entry["dtype"]])
+        return values.reshape(entry["shape"])
+
+    frequencies, scale = _frequencies(config, written["rope_theta"], written["head_dim"])
+    shape = Shape(
+        written["num_hidden_layers"], written["num_attention_heads"], written["num_key_value_heads"],
+        written["rms_norm_eps"], frequencies, scale, is_interleaved=False, is_tied=written["tie_word_embeddings"],
+    )  # fmt: skip
+    encode = None
+    if (folder / "tokenizer.json").is_file():
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.encode_special_tokens = True
+        encode = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+    return Readback(frozenset(places), weight, shape, encode)
+
+
+def read_gguf_file(path: Path, config: LlamaConfig) -> Readback:
+    """Read with the gguf package: its reader, its table of names, its dequantization."""
+    gguf = gguf_package()
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name.removesuffix(".weight"): tensor for tensor in reader.tensors}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+
+    def weight(name: str) -> Array:
+        tensor = found[table.get_name(name.removesuffix(".weight"))]
+        values: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return values
+
+    def key(name: str) -> Any:
+        return reader.get_field(name).contents()
+
+    frequencies, scale = _frequencies(config, key("llama.rope.freq_base"), key("llama.rope.dimension_count"))
+    if "rope_freqs" in found:
+        unstretched = config.model_copy(update={"rope_scaling": None})
+        plain, scale = _frequencies(unstretched, key("llama.rope.freq_base"), key("llama.rope.dimension_count"))
+        frequencies = plain / found["rope_freqs"].data
+    shape = Shape(
+        key("llama.block_count"), key("llama.attention.head_count"), key("llama.attention.head_count_kv"),
+        key("llama.attention.layer_norm_rms_epsilon"), frequencies, scale,
+        is_interleaved=True, is_tied="output" not in found,
+    )  # fmt: skip
+    hf_names = {name: table.get_name(name.removesuffix(".weight")) for name in _all_names(config)}
+    names = frozenset(name for name, theirs in hf_names.items() if theirs in found)
+    unknown = set(found) - set(hf_names.values()) - {"rope_freqs"}
+    return Readback(names | unknown, weight, shape, _gguf_encoder(reader))
+
+
+def _all_names(config: LlamaConfig) -> list[str]:
+    inner = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
+    layers = [f"model.layers.{layer}.{name}.weight" for layer in range(config.num_layers) for name in inner]
+    return ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *layers]
+
+
+def _gguf_encoder(reader: Any) -> Any:
+    field = reader.get_field("tokenizer.ggml.tokens")
+    if field is None:
+        return None
+    tokens = field.contents()
+    kinds = reader.get_field("tokenizer.ggml.token_type").contents()
+    if reader.get_field("tokenizer.ggml.model").contents() == "llama":
+        scores = reader.get_field("tokenizer.ggml.scores").contents()
+        adds_space = reader.get_field("tokenizer.ggml.add_space_prefix").contents()
+        unknown = reader.get_field("tokenizer.ggml.unknown_token_id").contents()
+        return PieceEncoder(tokens, scores, kinds, unknown, adds_space=adds_space)
+    merges = [tuple(merge.split(" ")) for merge in reader.get_field("tokenizer.ggml.merges").contents()]
+    return _byte_level(tokens, kinds, merges, reader.get_field("tokenizer.ggml.pre").contents())
+
+
+def _byte_level(tokens: Sequence[str], kinds: Sequence[int], merges: list[tuple[str, str]], pre: str) -> Any:
+    """Build what llama.cpp does for `gpt2` vocabularies from the package's parts."""
+    normal = {token: index for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
+    is_llama3 = pre == "llama-bpe"
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(normal, merges, ignore_merges=is_llama3))
+    levels = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama3)
+    if is_llama3:
+        # llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_LLAMA3
+        pattern = (
+            r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, levels])
+    else:
+        backend.pre_tokenizer = levels
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
+
+
+def read_llama2c_folder(folder: Path, config: LlamaConfig) -> Readback:
+    """Read `model.bin` by counting offsets and `tokenizer.bin` as llama2.c's program does."""
+    raw = np.fromfile(folder / "model.bin", np.uint8)
+    _, version, dim, hidden, layers, heads, kv_heads, vocab, _, tied, group = struct.unpack_from(
+        "<Ii7iBi", raw[:HEADER_BYTES].tobytes()
+    )
+    width = dim // heads
+    rows = {"q": dim, "k": kv_heads * width, "v": kv_heads * width, "o": dim}
+    order: list[tuple[str, tuple[int, ...]]] = [
+        (f"model.layers.{n}.input_layernorm.weight", (dim,)) for n in range(layers)
+    ]
+    order += [(f"model.layers.{n}.post_attention_layernorm.weight", (dim,)) for n in range(layers)]
+    order += [("model.norm.weight", (dim,)), ("model.embed_tokens.weight", (vocab, dim))]
+    for name, size in rows.items():
+        order += [(f"model.layers.{n}.self_attn.{name}_proj.weight", (size, dim)) for n in range(layers)]
+    for name, matrix in {"gate": (hidden, dim), "down": (dim, hidden), "up": (hidden, dim)}.items():
+        order += [(f"model.layers.{n}.mlp.{name}_proj.weight", matrix) for n in range(layers)]
+    order += [] if tied else [("lm_head.weight", (vocab, dim))]
+    places: dict[str, tuple[int, tuple[int, ...], bool]] = {}
+    at = HEADER_BYTES
+    for name, sizes in order:
+        count = int(np.prod(sizes))
+        is_quantized = version == 2 and len(sizes) == 2
+        places[name] = (at, sizes, is_quantized)
+        at += count + 4 * count // group if is_quantized else 4 * count
+
+    def weight(name: str) -> Array:
+        start, sizes, is_quantized = places[name]
+        count = int(np.prod(sizes))
+        if not is_quantized:
+            plain: Array = raw[start : start + 4 * count].view("<f4").reshape(sizes)
+            return plain
+        numbers = raw[start : start + count].view(np.int8).astype(np.float32).reshape(-1, group)
+        scales = raw[start + count : start + count + 4 * count // group].copy().view("<f4")
+        values: Array = (numbers * scales[:, None]).reshape(sizes)
+        return values
+
+    frequencies, scale = _frequencies(config, 10000.0, width)
+    shape = Shape(layers, heads, kv_heads, 1e-5, frequencies, scale, is_interleaved=True, is_tied=bool(tied))
+    return Readback(frozenset(places), weight, shape, _bin_encoder(folder / "tokenizer.bin"))
+
+
+def _bin_encoder(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    raw, at = path.read_bytes(), 4
+    tokens: list[str] = []
+    scores: list[float] = []
+    while at < len(raw):
+        score, length = struct.unpack_from("<fi", raw, at)
+        scores.append(score)
+        tokens.append(raw[at + 8 : at + 8 + length].decode("utf-8").replace(" ", "▁"))
+        at += 8 + length
+    kinds = [2, 3, 3, *([6] * 256 if "<0x00>" in tokens else [])]
+    kinds += [1] * (len(tokens) - len(kinds))
+    return PieceEncoder(tokens, scores, kinds, 0, adds_space=True)
