@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_toy import write_model
 
-from entrenar.errors import DiskFullError
+from entrenar.errors import DiskFullError, OutOfMemoryError
 from entrenar.train.checkpoint import Snapshot, list_checkpoints
 from entrenar.train.saver import Saver
 
@@ -62,6 +62,39 @@ def test_a_machine_failure_is_an_outcome_and_frees_the_loop(tmp_path: Path) -> N
     assert step == 4
     assert isinstance(error, DiskFullError)
     assert not list(tmp_path.iterdir())
+
+
+def test_lack_of_memory_in_the_thread_is_an_outcome(tmp_path: Path) -> None:
+    """When the writer runs out of memory the run hears of it as of a full disk."""
+
+    def hungry(*_: object) -> None:
+        raise MemoryError
+
+    saver = Saver(tmp_path, hungry, before_commit=lambda: None, after_commit=lambda _: None)
+    saver.start(_snapshot(4))
+    _, error = saver.take(wait=True)
+    saver.close()
+    assert isinstance(error, OutOfMemoryError)
+    assert str(error) == "memory ran out while writing a checkpoint (MemoryError)"
+
+
+def test_thread_and_reserve_are_there_before_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the saver exists, a checkpoint needs no new thread, and has the reserve's memory while it is written."""
+    held: list[int] = []
+
+    def measuring(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        held.append(len(saver._reserve))
+        write_model(folder, weights)
+
+    saver = Saver(tmp_path, measuring, before_commit=lambda: None, after_commit=lambda _: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread was started"))
+    before = len(saver._reserve)
+    saver.start(_snapshot(4))
+    assert saver.take(wait=True) == (4, None)
+    saver.close()
+    assert before > 1 << 20
+    assert held == [0]
+    assert len(saver._reserve) == before
 
 
 def test_a_fault_in_the_model_writer_comes_through(tmp_path: Path) -> None:

@@ -116,17 +116,16 @@ class _Training:
     def __init__(self, task: Task[Any], settings: Settings, run: Run, journal: Journal) -> None:
         self.task, self.settings, self.run, self.journal = task, settings, run, journal
         self.total_steps = settings.train.total_steps(task.micro_batches_per_epoch)
-        with explained_oom(
-            "preparing the optimizer's state; choose precision = bfloat16, an adapter or a smaller model"
-        ):
+        remedy = "choose precision = bfloat16, an adapter or a smaller model"
+        with explained_oom(f"preparing the optimizer's state; {remedy}"):
             self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim, settings.train.precision)
+            self.saver = Saver(
+                run.checkpoints, task.write_model, before_commit=journal.sync, after_commit=self._prune
+            )  # fmt: skip
         self.monitor = Monitor(settings.monitor)
         self.limit = RowLimit()
         self.counters = _Counters()
         self.phases = Phases(next(task.module.parameters()).device)
-        self.saver = Saver(
-            run.checkpoints, task.write_model, before_commit=journal.sync, after_commit=self._prune
-        )  # fmt: skip
         self.revision = checkpoint.git_revision()
         self.loader: dict[str, Any] | None = None
         self.held_out: Mapping[str, float] | None = None

@@ -6,6 +6,7 @@ raise MemoryError. All are recoverable as long as the step is undone, which is w
 retried (`step.py`), never the optimizer.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,3 +45,16 @@ def explained_oom(activity: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OutOfMemoryError(f"memory ran out while {activity} ({reason})") from error
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to device and kernel, so that others than torch's allocator can have it.
+
+    glibc keeps what a failed step has freed. oneDNN maps its generated code straight from the kernel and finds nothing
+    left, at whatever size the step is tried again.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -9,12 +9,16 @@ torchtitan's "wait for staging before the next mutation".
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
 from entrenar.errors import MachineError
 from entrenar.train import checkpoint
+from entrenar.train.oom import explained_oom
+
+_RESERVE_BYTES = 4 << 20
 
 
 class Saver:
@@ -33,6 +37,9 @@ class Saver:
         self._before_commit = before_commit
         self._after_commit = after_commit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # Taken now and given back while writing: when memory is short later on, the last checkpoint must not fail for a
+        # thread's stack, nor for safetensors' buffer of 1 MiB, without which its Rust code aborts the process.
+        self._reserve = self._thread.submit(bytearray, _RESERVE_BYTES).result()
         self._writing: Future[None] | None = None
         self._step = 0
         self._staged = threading.Event()
@@ -45,17 +52,21 @@ class Saver:
         self._writing = self._thread.submit(self._write, snapshot)
 
     def _write(self, snapshot: checkpoint.Snapshot) -> None:
+        self._reserve = bytearray()
         try:
-            checkpoint.write(
-                self._folder / checkpoint.folder_name(snapshot.step),
-                snapshot,
-                self._write_model,
-                staged=self._staged.set,
-                before_commit=self._before_commit,
-            )
+            with explained_oom("writing a checkpoint"):
+                checkpoint.write(
+                    self._folder / checkpoint.folder_name(snapshot.step),
+                    snapshot,
+                    self._write_model,
+                    staged=self._staged.set,
+                    before_commit=self._before_commit,
+                )
         finally:
             self._staged.set()
         self._after_commit(snapshot.step)
+        with suppress(MemoryError):
+            self._reserve = bytearray(_RESERVE_BYTES)
 
     def wait_staged(self) -> None:
         """Return when the live tensors may change again."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entrenar.errors import OutOfMemoryError
 from entrenar.train import rng
-from entrenar.train.oom import is_oom
+from entrenar.train.oom import is_oom, return_freed_memory
 from entrenar.train.phases import Phases
 from entrenar.train.precision import GradientSums
 from entrenar.train.settings import Batch
@@ -69,8 +69,7 @@ def sum_gradients(
             reason = str(error).partition("\n")[0]
         # Outside the handler, so that the traceback and the activations its frames hold are gone.
         gradients.begin(0)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_freed_memory()
         rng.restore(before)
         limit.halve(batches, reason)
         on_split(f"memory ran out ({reason}); the step is done again with {limit.rows} rows at a time")
