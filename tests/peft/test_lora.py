@@ -144,12 +144,13 @@ def test_merged_model_does_what_the_adapter_does(name: str) -> None:
     torch.testing.assert_close(plain(IDS), logits, rtol=1e-10, atol=1e-10)
 
 
-def test_merge_adds_in_float32_and_rounds_once() -> None:
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_merge_adds_in_float32_and_rounds_once(adapter_dtype: torch.dtype) -> None:
     """A bfloat16 weight plus its update equals the float64 sum to half a unit in the last place of bfloat16."""
     model = adapted(LoraConfig(rank=3), torch.bfloat16)
     perturb(model)
     wrapper = model.get_submodule("model.layers.0.self_attn.q_proj")
-    adapter = wrapper.adapter("default")
+    adapter = wrapper.adapter("default").to(adapter_dtype)
     exact = wrapper.weight.double() + adapter.scale * adapter.lora_B.double() @ adapter.lora_A.double()
     wrapper.merge()
     assert wrapper.weight.dtype == torch.bfloat16
@@ -246,6 +247,17 @@ def test_dora_gives_each_row_its_magnitude() -> None:
         magnitudes = wrapper.adapter("default").lora_magnitude_vector.detach()
         wrapper.merge()
         torch.testing.assert_close(torch.linalg.vector_norm(wrapper.weight.detach(), dim=1), magnitudes.abs())
+
+
+def test_dora_norms_are_float32_for_bfloat16_adapters() -> None:
+    """An adapter cast to bfloat16, as a bfloat16 run does, still gets its row norms to float32 rounding."""
+    model = adapted(LoraConfig(rank=3, use_dora=True), torch.bfloat16)
+    perturb(model)
+    wrapper = model.get_submodule("model.layers.0.self_attn.q_proj")
+    adapter = wrapper.adapter("default").to(torch.bfloat16)
+    exact = wrapper.weight.double() + adapter.scale * adapter.lora_B.double() @ adapter.lora_A.double()
+    norms = adapter.row_norms(wrapper.weight)
+    torch.testing.assert_close(norms.double(), exact.norm(dim=1).detach(), rtol=1e-5, atol=0)
 
 
 def test_compute_dtype_of_the_base_holds_for_its_adapter() -> None:

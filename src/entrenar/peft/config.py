@@ -6,7 +6,7 @@ size as r grows (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
 
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -57,7 +57,7 @@ class LoraConfig(BaseModel):
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _patterns_are_usable(cls, value: dict[str, float]) -> dict[str, float]:
+    def _patterns_are_usable(cls, value: dict[str, Any]) -> dict[str, Any]:
         for pattern, number in value.items():
             if number <= 0:
                 raise ValueError(f"the value for {pattern!r} must be > 0, got {number}")

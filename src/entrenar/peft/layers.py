@@ -31,7 +31,7 @@ class LowRank(nn.Module):
     """One adapter of one projection.
 
     Attributes:
-        lora_A, lora_B: the trained matrices, at least float32.
+        lora_A, lora_B: the trained matrices, float32 over a base of lower precision.
         lora_magnitude_vector: DoRA's magnitudes, or None.
         start_a, start_b: where PiSSA began, or None.
         scale: what B A is multiplied by.
@@ -83,10 +83,16 @@ class LowRank(nn.Module):
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.start_a)), torch.cat((self.lora_B, -self.start_b), dim=1)
 
+    def _wide_matrices(self) -> tuple[Tensor, Tensor]:
+        # A run in bfloat16 turns trained parameters into bfloat16.
+        lora_a, lora_b = self.matrices()
+        wide = torch.promote_types(lora_a.dtype, torch.float32)
+        return lora_a.to(wide), lora_b.to(wide)
+
     def row_norms(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, " O"]:
         """Return ‖W + s B A‖ by rows, as a constant."""
         with torch.no_grad():
-            lora_a, lora_b = self.matrices()
+            lora_a, lora_b = self._wide_matrices()
             wide = weight.to(lora_a.dtype)
             cross = (wide @ lora_a.mT * lora_b).sum(1)
             square = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(1)
@@ -95,7 +101,7 @@ class LowRank(nn.Module):
     def merged(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
         """Return the one weight that does what the base and the adapter do, added in float32 and rounded once."""
         with torch.no_grad():
-            lora_a, lora_b = self.matrices()
+            lora_a, lora_b = self._wide_matrices()
             total = torch.addmm(weight.to(lora_a.dtype), lora_b, lora_a, alpha=self.scale)
             if self.lora_magnitude_vector is not None:
                 total *= (self.lora_magnitude_vector / self.row_norms(weight))[:, None]

@@ -15,7 +15,7 @@ explains, the cache is left alone from there on, and that is said.
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +52,7 @@ class TrunkConfig(BaseModel):
     """Batches read from disk that are computed the long way too and compared."""
 
 
+@runtime_checkable
 class CutModel(Protocol):
     """What a model that can be cut at a layer offers."""
 
