@@ -22,15 +22,15 @@ from entrenar.train import Run, fit
 
 torch.manual_seed(0)
 layers = [torch.nn.Linear(6, 256)]
-for _ in range(24):
+for _ in range(12):
     layers += [torch.nn.Linear(256, 256), torch.nn.GELU()]
 module = torch.nn.Sequential(*layers, torch.nn.Linear(256, 5))
 
 def batches():
     for index in range(2):
         generator = torch.Generator().manual_seed(index)
-        x = torch.randn(8192, 6, generator=generator)
-        yield ToyBatch(x, torch.randint(0, 5, (8192,), generator=generator)), Position(index + 1)
+        x = torch.randn(4096, 6, generator=generator)
+        yield ToyBatch(x, torch.randint(0, 5, (4096,), generator=generator)), Position(index + 1)
 
 with torch.no_grad():
     module(torch.randn(8, 6))
@@ -70,7 +70,7 @@ def test_limited_memory_gives_the_same_weights_or_a_typed_error(tmp_path: Path) 
     status, free = _train(tmp_path / "free", None)
     assert (status, free["splits"]) == (0, 0)
     outcomes = []
-    for limit_mb in (1000, 300, 8):
+    for limit_mb in (300, 60, 8):
         status, result = _train(tmp_path / str(limit_mb), limit_mb)
         if status == 0:
             assert result["weights"] == pytest.approx(free["weights"], rel=1e-5, abs=1e-5)
