@@ -10,9 +10,8 @@ a 32-bit integer:
     m         = (weight << 16) + remainder                                               (3)
 
 Equation 3 returns every bit, so 4 bytes hold weight and master where 6 were needed, and a checkpoint holds them as
-the model's own bfloat16 file plus the remainders. The idea is known from Stochastic-rounding and split-parameter
-optimizers (Zamirai et al. 2020, arXiv:2010.06192). The work is done in pieces that stay in the cache, so the extra
-passes cost little beside memory traffic.
+the model's own bfloat16 file plus the remainders. (A second bfloat16 as Kahan compensation, Zamirai et al. 2020,
+arXiv:2010.06192, takes as much room and is not exact.) The work is done in pieces that stay in the cache.
 
 Gradients of several backward passes are summed in float32 (`GradientSums`): a bfloat16 sum of 64 of them would keep
 2 digits.

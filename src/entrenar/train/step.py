@@ -16,7 +16,6 @@ from torch import Tensor
 from entrenar.errors import OutOfMemoryError
 from entrenar.train import rng
 from entrenar.train.oom import is_oom, return_freed_memory
-from entrenar.train.phases import Phases
 from entrenar.train.precision import GradientSums
 from entrenar.train.settings import Batch
 
@@ -87,6 +86,3 @@ def _forward_backward(
             piece_loss.backward()  # type: ignore[no-untyped-call]
         losses.append(piece_loss.detach().double())
     return torch.stack(losses).sum()
-
-
-__all__ = ["Phases", "RowLimit", "sum_gradients"]
