@@ -366,6 +366,21 @@ def test_damaged_folder_is_refused(folder: Path) -> None:
     assert adapter_names(model) == []
 
 
+def test_each_adapter_has_its_own_folder(folder: Path, tmp_path: Path) -> None:
+    """Of several adapters held, the named one is saved, and loading one beside it touches neither."""
+    model = trained(VARIANTS["everywhere"])
+    before = model(IDS)
+    load_adapter(folder, model, "second")
+    assert torch.equal(model(IDS), before)
+    (tmp_path / "again").mkdir()
+    save_adapter(tmp_path / "again", model, VARIANTS["plain"], "second")
+    first, again = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+    set_adapter(model, "second")
+    close(model(IDS), trained(VARIANTS["plain"])(IDS))
+
+
 def test_nothing_to_save_is_refused(tmp_path: Path) -> None:
     """An adapter that is not held cannot be written."""
     with pytest.raises(ConfigError, match=r"^no adapter 'default' is held, so there is nothing to save$"):

@@ -322,6 +322,14 @@ def test_table_has_a_row_for_each_kind() -> None:
     assert table.base_parameters == CONFIG.parameter_count()
 
 
+def test_table_of_full_fine_tuning_saves_nothing() -> None:
+    """Without adapters every parameter is trained, and the table says so."""
+    table = trainable_table(base())
+    assert table.trained_parameters == table.base_parameters == CONFIG.parameter_count()
+    assert ("up_proj.weight", (40, 24), 3) in {(kind.name, kind.shape, kind.tensors) for kind in table.kinds}
+    assert list(table.lines())[-1].endswith("(0.00 % fewer)")
+
+
 def test_name_that_is_taken_or_no_name_is_refused() -> None:
     """An adapter's name is new and made of plain characters."""
     model = adapted(VARIANTS["plain"])

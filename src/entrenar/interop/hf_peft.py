@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -253,19 +253,14 @@ def _expected_shapes(config: LoraConfig, model: Llama, folder: Path) -> dict[str
         raise FormatError(f"{folder} is an adapter for another base: {error}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in targets.items():
-        rank, (outputs, inputs) = config.rank_of(path), _weight(module).shape
+        rank, (outputs, inputs) = config.rank_of(path), cast(Tensor, module.weight).shape
         shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, inputs)
         shapes[f"{PREFIX}{path}.lora_B.weight"] = (outputs, rank)
         if config.use_dora:
             shapes[f"{PREFIX}{path}.lora_magnitude_vector"] = (outputs,)
-    return shapes | {f"{PREFIX}{path}.weight": tuple(_weight(module).shape) for path, module in saved.items()}
-
-
-def _weight(module: torch.nn.Module) -> Tensor:
-    weight = module.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"a projection's weight is a tensor, got {type(weight)}")
-    return weight
+    return shapes | {
+        f"{PREFIX}{path}.weight": tuple(cast(Tensor, module.weight).shape) for path, module in saved.items()
+    }
 
 
 def _check_tied_head(shapes: Mapping[str, object], folder: Path) -> None:
