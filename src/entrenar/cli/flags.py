@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from entrenar.config import RunConfig, load_config, options
 from entrenar.errors import ConfigError
 
@@ -16,11 +18,11 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_config_flags(arguments: argparse.ArgumentParser) -> None:
-    """Add `--config FILE` and one flag for each option of `RunConfig`, grouped as the file's tables are."""
+def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] = RunConfig) -> None:
+    """Add `--config FILE` and one flag for each option of `model`, grouped as the file's tables are."""
     arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags go over it")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in options():
+    for option in options(model):
         table = option.path[0] if len(option.path) > 1 else "run"
         group = groups.setdefault(table, arguments.add_argument_group(f"[{table}]" if table != "run" else "run"))
         default = option.field.get_default(call_default_factory=True)
@@ -41,9 +43,9 @@ def _shown(default: object) -> str:
     return " ".join(str(item) for item in default) if isinstance(default, tuple) else str(default)
 
 
-def given_flags(parsed: argparse.Namespace) -> dict[str, str]:
+def given_flags(parsed: argparse.Namespace, model: type[BaseModel] = RunConfig) -> dict[str, str]:
     """Return the config flags that were typed, by dotted key."""
-    keys = {option.key for option in options()}
+    keys = {option.key for option in options(model)}
     return {key: value for key, value in vars(parsed).items() if key in keys}
 
 
@@ -55,7 +57,9 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
     return load_config(parsed.config, given_flags(parsed))
 
 
-def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse(
+    arguments: argparse.ArgumentParser, words: Sequence[str], model: type[BaseModel] = RunConfig
+) -> argparse.Namespace:
     """Parse; argparse itself exits with 2 on a fault and 0 after --help.
 
     Raises:
@@ -64,11 +68,13 @@ def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.
     parsed, unknown = arguments.parse_known_args(list(words))
     if unknown:
         flags = [word for word in unknown if word.startswith("-")] or unknown
-        raise ConfigError("\n".join(f"{flag} is not a flag of {arguments.prog}{_nearest(flag)}" for flag in flags))
+        raise ConfigError(
+            "\n".join(f"{flag} is not a flag of {arguments.prog}{_nearest(flag, model)}" for flag in flags)
+        )
     return parsed
 
 
-def _nearest(flag: str) -> str:
-    known = [option.flag for option in options()]
+def _nearest(flag: str, model: type[BaseModel]) -> str:
+    known = [option.flag for option in options(model)]
     match = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
     return f"; did you mean {match[0]}?" if match else ""

@@ -13,6 +13,8 @@ from entrenar.errors import EntrenarError
 COMMANDS = {
     "prepare": "tokenize text, code, jsonl or parquet into shards, training a tokenizer first if there is none",
     "train": "pre-train from a config file, or resume",
+    "finetune": "teach a model a task from a file of rows: all weights, or a LoRA adapter",
+    "data": "show the rows of a fine-tuning file with the trained tokens marked, or check them",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",
     "convert": "write a model in another format, and prove the file: hf, gguf, llama2c",

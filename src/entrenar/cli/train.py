@@ -11,7 +11,7 @@ from entrenar.cli.progress import TrainingView, duration
 from entrenar.config import RunConfig, load_config
 from entrenar.infer import Evaluation
 
-_ENDS = {
+ENDS = {
     "steps": "all steps done",
     "time": "time is up",
     "early_stop": "the held-out loss no longer falls",
@@ -77,7 +77,7 @@ def _dry_run(config: RunConfig) -> int:
 def _print_report(report: recipe.TrainReport) -> None:
     last = report.outcome.last_record
     elapsed = f" after {duration(last.elapsed_s)}" if last else ""
-    print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {_ENDS[report.outcome.reason]}")
+    print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {ENDS[report.outcome.reason]}")
     if report.before is not None:
         print(f"  held-out before   {describe(report.before)}")
     print(f"  held-out after    {describe(report.after)}")

@@ -127,19 +127,25 @@ def _skip(text: str, at: int) -> int:
 def _table(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row | BadRow]:
     delimiter = _TABLES[path.suffix.lower()]
     # A tab-separated file has no quoting: a sentence may begin with a quotation mark.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-    names = list(columns) or next(reader, [])
-    before = reader.line_num
-    for cells in reader:
-        place, before = f"{path}:{before + 1}", reader.line_num
-        if not cells:
-            continue
-        if len(cells) != len(names):
-            reason = f"{len(cells)} cells where there are {len(names)} columns ({', '.join(names)})"
-            yield BadRow(place, "broken", reason, cells)
-        else:
-            yield Row(place, dict(zip(names, cells, strict=True)))
+    lines = io.StringIO(text, newline="")
+    reader = (
+        csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        if delimiter == "\t"
+        else csv.reader(lines, delimiter=delimiter)
+    )
+    names, before = list(columns), 0
+    try:
+        for cells in reader:
+            place, before = f"{path}:{before + 1}", reader.line_num
+            if not names:
+                names = cells
+            elif len(cells) == len(names):
+                yield Row(place, dict(zip(names, cells, strict=True)))
+            elif cells:
+                reason = f"{len(cells)} cells where there are {len(names)} columns ({', '.join(names)})"
+                yield BadRow(place, "broken", reason, cells)
+    except csv.Error as error:
+        yield BadRow(f"{path}:{before + 1}", "broken", f"{error}; the rest of the file is not read", None)
 
 
 def _parquet(path: Path) -> Iterator[Row | BadRow]:

@@ -1,18 +1,24 @@
 """The only composer of the training half: each page puts the parts together in the order in which things happen."""
 
+from entrenar.recipe.finetune import Figures, FinetuneReport, finetune, question_of, resumable_finetune_config
 from entrenar.recipe.models import evaluate_model, model_folder, open_model, write_model_folder
 from entrenar.recipe.pretrain import TrainReport, open_corpora, resumable_config, train
 from entrenar.recipe.run import Observer, choose_device, use_machine
 
 __all__ = [
+    "Figures",
+    "FinetuneReport",
     "Observer",
     "TrainReport",
     "choose_device",
     "evaluate_model",
+    "finetune",
     "model_folder",
     "open_corpora",
     "open_model",
+    "question_of",
     "resumable_config",
+    "resumable_finetune_config",
     "train",
     "use_machine",
     "write_model_folder",

@@ -11,6 +11,7 @@ from entrenar.errors import DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, save_model
 from entrenar.model import Llama
+from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
 from entrenar.train import latest_good
 
 
@@ -22,25 +23,28 @@ def write_model_folder(folder: Path, model: Llama, weights: Mapping[str, Tensor]
 
 
 def model_folder(path: Path) -> Path:
-    """Return the model folder that `path` means: itself, a checkpoint's, or that of a run's latest good checkpoint.
+    """Return the model or adapter folder that `path` means: itself, a checkpoint's, or that of a run's latest good one.
 
     Raises:
         DataError: there is no model at `path`.
     """
-    if (path / "config.json").is_file():
-        return path
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file() or is_adapter(folder):
+            return folder
     if (path / "checkpoints").is_dir():
         return latest_good(path / "checkpoints").model
     raise DataError(f"{path} is neither a model folder (config.json), nor a checkpoint, nor a run with checkpoints")
 
 
 def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
-    """Load model and tokenizer from a model folder, a checkpoint or a run."""
+    """Load model and tokenizer from a model folder, a checkpoint or a run; an adapter brings its base along."""
     folder = model_folder(path)
-    model = load_model(folder, dtype=dtype)
-    return model, Tokenizer.load(folder)
+    if not is_adapter(folder):
+        return load_model(folder, dtype=dtype), Tokenizer.load(folder)
+    base = base_of(folder)
+    model = load_model(base, dtype=dtype)
+    use_adapter(folder, model)
+    return model, Tokenizer.load(base)
 
 
 def evaluate_model(path: Path, corpus: Path, *, batch_size: int, seq_len: int | None = None) -> Evaluation:

@@ -1,0 +1,114 @@
+"""`entrenar data show|check FILE`: what a fine-tuning run would train on, before it does."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from entrenar import recipe
+from entrenar.cli import flags
+from entrenar.config import options
+from entrenar.data import Example, SftConfig, SftRows, Tokenizer, read_examples, write_quarantine
+from entrenar.errors import ConfigError, DataError
+
+_TRAINED_STYLE = "bold green"
+_USED = ("columns", "prompt_template", "completion_template", "prompt_format", "train_on", "long_rows", "seq_len")
+
+
+def run(words: Sequence[str]) -> int:
+    """Show or check; return the exit code."""
+    parsed = flags.parse(_arguments(), words, SftConfig)
+    config = _config(parsed)
+    tokenizer = _tokenizer(parsed.model)
+    rows = read_examples(config.data, tokenizer, config)
+    if parsed.action == "show":
+        return _show(rows, tokenizer, parsed.rows)
+    return _check(rows, config, parsed.quarantine)
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = flags.parser("data", "Look at fine-tuning data as the model will see it.")
+    actions = arguments.add_subparsers(dest="action", required=True, metavar="show|check")
+    show = actions.add_parser("show", help="print rows, the tokens that are trained in colour, or between « and »")
+    show.add_argument("--rows", type=int, default=3, help="how many (default: 3)")
+    check = actions.add_parser("check", help="name every row that cannot be used, by file and line; exit code 2 if any")
+    check.add_argument("--quarantine", type=Path, metavar="FILE", help="write those rows here")
+    for action in (show, check):
+        action.add_argument("file", type=Path, nargs="+", help="jsonl, json, parquet, csv or tsv")
+        action.add_argument("--model", type=Path, required=True, help="a model folder, run or tokenizer: whose tokens")
+        for option in options(SftConfig):
+            if option.key in _USED:
+                metavar, text = option.path[-1].upper(), option.field.description
+                default = "" if option.field.default in (None, ()) else f" (default: {option.field.default})"
+                action.add_argument(
+                    option.flag, dest=option.key, default=argparse.SUPPRESS, metavar=metavar, help=f"{text}{default}"
+                )
+    return arguments
+
+
+def _config(parsed: argparse.Namespace) -> SftConfig:
+    given = {key: value for key, value in vars(parsed).items() if key in _USED}
+    if "columns" in given:
+        given["columns"] = given["columns"].split(",")
+    try:
+        return SftConfig.model_validate({**given, "data": parsed.file})
+    except ValidationError as error:
+        faults = (f"--{'-'.join(map(str, fault['loc'])).replace('_', '-')}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError("\n".join(faults)) from error
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(path)
+    except DataError:
+        return Tokenizer.load(recipe.model_folder(path))
+
+
+def _show(rows: SftRows, tokenizer: Tokenizer, count: int) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    for example in rows.examples[:count]:
+        trained = int(example.is_trained.sum())
+        console.rule(f"{example.place}   {len(example.ids)} tokens, {trained} trained", align="left")
+        console.print(_marked(example, tokenizer, is_colored=console.is_terminal))
+    for fault in rows.bad[:count]:
+        console.print(Text(str(fault), style="red"))
+    return 0
+
+
+def _marked(example: Example, tokenizer: Tokenizer, *, is_colored: bool) -> Text:
+    """Return the text with what is trained in colour, or between marks where there is no colour."""
+    text = Text()
+    for piece, is_trained in _pieces(example, tokenizer):
+        if is_trained and not is_colored:
+            text.append(f"«{piece}»")
+        else:
+            text.append(piece, style=_TRAINED_STYLE if is_trained else "")
+    return text
+
+
+def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    stream = tokenizer.decode_stream(skip_special=False)
+    start = 0
+    for end in range(1, len(example.ids) + 1):
+        if end == len(example.ids) or example.is_trained[end] != example.is_trained[start]:
+            text = stream.feed(example.ids[start:end].tolist())
+            yield text + (stream.finish() if end == len(example.ids) else ""), bool(example.is_trained[start])
+            start = end
+
+
+def _check(rows: SftRows, config: SftConfig, quarantine: Path | None) -> int:
+    for fault in rows.bad:
+        print(f"{fault.place}: {fault.kind}: {fault.reason}")
+    for fault in rows.too_long:
+        print(f"{fault.place}: {fault.kind}: {fault.reason}")
+    for later, first in rows.duplicates:
+        print(f"{later}: duplicate: the same tokens as {first}")
+    for note in rows.notes(config):
+        print(note)
+    if quarantine is not None and rows.bad:
+        write_quarantine(rows.bad, quarantine)
+        print(f"the rows that cannot be used are in {quarantine}")
+    return 2 if rows.bad else 0

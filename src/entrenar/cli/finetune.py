@@ -1,0 +1,68 @@
+"""`entrenar finetune --model DIR --data FILE`: teach a model a task, or go on with a run."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from entrenar import recipe
+from entrenar.cli import flags
+from entrenar.cli.progress import TrainingView, duration
+from entrenar.cli.train import ENDS, describe
+from entrenar.config import FinetuneConfig, load_finetune_config
+
+
+def run(words: Sequence[str]) -> int:
+    """Fine-tune; return the exit code."""
+    logging.basicConfig(level=logging.ERROR)
+    parsed = flags.parse(_arguments(), words, FinetuneConfig)
+    config = _config(parsed.config, flags.given_flags(parsed, FinetuneConfig), is_resuming=parsed.resume)
+    view = TrainingView(config.train.epochs)
+    if parsed.resume:
+        print("[entrenar: Loading checkpoint...]")
+    report = recipe.finetune(
+        config,
+        resume=parsed.resume,
+        overwrite=parsed.overwrite,
+        allow_changes=parsed.allow_config_changes,
+        observer=view.observer(),
+    )
+    _print_report(report, config)
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    arguments = flags.parser(
+        "finetune",
+        "Teach a model a task from a file of rows.\n\n"
+        "  entrenar finetune --model runs/quickstart --data rows.jsonl\n"
+        "  entrenar finetune --model DIR --data rows.jsonl --layers top:2 --cache-trunk\n"
+        "  entrenar finetune --model DIR --data rows.jsonl --method full --lr 5e-5",
+    )
+    arguments.add_argument("--resume", action="store_true", help="go on from the latest good checkpoint of the run")
+    arguments.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    arguments.add_argument(
+        "--allow-config-changes", action="store_true", help="resume although the config is not the one it began with"
+    )
+    flags.add_config_flags(arguments, FinetuneConfig)
+    return arguments
+
+
+def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> FinetuneConfig:
+    if file is None and is_resuming:
+        run_dir = Path(given.get("runs_dir", "runs")) / given.get("name", "finetune")
+        return recipe.resumable_finetune_config(run_dir, given)
+    return load_finetune_config(file, given)
+
+
+def _print_report(report: recipe.FinetuneReport, config: FinetuneConfig) -> None:
+    last = report.outcome.last_record
+    elapsed = f" after {duration(last.elapsed_s)}" if last else ""
+    print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {ENDS[report.outcome.reason]}")
+    for when, figures in (("before", report.before), ("after", report.after)):
+        if figures is not None:
+            task = "" if figures.task is None else f"   {config.task.metric} {figures.task:.1%}"
+            tokens = f"token accuracy {figures.token_accuracy:.1%}"
+            print(f"  held-out {when:<9}{describe(figures.held_out)}   {tokens}{task}")
+    print(f"  {'adapter' if config.method == 'lora' else 'model':<18}{report.folder}")
+    print(f"  metrics           {report.run_dir / 'metrics.jsonl'}")

@@ -1,0 +1,99 @@
+"""Adapters as checkpoints hold them: out as PEFT's folder, and back into the parameters in training, bit for bit."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entrenar.errors import CheckpointError, DataError
+from entrenar.interop.hf_peft import (
+    PREFIX,
+    WEIGHTS_FILE,
+    BaseIdentity,
+    load_adapter,
+    read_base,
+    save_adapter,
+)
+from entrenar.interop.safetensors_file import TensorReader, read_header
+from entrenar.model import Llama
+from entrenar.peft import DEFAULT_ADAPTER, LoraConfig, LoraLinear, LowRank, set_adapter, wrappers
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds an adapter."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def base_of(folder: Path) -> Path:
+    """Return the base model's folder, which an adapter of ours remembers.
+
+    Raises:
+        DataError: it does not say, or the folder is gone.
+    """
+    base = read_base(folder)
+    if base is None or base.name is None or not Path(base.name).is_dir():
+        named = "does not say what its base is" if base is None or base.name is None else f"has its base at {base.name}"
+        raise DataError(f"adapter {folder} {named}, and it is not there; merge it into its base with `entrenar merge`")
+    return Path(base.name)
+
+
+def use_adapter(folder: Path, model: Llama) -> None:
+    """Load an adapter over its base and use it."""
+    load_adapter(folder, model)
+    set_adapter(model, DEFAULT_ADAPTER)
+
+
+def write_adapter(folder: Path, model: Llama, config: LoraConfig, base: BaseIdentity) -> None:
+    """Write the adapter in training as a PEFT folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(folder, model, config, base=base)
+
+
+def read_weights(folder: Path, model: Llama, base: BaseIdentity) -> dict[str, Tensor]:
+    """Return the weights of an adapter folder under the names that the model's own parameters have.
+
+    A PiSSA adapter is written with the matrices it began at beside the trained ones; they are put back too.
+
+    Raises:
+        CheckpointError: the adapter was trained on another base, or lacks a tensor of the one in training.
+    """
+    recorded = read_base(folder)
+    if recorded is None or recorded.sha256 != base.sha256:
+        raise CheckpointError(
+            f"{folder} was trained on another base (sha256 {recorded.sha256[:12] if recorded else 'unknown'}…, "
+            f"this one has {base.sha256[:12]}…); give the base it began with as --model"
+        )
+    header, reader = read_header(folder / WEIGHTS_FILE), TensorReader()
+    weights: dict[str, Tensor] = {}
+    for path, module in wrappers(model):
+        names = (
+            {
+                f"{path}.adapters.{DEFAULT_ADAPTER}.{part}": part
+                for part in ("lora_A", "lora_B", "lora_magnitude_vector")
+            }
+            if isinstance(module, LoraLinear)
+            else {f"{path}.adapters.{DEFAULT_ADAPTER}": ""}
+        )
+        for own, part in names.items():
+            key = f"{PREFIX}{path}.{part}" + (
+                "" if part == "lora_magnitude_vector" else ".weight" if part else "weight"
+            )
+            if key in header:
+                weights[own] = reader.read(folder / WEIGHTS_FILE, key, header[key], header[key].dtype)
+        if isinstance(module, LoraLinear):
+            _put_back_start(module.adapter(DEFAULT_ADAPTER), weights, f"{path}.adapters.{DEFAULT_ADAPTER}")
+    return weights
+
+
+def _put_back_start(adapter: LowRank, weights: dict[str, Tensor], name: str) -> None:
+    if adapter.start_a is None or adapter.start_b is None:
+        return
+    rank = adapter.lora_A.shape[0]
+    lora_a, lora_b = weights.get(f"{name}.lora_A"), weights.get(f"{name}.lora_B")
+    if lora_a is None or lora_b is None:
+        return
+    weights[f"{name}.lora_A"] = lora_a[:rank].to(adapter.lora_A.dtype)
+    weights[f"{name}.lora_B"] = lora_b[:, :rank].to(adapter.lora_B.dtype)
+    with torch.no_grad():
+        adapter.start_a.copy_(lora_a[rank:])
+        adapter.start_b.copy_(-lora_b[:, rank:])
