@@ -1,0 +1,268 @@
+"""Fine-tuning a model folder on a file of rows: what is learned, what stays, and that a run resumes to the byte."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entrenar import recipe
+from entrenar.config import load_finetune_config, to_toml
+from entrenar.data import train_bpe
+from entrenar.errors import CheckpointError, ConfigError, DataError
+from entrenar.files import sha256_file
+from entrenar.interop import load_model
+from entrenar.model import Llama, LlamaConfig
+from entrenar.train import latest_good
+
+WORDS = ("cat", "dog", "bird", "fish", "frog", "bear")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A model of three small layers with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    tokenizer = train_bpe([f"the opposite of {a} is {b}. " for a in WORDS for b in WORDS] * 2, 320)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2,
+        intermediate_size=64, max_seq_len=64, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    recipe.write_model_folder(folder, model, dict(model.named_parameters()), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Rows whose answer is the word that was asked for, written twice."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"prompt": f"say {w} {'so ' * (n % 7)}{n}:", "completion": f" {w} {w}"} for n in range(20) for w in WORDS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_for(base: Path, data: Path, runs: Path, **flags: str):
+    """A run of six steps."""
+    given = {
+        "model": str(base), "sft.data": str(data), "name": "trial", "runs_dir": str(runs), "sft.batch_size": "2",
+        "sft.eval_fraction": "0.1", "train.max_steps": "6", "optim.lr": "0.02", "train.eval_every": "0",
+        "train.threads": "1", "train.grad_accum_steps": "2", "checkpoint.save_every": "2", "task.sample_answers": "0",
+        "compute_dtype": "float32",
+    }  # fmt: skip
+    return load_finetune_config(None, given | {key.replace("__", "."): value for key, value in flags.items()})
+
+
+def tensors_of(run_dir: Path) -> dict[str, str]:
+    """The hash of every tensor file of the newest checkpoint."""
+    folder = latest_good(run_dir / "checkpoints").path
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fine_tuning_learns_the_held_out_task(base, data, tmp_path, method):
+    """Sixty steps: a third of the held-out loss, more right tokens; what was frozen is what it was."""
+    flags = {"train__max_steps": "60", "checkpoint__save_every": "0", "method": method, "optim__lr": "0.01"}
+    if method == "lora":
+        flags |= {"lora__target_modules": "q_proj,v_proj,up_proj,down_proj", "lora__modules_to_save": "lm_head"}
+    said = []
+    report = recipe.finetune(config_for(base, data, tmp_path, **flags), observer=recipe.Observer(on_stage=said.append))
+    assert report.before is not None
+    assert report.after is not None
+    assert report.after.held_out.loss < 0.34 * report.before.held_out.loss
+    assert report.after.token_accuracy > report.before.token_accuracy + 0.3
+    model, _ = recipe.open_model(report.folder)
+    original = dict(load_model(base).named_parameters())
+    if method == "lora":
+        assert any("% fewer" in line for line in said)
+        assert sorted(file.name for file in report.folder.iterdir()) == [
+            "adapter_config.json", "adapter_model.safetensors", "base.json",
+        ]  # fmt: skip
+        kept = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if ".adapters." not in name}
+        assert kept.keys() == original.keys()
+        assert all(torch.equal(kept[name], original[name]) for name in original)
+    else:
+        assert any(line.startswith("trained: all") for line in said)
+        assert not torch.equal(dict(model.named_parameters())["model.norm.weight"], original["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"method": "full"},
+        {"lora__lora_dropout": "0.2", "train__precision": "bfloat16"},
+        {"lora__lora_init": "pissa", "lora__use_dora": "true"},
+        {"lora__lora_init": "pissa", "train__precision": "bfloat16", "lora__modules_to_save": "embed_tokens"},
+        {"lora__layers": "top:1", "trunk__cache_trunk": "true", "lora__lora_dropout": "0.1"},
+        {"sft__batching": "grouped"},
+    ],
+    ids=lambda flags: ",".join(flags.values()),
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(base, data, tmp_path, flags):
+    """Two steps, a stop, two, a second stop in the middle of an epoch, and two more are six steps, byte for byte."""
+    flags = {**flags, "schedule__schedule": "constant"}
+    for steps in ("6", "2", "4", "6"):
+        name = "whole" if not (tmp_path / "whole").exists() else "parts"
+        given = {**flags, "trunk__trunk_dir": str(tmp_path / f"{name}-trunk"), "train__max_steps": steps}
+        recipe.finetune(config_for(base, data, tmp_path / name, **given), resume=(tmp_path / name).exists())
+    whole, parts = (latest_good(tmp_path / name / "trial" / "checkpoints") for name in ("whole", "parts"))
+    assert whole.loader_state == parts.loader_state
+    assert whole.state["rng"] == parts.state["rng"]
+    assert tensors_of(tmp_path / "whole" / "trial") == tensors_of(tmp_path / "parts" / "trial")
+
+
+@pytest.mark.chaos
+def test_a_killed_run_goes_on_byte_for_byte(base, data, tmp_path):
+    """A LoRA run killed by SIGKILL and resumed through the command line ends with the bytes of one that was not."""
+    words = ["--model", str(base), "--data", str(data), "--name", "trial", "--runs-dir", str(tmp_path / "killed")]
+    words += ["--batch-size", "2", "--max-steps", "30", "--save-every", "2", "--threads", "1", "--eval-every", "0"]
+    words += ["--sample-answers", "0", "--keep-best", "false", "--compute-dtype", "float32"]
+    process = subprocess.Popen([sys.executable, "-m", "entrenar", "finetune", *words], stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "trial" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("step-*/manifest.json")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert latest_good(checkpoints).step < 30
+    resumed = recipe.resumable_finetune_config(tmp_path / "killed" / "trial", {})
+    recipe.finetune(resumed, resume=True)
+    recipe.finetune(resumed.model_copy(update={"runs_dir": tmp_path / "whole"}))
+    assert tensors_of(tmp_path / "killed" / "trial") == tensors_of(tmp_path / "whole" / "trial")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_an_adapter_of_a_run_opens_in_peft(base, data, tmp_path):
+    """The checkpoint's folder is PEFT's: peft over transformers gives the logits of our own model with the adapter."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    report = recipe.finetune(config_for(base, data, tmp_path))
+    model, _ = recipe.open_model(tmp_path / "trial")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(theirs, report.folder)
+    ids = torch.randint(0, 256, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(model(ids), load_model(base)(ids), atol=1e-3)
+
+
+def test_the_trunk_cache_trains_the_same_adapter(base, data, tmp_path):
+    """With exact rows the cached run and the plain one end alike; the second epoch computes no document again."""
+    flags = {
+        "lora__layers": "top:1",
+        "sft__batching": "padded",
+        "train__max_steps": "60",
+        "checkpoint__save_every": "0",
+    }
+    said: list[str] = []
+    plain = recipe.finetune(config_for(base, data, tmp_path / "plain", **flags))
+    flags |= {"trunk__cache_trunk": "true", "trunk__trunk_rows": "float32", "trunk__trunk_dir": str(tmp_path / "trunk")}
+    observer = recipe.Observer(on_stage=said.append)
+    cached = recipe.finetune(config_for(base, data, tmp_path / "cached", **flags), observer=observer)
+    assert cached.after.held_out.loss == pytest.approx(plain.after.held_out.loss, rel=1e-4)
+    assert any("layers 0 … 1 are computed once" in line for line in said)
+    ours, theirs = (load_file(report.folder / "adapter_model.safetensors") for report in (cached, plain))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-3, rtol=1e-2)
+    recipe.finetune(config_for(base, data, tmp_path / "again", **flags), observer=observer)
+    assert any(line.endswith("; 120 are there") for line in said), said
+
+
+def test_task_and_samples_are_measured_during_training(base, data, tmp_path):
+    """Each evaluation records the held-out loss and the task's figure, and shows what the model answers."""
+    said: list[str] = []
+    records = []
+    flags = {"task__task_data": str(data), "task__metric": "accuracy", "task__max_task_examples": "20",
+             "task__sample_answers": "1", "train__max_steps": "4", "train__eval_every": "2", "method": "full",
+             "optim__lr": "0.01"}  # fmt: skip
+    observer = recipe.Observer(on_stage=said.append, on_record=records.append)
+    report = recipe.finetune(config_for(base, data, tmp_path, **flags), observer=observer)
+    held_out = [record.held_out for record in records if record.held_out is not None]
+    assert all(set(figures) == {"loss", "accuracy"} for figures in held_out)
+    assert report.after.task == held_out[-1]["accuracy"]
+    assert sum("→" in line for line in said) == len(held_out)
+
+
+def test_bad_rows_stop_the_run_before_it_begins_or_are_set_aside(base, data, tmp_path):
+    """By default the lines are named; with quarantine the run goes on without them and keeps them."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(data.read_text() + '{"prompt": "x", "completion": ""}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:121: completion is empty"):
+        recipe.finetune(config_for(base, rows, tmp_path))
+    assert not (tmp_path / "trial").exists()
+    report = recipe.finetune(config_for(base, rows, tmp_path, sft__bad_rows="quarantine", train__max_steps="1"))
+    (line,) = (report.run_dir / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["kind"] == "empty_answer"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "full", "lora__rank": "4"}, r"lora\.rank has no effect with method = full"),
+        ({"method": "full", "trunk__cache_trunk": "true"}, r"trunk\.cache_trunk needs frozen layers"),
+        ({"lora__lora_plus_ratio": "4"}, r"lora\.lora_plus_ratio must be 1"),
+        ({"trunk__cache_trunk": "true", "lora__layers": "top:1", "train__compile": "true"}, "exclude each other"),
+        ({"trunk__cache_trunk": "true"}, "a trunk cache needs frozen layers below the adapters"),
+        ({"lora__layers": "top:1", "trunk__cache_trunk": "true", "trunk__trunk_budget_gb": "1e-9"}, "trunk_budget_gb"),
+        ({"lora__rank": "33"}, "rank must be <= 32, the smaller width of"),
+        ({"lora__rank": "0"}, "greater than 0"),
+        ({"lora__target_modules": "qproj"}, "no projection is named 'qproj', did you mean q_proj"),
+        ({"sft__seq_len": "100"}, r"sft\.seq_len must be <= 64, the model's context, got 100"),
+        ({"sft__dat": "x"}, r"sft\.dat is not a setting; did you mean sft\.data"),
+        ({"sft__seq_len": "4"}, "no row of .* can be trained on: 120 too_long"),
+        ({"sft__prompt_format": "chat"}, r"sft\.prompt_format = chat needs a tokenizer with a chat_template"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(base, data, tmp_path, flags, message):
+    """A wrong combination is an error with its remedy, before anything is trained."""
+    with pytest.raises((ConfigError, DataError), match=message):
+        recipe.finetune(config_for(base, data, tmp_path, trunk__trunk_dir=str(tmp_path / "trunk"), **flags))
+    assert not (tmp_path / "trial" / "checkpoints").exists()
+
+
+def test_another_base_and_an_adapter_as_base_are_refused(base, data, tmp_path):
+    """A run resumes over the base it began with; an adapter alone is no model to train."""
+    recipe.finetune(config_for(base, data, tmp_path, train__max_steps="2"))
+    with pytest.raises(ConfigError, match="model must be a whole model, got the adapter"):
+        recipe.finetune(config_for(tmp_path / "trial", data, tmp_path, name="second"))
+    other, tokenizer = recipe.open_model(base)
+    other.model.norm.weight.data.mul_(1.5)
+    recipe.write_model_folder(tmp_path / "other", other, dict(other.named_parameters()), tokenizer)
+    with pytest.raises(CheckpointError, match="was trained on another base"):
+        recipe.finetune(config_for(tmp_path / "other", data, tmp_path), resume=True)
+    (tmp_path / "trial/checkpoints/step-00000002/model/base.json").unlink()
+    with pytest.raises(DataError, match="does not say what its base is"):
+        recipe.open_model(tmp_path / "trial/checkpoints/step-00000002")
+
+
+def test_a_changed_config_is_not_resumed_silently(base, data, tmp_path):
+    """Another rank than the run began with is refused by name."""
+    recipe.finetune(config_for(base, data, tmp_path, train__max_steps="2"))
+    with pytest.raises(CheckpointError, match=r"lora\.rank"):
+        recipe.finetune(config_for(base, data, tmp_path, lora__rank="4"), resume=True)
+
+
+def test_rows_are_shortened_to_the_context_unless_their_length_is_set(base, data, tmp_path):
+    """The default seq_len gives way to the model's context, and the run's config says so."""
+    recipe.finetune(config_for(base, data, tmp_path, train__max_steps="1"))
+    assert recipe.resumable_finetune_config(tmp_path / "trial", {}).sft.seq_len == 64
+
+
+def test_the_config_survives_its_file(base, data, tmp_path):
+    """Written as TOML and read again, a config is the same, patterns and lists included."""
+    config = config_for(base, data, tmp_path, lora__rank_pattern='{"layers.0.*q_proj": 4}', lora__layers="[0, 2]")
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_finetune_config(tmp_path / "config.toml") == config
+
+
+def test_no_held_out_rows_no_held_out_figures(base, data, tmp_path):
+    """With eval_fraction = 0 a run trains on everything and reports no loss it did not measure."""
+    report = recipe.finetune(config_for(base, data, tmp_path, sft__eval_fraction="0", train__max_steps="2"))
+    assert report.before is None
+    assert report.after is None
