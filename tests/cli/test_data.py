@@ -1,0 +1,66 @@
+"""`entrenar data`: what is trained is seen, and every row of no use is named by file and line."""
+
+import json
+
+import pytest
+
+from entrenar.cli.main import main
+from entrenar.data import train_bpe
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a tokenizer."""
+    train_bpe(["the cat sat on the mat and ran"] * 4, 300).save(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "the mat", "completion": " "}, {"x": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_show_marks_what_is_trained(model, file, capsys):
+    """Where there is no colour, trained tokens stand between « and »; faults are shown too."""
+    assert main(["data", "show", file, "--model", model]) == 0
+    said = capsys.readouterr().out
+    assert "the cat« sat<|eos|>»" in said
+    assert f"{file}:2: completion is empty" in said
+    assert main(["data", "show", file, "--model", model, "--train-on", "all", "--rows", "1"]) == 0
+    assert "«the cat sat<|eos|>»" in capsys.readouterr().out
+
+
+def test_check_names_every_fault_and_answers_with_2(model, file, capsys, tmp_path):
+    """Each bad row has file, line and kind; they can be written to a file; a clean file gives 0."""
+    quarantine = tmp_path / "bad.jsonl"
+    assert main(["data", "check", file, "--model", model, "--quarantine", str(quarantine)]) == 2
+    said = capsys.readouterr().out
+    assert f"{file}:2: empty_answer: " in said
+    assert f"{file}:3: shape: no known shape" in said
+    assert "1 of 3 rows" in said
+    assert [json.loads(line)["kind"] for line in quarantine.read_text().splitlines()] == ["empty_answer", "shape"]
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text('{"text": "the cat"}\n{"text": "the cat"}\n{"text": "the cat sat on the mat"}\n')
+    assert main(["data", "check", str(clean), "--model", model, "--seq-len", "5"]) == 0
+    said = capsys.readouterr().out
+    assert f"{clean}:2: duplicate: the same tokens as {clean}:1" in said
+    assert f"{clean}:3: too_long: " in said
+
+
+def test_own_templates_read_a_table(model, tmp_path, capsys):
+    """Columns and templates make a task of a table without a header."""
+    table = tmp_path / "rows.tsv"
+    table.write_text("the cat\t1\n")
+    words = ["data", "show", str(table), "--model", model, "--columns", "sentence,label"]
+    assert main([*words, "--prompt-template", "{sentence}:", "--completion-template", " {label}"]) == 0
+    assert "the cat:« 1<|eos|>»" in capsys.readouterr().out
+
+
+def test_a_wrong_option_is_answered_with_the_rule(model, file, capsys):
+    """A word that an option does not know ends with 2 and its name."""
+    assert main(["data", "check", file, "--model", model, "--train-on", "nothing"]) == 2
+    assert "--train-on: Input should be 'answers', 'last' or 'all'" in capsys.readouterr().err
+    assert main(["data", "check", file, "--model", str(file) + "x"]) == 2
