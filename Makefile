@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PROMPTS := "def read_json(path):" "class Stack:" "import os"
 
-.PHONY: help quickstart test lint format types check clean
+.PHONY: help quickstart finetune-demo test lint format types check clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -33,6 +33,11 @@ quickstart: $(VENV)/.base ## train a small LLaMA on this machine's own Python so
 	  '$(BIN)/entrenar generate runs/quickstart --prompt "for name in"   continue a prompt of yours' \
 	  '$(BIN)/entrenar train --config configs/quickstart.toml --resume --max-time-s 600   train it longer' \
 	  'docs/index.md   the book: how it works, and why you can trust it'
+
+finetune-demo: $(VENV)/.base ## teach the quickstart's model to write docstrings, in about two minutes
+	@test -d runs/quickstart/checkpoints || $(MAKE) quickstart
+	$(BIN)/python examples/finetune_docstrings/make_rows.py --out corpora/docstrings
+	$(BIN)/entrenar finetune --config examples/finetune_docstrings/config.toml --overwrite
 
 test: $(VENV)/.test ## run the tests
 	$(BIN)/python -m pytest
