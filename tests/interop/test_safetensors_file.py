@@ -49,13 +49,34 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path):
-    """No crash of the process (as with a memory map), but an error."""
+    """An error, in either way of reading."""
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(1000.0)}, path)
     entry = read_header(path)["a"]
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(FormatError, match=r"model\.safetensors ends in the middle of tensor a; was it changed"):
+        TensorReader().read(path, "a", entry, torch.bfloat16)
+    with pytest.raises(FormatError, match=r"model\.safetensors is not a valid safetensors file: .*"):
         TensorReader().read(path, "a", entry, torch.float32)
+
+
+def test_writing_to_a_mapped_tensor_does_not_write_to_the_file(tmp_path):
+    """The map is private: training on a loaded model leaves its file as it was."""
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"a": torch.ones(5000)})
+    content = path.read_bytes()
+    tensor = TensorReader().read(path, "a", read_header(path)["a"], torch.float32)
+    tensor.zero_()
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_is_replaced_leaves_what_was_read(tmp_path):
+    """Files are replaced by rename, so a model that was loaded keeps its weights."""
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"a": torch.ones(5000)})
+    tensor = TensorReader().read(path, "a", read_header(path)["a"], torch.float32)
+    write_tensors(path, {"a": torch.zeros(5000)})
+    assert tensor.eq(1).all()
 
 
 def test_tensors_longer_than_a_block_are_read_whole(tmp_path, generator):
