@@ -4,6 +4,8 @@ import builtins
 import json
 import logging
 import math
+import resource
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -62,14 +64,30 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_a_disk_full_error(tmp_path: Path) -> None:
-    """A write that the disk refuses is explained."""
+    """A write that the disk refuses is explained, and closing afterwards does not fail a second time."""
     records = RecordFile(tmp_path / "metrics.jsonl", after_step=0)
     records._stream.close()
-    records._stream = Path("/dev/full").open("w")  # noqa: SIM115  # closed below, by the failing flush
+    records._stream = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115  # closed below
     with pytest.raises(DiskFullError, match=r"no space left to write .*metrics\.jsonl"):
         records.append({"step": 1})
-    with pytest.raises(OSError, match="No space left"):
-        records.close()
+    records.close()
+
+
+@pytest.mark.chaos
+def test_a_record_that_fits_in_part_leaves_no_part(tmp_path: Path) -> None:
+    """A disk that fills up in the middle of a line keeps the lines before it; later ones can follow."""
+    path = tmp_path / "metrics.jsonl"
+    with closing(RecordFile(path, after_step=0)) as records:
+        records.append({"step": 1})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+        try:
+            with pytest.raises(DiskFullError, match="no space left"):
+                records.append({"step": 2})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        records.append({"step": 3})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 3}]
 
 
 def test_the_journal_tells_files_and_listeners(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,16 +61,23 @@ class RecordFile:
         kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
         atomic_write(path, "".join(_to_line(record) for record in kept))
         self._path = path
-        self._stream = path.open("a", encoding="utf-8")
+        # Unbuffered: a buffer keeps what a full disk refused, and fails once more on the way out, at `close`.
+        self._stream = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record; NaN and infinity become null.
+        """Add one record; NaN and infinity become null. What a full disk takes of a line is cut off again.
 
         Raises: DiskFullError, MachineError.
         """
+        line, written = _to_line(record).encode("utf-8"), 0
         with explained_disk_errors(self._path):
-            self._stream.write(_to_line(record))
-            self._stream.flush()
+            try:
+                while written < len(line):
+                    written += self._stream.write(line[written:])
+            except OSError:
+                if written:
+                    self._stream.truncate(self._stream.tell() - written)
+                raise
 
     def sync(self) -> None:
         """Make all records durable."""
