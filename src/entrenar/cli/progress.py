@@ -108,4 +108,4 @@ class TrainingView:
 
     def event(self, event: Event) -> None:
         """Tell of something out of the ordinary."""
-        self._line.note(f"step {event.step}: {event.message}")
+        self._line.note(f"step {event.step}: {event.kind.replace(chr(95), chr(32))}: {event.message}")
