@@ -100,8 +100,6 @@ class FinetuneConfig(BaseModel):
                 )
             if self.trunk.cache_trunk:
                 raise ValueError("trunk.cache_trunk needs frozen layers, but method = full trains all; use lora")
-        if self.lora.lora_plus_ratio != 1.0:
-            raise ValueError("lora.lora_plus_ratio must be 1, the optimizer has one learning rate for all weights")
         if self.trunk.cache_trunk and self.train.compile:
             raise ValueError("trunk.cache_trunk and train.compile exclude each other; leave one out")
         return self

@@ -40,7 +40,7 @@ from entrenar.interop import load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
 from entrenar.model import Llama
 from entrenar.ops import Documents
-from entrenar.peft import TrunkCache, from_base, trainable_table
+from entrenar.peft import TrunkCache, from_base, learning_rate_factors, trainable_table
 from entrenar.recipe.adapters import is_adapter, read_weights, write_adapter
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
@@ -169,6 +169,7 @@ def _train(config: FinetuneConfig, parts: _Parts, checkpoint: Checkpoint | None,
         read_model=_reader(parts),
         evaluate=_evaluator(config, parts, loss, observer) if parts.rows.held_out else None,
         micro_batches_per_epoch=loader.batches_per_epoch,
+        lr_factors=learning_rate_factors(model, config.lora.lora_plus_ratio),
     )
     settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
     observer.on_stage("Resuming" if checkpoint else "Training")

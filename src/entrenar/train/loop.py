@@ -118,7 +118,9 @@ class _Training:
         self.total_steps = settings.train.total_steps(task.micro_batches_per_epoch)
         remedy = "choose precision = bfloat16, an adapter or a smaller model"
         with explained_oom(f"preparing the optimizer's state; {remedy}"):
-            self.optimizer = build_optimizer(task.module.named_parameters(), settings.optim, settings.train.precision)
+            self.optimizer = build_optimizer(
+                task.module.named_parameters(), settings.optim, settings.train.precision, task.lr_factors
+            )
             self.saver = Saver(
                 run.checkpoints, task.write_model, before_commit=journal.sync, after_commit=self._prune
             )  # fmt: skip

@@ -13,7 +13,7 @@ arXiv:2502.16982), so that one learning rate and one weight decay serve both.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,6 +65,7 @@ class _Trained:
     mean: Tensor
     squares: Tensor | None
     remainder: Tensor | None
+    lr_factor: float = 1.0
 
     def state(self) -> dict[str, Tensor]:
         parts = {"mean": self.mean, "squares": self.squares, "remainder": self.remainder}
@@ -108,9 +109,9 @@ class Optimizer:
             if gradient is None:
                 continue
             if each.squares is None:
-                self._step_muon(each, gradient, lr, gradient_scale)
+                self._step_muon(each, gradient, lr * each.lr_factor, gradient_scale)
             else:
-                self._step_adamw(each, each.squares, gradient, lr, gradient_scale)
+                self._step_adamw(each, each.squares, gradient, lr * each.lr_factor, gradient_scale)
             each.parameter.grad = None
 
     def _step_adamw(
@@ -181,10 +182,12 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
     precision: Literal["float32", "bfloat16"] = "float32",
+    lr_factors: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """Prepare the trainable ones of `named_parameters`; `bfloat16` first turns all float32 ones into bfloat16 in place.
 
     A tied parameter is trained once, under its first name. Matrices decay; norms and other vectors do not.
+    `lr_factors` multiply the learning rate of the parameters they name.
 
     Raises: ConfigError when nothing is trainable or a parameter's type cannot be trained.
     """
@@ -192,7 +195,11 @@ def build_optimizer(
     for name, parameter in named_parameters:
         names.setdefault(parameter, name)
     remainders = cast_parameters(names) if precision == "bfloat16" else {}
-    trained = [_prepare(name, p, config, remainders.get(p)) for p, name in names.items() if p.requires_grad]
+    trained = [
+        replace(_prepare(name, p, config, remainders.get(p)), lr_factor=(lr_factors or {}).get(name, 1.0))
+        for p, name in names.items()
+        if p.requires_grad
+    ]
     if not trained:
         raise ConfigError(
             "no parameter requires a gradient, so there is nothing to train; unfreeze some or add an adapter"

@@ -124,7 +124,7 @@ class Task(Generic[BatchT]):
     `loss` returns the float32 *sum* over a batch's targets. `evaluate` returns held-out figures, "loss" among them;
     the module is in evaluation mode meanwhile. `write_model` writes the given weights as a model or adapter folder,
     from another thread while the next step's forward runs; `read_model` returns the weights of such a folder under
-    the module's own names.
+    the module's own names. `lr_factors` multiply the learning rate of the parameters they name.
     """
 
     module: nn.Module
@@ -134,6 +134,7 @@ class Task(Generic[BatchT]):
     read_model: Callable[[Path], Mapping[str, Tensor]]
     evaluate: Callable[[], Mapping[str, float]] | None = None
     micro_batches_per_epoch: int | None = None
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
