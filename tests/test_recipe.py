@@ -150,7 +150,7 @@ def test_a_run_is_not_overwritten_unasked(corpus, tmp_path):
 
 def test_resuming_what_is_not_there_is_refused(corpus, tmp_path):
     """--resume without a run says to start without it."""
-    with pytest.raises(CheckpointError, match="there is no run at .* to resume; start it without --resume"):
+    with pytest.raises(CheckpointError, match=r"there is no run at .* to resume; start it without --resume"):
         recipe.train(config_for(corpus, tmp_path), resume=True)
 
 
@@ -161,7 +161,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(corpus, tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused(corpus, tmp_path):
-    """cuda on a machine without one is a config error."""
+    """A GPU on a machine without one is a config error."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="device must be one this machine has, got 'cuda'"):

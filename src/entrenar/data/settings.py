@@ -17,7 +17,7 @@ class DataConfig(BaseModel):
     sources: tuple[str, ...] = ()
     """What to prepare the corpus from if its folder does not exist; `stdlib` is Python's own sources."""
     tokenizer: Path | None = None
-    """Tokenizer for `sources`: tokenizer.json, a sentencepiece .model or a model folder; one is trained when not given."""
+    """Tokenizer for `sources`: tokenizer.json, a sentencepiece .model or a model folder; trained when not given."""
     batch_size: int = Field(default=8, ge=1)
     """Windows in one micro-batch."""
     seq_len: int = Field(default=256, ge=1)

@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         super().__init__()
         # Its own draw is not wanted, and on the meta device would import the compiler: 3 s of each load.
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
