@@ -249,6 +249,10 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="mine exists and is no corpus, so it is not replaced"):
         prepare([source], tmp_path / "mine", config, tokenizer=tokenizer)
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / "manifest.json").write_text('{"version": 1, "step": 1}')  # a checkpoint has one too
+    with pytest.raises(DataError, match="step-00000001 exists and is no corpus, so it is not replaced"):
+        prepare([source], tmp_path / "step-00000001", config, tokenizer=tokenizer)
     with pytest.raises(DataError, match="the corpus would become its own source"):
         prepare([source], source / "corpus", config, tokenizer=tokenizer)
     (tmp_path / "empty").mkdir()

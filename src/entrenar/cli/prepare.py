@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
 def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser("prepare", "Tokenize text, code, jsonl, json or parquet into a corpus of shards.")
     arguments.add_argument("sources", nargs="+", help="files or folders; `stdlib` is Python's own sources")
-    arguments.add_argument("--out", type=Path, required=True, help="folder of the corpus; it must not exist")
+    arguments.add_argument("--out", type=Path, required=True, help="folder of the corpus; an old one is replaced")
     arguments.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json, sentencepiece .model or a model folder; trained when not given"
     )

@@ -185,6 +185,15 @@ class Corpus:
         return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
+def is_corpus(folder: Path) -> bool:
+    """Say whether a folder holds a corpus, whole or not; checkpoints have a manifest of that name too."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except (OSError, FormatError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
 def check_same_tokenizer(corpora: Sequence[Corpus], tokenizer_hash: str, owner: str) -> None:
     """Refuse corpora whose ids mean something else to `owner` (such as "model runs/a").
 

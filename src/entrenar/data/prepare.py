@@ -31,6 +31,7 @@ from entrenar.data.corpus import (
     SourceEntry,
     Split,
     TokenizerEntry,
+    is_corpus,
 )
 from entrenar.data.dedup import SeenHashes, document_hash
 from entrenar.data.shards import ShardWriter
@@ -108,7 +109,7 @@ def is_held_out(digest: int, val_fraction: float) -> bool:
 
 def _check_target(out: Path, sources: list[Source]) -> None:
     """Refuse to replace a folder that is no corpus, or to write into a source."""
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not is_corpus(out) and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} exists and is no corpus, so it is not replaced; name another folder (--out)")
     for source in sources:
         folder = Path(source.name).resolve()
