@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 PROMPTS := "def read_json(path):" "class Stack:" "import os"
 
 .PHONY: help quickstart finetune-demo test lint format types check clean
@@ -28,7 +28,7 @@ $(VENV)/.test: $(VENV)/.base
 quickstart: $(VENV)/.base ## train a small LLaMA on this machine's own Python sources, in about five minutes
 	$(BIN)/entrenar prepare stdlib --out corpora/stdlib --vocab-size 4096 --if-missing
 	$(BIN)/entrenar train --config configs/quickstart.toml --overwrite
-	$(BIN)/entrenar generate runs/quickstart --prompt $(PROMPTS) --max-new-tokens 80 --temperature 0.7
+	$(BIN)/entrenar generate runs/quickstart --prompt $(PROMPTS) --max-new-tokens 80 --temperature 0.5
 	@printf '\nNext:\n  %s\n  %s\n  %s\n' \
 	  '$(BIN)/entrenar generate runs/quickstart --prompt "for name in"   continue a prompt of yours' \
 	  '$(BIN)/entrenar train --config configs/quickstart.toml --resume --max-time-s 600   train it longer' \
