@@ -1,6 +1,7 @@
 """The whole road, from text to a model that is resumed, measured and read by others."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from entrenar import recipe
 from entrenar.cli.main import main
 from entrenar.config import RunConfig, load_config
 from entrenar.data import Corpus, PrepareConfig, prepare
-from entrenar.errors import CheckpointError, ConfigError, DataError
+from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError
 from entrenar.files import sha256_file
+from entrenar.infer import evaluate
+from entrenar.recipe import pretrain, run
 from entrenar.train import latest_good
 
 VOCAB_SIZE = 300
@@ -146,6 +149,100 @@ def test_a_run_is_not_overwritten_unasked(corpus, tmp_path):
         recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
     report = recipe.train(config_for(corpus, tmp_path, train__max_steps="1"), overwrite=True)
     assert report.outcome.step == 1
+
+
+@pytest.mark.parametrize("fault", ["corpus", "tokenizer", "batch"])
+def test_a_fault_in_the_new_run_leaves_the_one_it_was_to_replace(corpus, tmp_path, fault):
+    """--overwrite deletes nothing until the new run is known to fit together."""
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trial").rglob("*")}
+    flags = {
+        "corpus": {"data__corpus": json.dumps([str(tmp_path / "nowhere")])},
+        "tokenizer": {"model__vocab_size": "200"},
+        "batch": {"data__batch_size": "100000"},
+    }[fault]
+    with pytest.raises(DataError):
+        recipe.train(config_for(corpus, tmp_path, **flags), overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trial").rglob("*")} == before
+
+
+def test_resuming_and_overwriting_at_once_is_refused(corpus, tmp_path):
+    """The two are told apart before anything is deleted."""
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
+    with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other; leave one out"):
+        recipe.train(config_for(corpus, tmp_path), resume=True, overwrite=True)
+    assert latest_good(tmp_path / "trial" / "checkpoints").step == 1
+
+
+def test_a_run_folder_that_cannot_be_made_is_the_machines_fault(corpus, tmp_path):
+    """A runs_dir below a file names the place."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match=r"cannot write .*file/runs/trial: Not a directory"):
+        recipe.train(config_for(corpus, tmp_path / "file" / "runs"))
+
+
+def test_corpora_of_different_tokenizers_are_refused_before_anything_is_computed(corpus, tmp_path):
+    """The second corpus' ids may not even be rows of the embedding."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n----\n".join(f"{number} {'xyz ' * number}" for number in range(60)), encoding="utf-8")
+    other = PrepareConfig(vocab_size=VOCAB_SIZE + 50, val_fraction=0.2, document_separator="----", threads=1)
+    prepare([text], tmp_path / "other", other)
+    stages = []
+    config = config_for(corpus, tmp_path, data__corpus=json.dumps([str(corpus), str(tmp_path / "other")]))
+    with pytest.raises(DataError, match="were made with different tokenizers"):
+        recipe.train(config, observer=recipe.Observer(on_stage=stages.append))
+    assert stages == ["Checking the corpus"]
+
+
+def test_a_run_that_a_signal_ends_does_not_stay_to_measure(corpus, tmp_path, monkeypatch):
+    """After SIGTERM the held-out text is not read again: who sends it may send SIGKILL next."""
+    measured = []
+    monkeypatch.setattr(pretrain, "evaluate", lambda *given: measured.append(1) or evaluate(*given))
+
+    def stop(record):
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    observer = recipe.Observer(on_record=stop)
+    report = recipe.train(config_for(corpus, tmp_path, checkpoint__save_every="0"), observer=observer)
+    assert (report.outcome.reason, report.outcome.step, report.after) == ("signal", 4, None)
+    assert len(measured) == 1  # before the first step
+
+
+def test_the_last_step_is_measured_once(corpus, tmp_path, monkeypatch):
+    """The report's figures are those of the last record, not a second reading of the held-out text."""
+    measured = []
+    monkeypatch.setattr(pretrain, "evaluate", lambda *given: measured.append(1) or evaluate(*given))
+    report = recipe.train(config_for(corpus, tmp_path, checkpoint__save_every="0"))
+    assert len(measured) == 2
+    assert report.after.loss == report.outcome.last_record.held_out["loss"]
+    again = recipe.train(config_for(corpus, tmp_path), resume=True)  # no step is left
+    assert again.after.loss == report.after.loss
+
+
+def test_the_measured_compute_dtype_is_kept_for_the_life_of_a_run(corpus, tmp_path, monkeypatch):
+    """A machine that has become faster at another type does not change the arithmetic of a run."""
+    flags = {"train__precision": "bfloat16", "compute_dtype": "auto"}
+    monkeypatch.setattr(run, "fastest_compute_dtype", lambda *_: torch.float32)
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="1", **flags))
+    monkeypatch.setattr(run, "fastest_compute_dtype", lambda *_: torch.bfloat16)
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="2", **flags), resume=True)
+    assert latest_good(tmp_path / "trial" / "checkpoints").state["config"]["compute_dtype"] == "float32"
+
+
+def test_a_dry_run_checks_what_a_run_would_and_changes_nothing(corpus, tmp_path, capsys):
+    """It ends as the run would have begun: with 0, or with the fault; sources are named, not read."""
+    words = [*flags_of(config_for(corpus, tmp_path)), "--runs-dir", str(tmp_path / "runs"), "--dry-run"]
+    assert main(["train", *words]) == 0
+    assert f"{corpus}: whole; tokens: train " in capsys.readouterr().out
+    assert main(["train", *words, "--corpus", str(tmp_path / "nowhere")]) == 2
+    assert "is no corpus" in capsys.readouterr().err
+    assert main(["train", *words, "--batch-size", "100000"]) == 2
+    assert "the batch is larger than the corpus" in capsys.readouterr().err
+    assert main(["train", *words, "--corpus", str(tmp_path / "nowhere"), "--sources", "stdlib"]) == 0
+    assert "nowhere: to be prepared from stdlib" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_resuming_what_is_not_there_is_refused(corpus, tmp_path):

@@ -25,7 +25,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _HASH_BLOCK_BYTES = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_NOT_WRITABLE = (
+    errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def fsync_directory(path: Path) -> None:

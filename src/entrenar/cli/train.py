@@ -15,7 +15,7 @@ ENDS = {
     "steps": "all steps done",
     "time": "time is up",
     "early_stop": "the held-out loss no longer falls",
-    "signal": "stopped by a signal; resume with --resume",
+    "signal": "stopped by a signal; go on with --resume",
     "data": "the data ended",
 }
 
@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     config = _config(parsed.config, flags.given_flags(parsed), is_resuming=parsed.resume)
     if parsed.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, parsed)
     view = TrainingView(config.train.epochs)
     if parsed.resume:
         print("[entrenar: Loading checkpoint...]")
@@ -60,17 +60,21 @@ def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> R
     return load_config(file, given)
 
 
-def _dry_run(config: RunConfig) -> int:
+def _dry_run(config: RunConfig, parsed: argparse.Namespace) -> int:
     model = config.model
+    tokens = config.data.batch_size * config.data.seq_len * config.train.grad_accum_steps
     print(f"run          {config.run_dir}")
     print(f"parameters   {model.parameter_count():,}")
-    print(f"corpora      {', '.join(map(str, config.data.corpus))}")
-    tokens = config.data.batch_size * config.data.seq_len * config.train.grad_accum_steps
     print(f"tokens/step  {tokens:,}")
     print(f"FLOPs/step   {model.flops_per_token(config.data.seq_len) * tokens:.3g}")
-    for folder in config.data.corpus:
-        state = "there" if (folder / "manifest.json").is_file() else "missing"
-        print(f"corpus {folder}: {state}")
+    corpora = recipe.check(
+        config, resume=parsed.resume, overwrite=parsed.overwrite, allow_changes=parsed.allow_config_changes
+    )
+    for corpus in corpora:
+        counts = "  ".join(f"{name} {split.tokens:,}" for name, split in corpus.manifest.splits.items())
+        print(f"corpus       {corpus.folder}: whole; tokens: {counts}")
+    if not corpora:
+        print(f"corpus       {config.data.corpus[0]}: to be prepared from {', '.join(config.data.sources)}")
     return 0
 
 
@@ -80,7 +84,8 @@ def _print_report(report: recipe.TrainReport) -> None:
     print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {ENDS[report.outcome.reason]}")
     if report.before is not None:
         print(f"  held-out before   {describe(report.before)}")
-    print(f"  held-out after    {describe(report.after)}")
+    if report.after is not None:
+        print(f"  held-out after    {describe(report.after)}")
     print(f"  checkpoint        {recipe.model_folder(report.run_dir)}")
     print(f"  metrics           {report.run_dir / 'metrics.jsonl'}")
 

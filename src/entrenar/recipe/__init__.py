@@ -2,7 +2,7 @@
 
 from entrenar.recipe.finetune import Figures, FinetuneReport, finetune, question_of, resumable_finetune_config
 from entrenar.recipe.models import evaluate_model, model_folder, open_model, write_model_folder
-from entrenar.recipe.pretrain import TrainReport, open_corpora, resumable_config, train
+from entrenar.recipe.pretrain import TrainReport, check, open_corpora, resumable_config, train
 from entrenar.recipe.run import Observer, choose_device, use_machine
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "FinetuneReport",
     "Observer",
     "TrainReport",
+    "check",
     "choose_device",
     "evaluate_model",
     "finetune",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entrenar.config import FinetuneConfig, load_finetune_config, to_toml
+from entrenar.config import FinetuneConfig, load_finetune_config
 from entrenar.data import (
     Batch,
     Example,
@@ -26,7 +26,6 @@ from entrenar.data import (
     total_tokens,
 )
 from entrenar.errors import ConfigError, DataError
-from entrenar.files import atomic_write
 from entrenar.infer import (
     Evaluation,
     Question,
@@ -49,6 +48,7 @@ from entrenar.recipe.run import (
     Observer,
     choose_device,
     find_checkpoint,
+    open_run_folder,
     recorded,
     settle_compute_dtype,
     use_machine,
@@ -124,9 +124,11 @@ def finetune(
     config = _fit_context(config, model)
     if checkpoint is not None and not allow_changes:
         check_same_config(checkpoint.state["config"], recorded(config), may_differ=_MAY_DIFFER)
+    if overwrite:
+        for stale in config.run_dir.glob(f"*{QUARANTINE_FILE}"):
+            stale.unlink()
     rows = _read_rows(config, tokenizer, observer)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(config.run_dir / CONFIG_FILE, to_toml(config))
+    open_run_folder(config, overwrite=overwrite, kept=QUARANTINE_FILE)
     base = _choose_trained(config, model, folder, observer)
     trunk = _open_trunk(config, model, tokenizer, rows, observer)
     try:

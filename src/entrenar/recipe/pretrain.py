@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entrenar.config import RunConfig, load_config, to_toml
+from entrenar.config import RunConfig, load_config
 from entrenar.data import (
     Batch,
     Corpus,
@@ -25,7 +25,6 @@ from entrenar.data import (
     validation_batches,
 )
 from entrenar.errors import DataError
-from entrenar.files import atomic_write
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model
 from entrenar.model import Llama
@@ -36,6 +35,7 @@ from entrenar.recipe.run import (
     Observer,
     choose_device,
     find_checkpoint,
+    open_run_folder,
     recorded,
     settle_compute_dtype,
     use_machine,
@@ -52,12 +52,12 @@ _MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run came to."""
+    """What a run came to; a run that a signal ended does not stay to measure."""
 
     outcome: Outcome
     run_dir: Path
     before: Evaluation | None
-    after: Evaluation
+    after: Evaluation | None
 
 
 def train(
@@ -76,6 +76,63 @@ def train(
         ConfigError, DataError, CheckpointError, TrainingHalted, MachineError.
     """
     observer = observer or Observer()
+    checked = _checked(config, observer, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
+    config, checkpoint = checked.config, checked.checkpoint
+    model = _build_model(config, checked.tokenizer, checked.device, checkpoint, observer)
+    open_run_folder(config, overwrite=overwrite)
+    held_out = _HeldOut(config, model, checked.corpora)
+    before = None
+    if checkpoint is None:
+        observer.on_stage("Held-out loss before training")
+        before = held_out.measure()
+    model.train()
+    model.checkpointing = config.train.checkpointing
+    task = Task(
+        module=model,
+        batches=iter(checked.loader),
+        loss=batch_loss(model, checked.device, is_compiled=config.train.compile),
+        write_model=lambda folder, weights: write_model_folder(folder, model, weights, checked.tokenizer),
+        read_model=lambda folder: dict(load_model(folder).named_parameters()),
+        evaluate=lambda: figures_of(held_out.measure()),
+        micro_batches_per_epoch=max(1, round(checked.loader.batches_per_epoch)),
+    )
+    settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
+    observer.on_stage("Resuming" if checkpoint else "Training")
+    run = Run(config.run_dir, recorded(config), checkpoint)
+    outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
+    model.eval()
+    return TrainReport(outcome, config.run_dir, before, held_out.after(outcome))
+
+
+def check(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, allow_changes: bool = False
+) -> list[Corpus]:
+    """Do all that `train` checks before it builds the model, change nothing, and return the corpora.
+
+    There are none where the first corpus is still to be prepared from its sources.
+
+    Raises:
+        ConfigError, DataError, CheckpointError.
+    """
+    if _is_to_be_prepared(config):
+        find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
+        return []
+    return _checked(config, Observer(), resume=resume, overwrite=overwrite, allow_changes=allow_changes).corpora
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A run of which everything is known to fit together, before anything of it is made or replaced."""
+
+    config: RunConfig
+    device: torch.device
+    checkpoint: Checkpoint | None
+    corpora: list[Corpus]
+    tokenizer: Tokenizer
+    loader: Loader
+
+
+def _checked(config: RunConfig, observer: Observer, *, resume: bool, overwrite: bool, allow_changes: bool) -> _Checked:
     use_machine(config)
     device = choose_device(config)
     checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
@@ -83,33 +140,17 @@ def train(
     if checkpoint is not None and not allow_changes:
         check_same_config(checkpoint.state["config"], recorded(config), may_differ=_MAY_DIFFER)
     corpora = open_corpora(config, observer)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(config.run_dir / CONFIG_FILE, to_toml(config))
     tokenizer = corpora[0].tokenizer()
-    model = _build_model(config, tokenizer, device, checkpoint, observer)
-    evaluate_held_out = _held_out(config, model, corpora)
-    before = None
-    if checkpoint is None:
-        observer.on_stage("Held-out loss before training")
-        before = evaluate_held_out()
-    loader = _loader(config, corpora, checkpoint)
-    model.train()
-    model.checkpointing = config.train.checkpointing
-    task = Task(
-        module=model,
-        batches=iter(loader),
-        loss=batch_loss(model, device, is_compiled=config.train.compile),
-        write_model=lambda folder, weights: write_model_folder(folder, model, weights, tokenizer),
-        read_model=lambda folder: dict(load_model(folder).named_parameters()),
-        evaluate=lambda: figures_of(evaluate_held_out()),
-        micro_batches_per_epoch=max(1, round(loader.batches_per_epoch)),
-    )
-    settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
-    observer.on_stage("Resuming" if checkpoint else "Training")
-    run = Run(config.run_dir, recorded(config), checkpoint)
-    outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
-    model.eval()
-    return TrainReport(outcome, config.run_dir, before, evaluate_held_out())
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"the corpus' tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
+            f"set model.vocab_size = {tokenizer.vocab_size} or prepare the corpus with a smaller tokenizer"
+        )
+    return _Checked(config, device, checkpoint, corpora, tokenizer, _loader(config, corpora, checkpoint))
+
+
+def _is_to_be_prepared(config: RunConfig) -> bool:
+    return bool(config.data.sources) and not config.data.corpus[0].exists()
 
 
 def open_corpora(config: RunConfig, observer: Observer) -> list[Corpus]:
@@ -119,7 +160,7 @@ def open_corpora(config: RunConfig, observer: Observer) -> list[Corpus]:
         DataError: a corpus is missing or damaged.
     """
     first = config.data.corpus[0]
-    if config.data.sources and not first.exists():
+    if _is_to_be_prepared(config):
         observer.on_stage(f"Preparing {first} from {', '.join(config.data.sources)}")
         options = PrepareConfig(vocab_size=config.model.vocab_size)
         prepare(config.data.sources, first, options, tokenizer=config.data.tokenizer, progress=observer.on_prepare)
@@ -130,11 +171,6 @@ def open_corpora(config: RunConfig, observer: Observer) -> list[Corpus]:
 def _build_model(
     config: RunConfig, tokenizer: Tokenizer, device: torch.device, checkpoint: Checkpoint | None, observer: Observer
 ) -> Llama:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"the corpus' tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
-            f"set model.vocab_size = {tokenizer.vocab_size} or prepare the corpus with a smaller tokenizer"
-        )
     tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     own = config.model.model_dump(exclude_unset=True)
     with torch.device("meta"):
@@ -173,21 +209,31 @@ def batch_loss(model: Llama, device: torch.device, *, is_compiled: bool) -> Call
     return loss
 
 
-def _held_out(config: RunConfig, model: Llama, corpora: list[Corpus]) -> Callable[[], Evaluation]:
-    def measure() -> Evaluation:
+class _HeldOut:
+    """Measures the model on the held-out text, and remembers what it found last."""
+
+    def __init__(self, config: RunConfig, model: Llama, corpora: list[Corpus]) -> None:
+        self._config, self._model, self._corpora = config, model, corpora
+        self._last: Evaluation | None = None
+
+    def measure(self) -> Evaluation:
+        """Measure now."""
+        data = self._config.data
         each = (
             validation_batches(
-                corpus,
-                batch_size=config.data.batch_size,
-                seq_len=config.data.seq_len,
-                mask_documents=config.data.mask_documents,
+                corpus, batch_size=data.batch_size, seq_len=data.seq_len, mask_documents=data.mask_documents
             )
-            for corpus in corpora
+            for corpus in self._corpora
         )
-        batches = (islice(one, config.data.max_eval_batches) for one in each)
-        return evaluate(model, chain.from_iterable(batches))
+        batches = (islice(one, data.max_eval_batches) for one in each)
+        self._last = evaluate(self._model, chain.from_iterable(batches))
+        return self._last
 
-    return measure
+    def after(self, outcome: Outcome) -> Evaluation | None:
+        """Return the figures of the last step: those it was measured with, if it was; None after a signal."""
+        if outcome.last_record is not None and outcome.last_record.held_out is not None:
+            return self._last
+        return None if outcome.reason == "signal" else self.measure()
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from entrenar.config import AnyConfig, ConfigT
+from entrenar.config import AnyConfig, ConfigT, to_toml
 from entrenar.data import Progress
 from entrenar.errors import CheckpointError, ConfigError
+from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.ops import fastest_compute_dtype
 from entrenar.train import Checkpoint, Event, Run, StepRecord, keep_freed_memory, latest_good, list_checkpoints
 
@@ -53,25 +54,45 @@ def choose_device(config: AnyConfig) -> torch.device:
 
 
 def find_checkpoint(run_dir: Path, *, resume: bool, overwrite: bool) -> Checkpoint | None:
-    """Return the checkpoint to go on from; None for a new run, whose place is free or is cleared on purpose.
+    """Return the checkpoint to go on from; None for a new run, whose place is free or may be cleared.
 
     Raises:
         CheckpointError: there is nothing to resume.
-        ConfigError: a run of that name is there already.
+        ConfigError: a run of that name is there already, or is to be both resumed and overwritten.
     """
     checkpoints = Run(run_dir, {}).checkpoints
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; leave one out")
     if resume:
         if not run_dir.is_dir():
             raise CheckpointError(f"there is no run at {run_dir} to resume; start it without --resume")
         return latest_good(checkpoints)
-    if list_checkpoints(checkpoints):
-        if not overwrite:
-            raise ConfigError(
-                f"{run_dir} already holds a run; go on with it by --resume, replace it by --overwrite, "
-                "or choose another --name"
-            )
-        shutil.rmtree(run_dir)
+    if list_checkpoints(checkpoints) and not overwrite:
+        raise ConfigError(
+            f"{run_dir} already holds a run; go on with it by --resume, replace it by --overwrite, "
+            "or choose another --name"
+        )
     return None
+
+
+def open_run_folder(config: AnyConfig, *, overwrite: bool, kept: str = "") -> None:
+    """Make the run's folder and write the config into it; `overwrite` first deletes what an earlier run left there.
+
+    Files whose name ends in `kept` stay. Called once all else has been checked: a fault in the new run must not cost
+    the old one.
+
+    Raises:
+        DiskFullError, MachineError.
+    """
+    with explained_disk_errors(config.run_dir):
+        if overwrite and config.run_dir.is_dir():
+            for old in config.run_dir.iterdir():
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
+                elif not kept or not old.name.endswith(kept):
+                    old.unlink()
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write(config.run_dir / CONFIG_FILE, to_toml(config))
 
 
 def settle_compute_dtype(config: ConfigT, device: torch.device, checkpoint: Checkpoint | None) -> ConfigT:
