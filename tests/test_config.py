@@ -66,6 +66,26 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path):
     assert any(line.startswith("train.max_steps: must be a valid integer") and "line 6" in line for line in lines)
 
 
+def test_wrong_types_are_faults_not_conversions(tmp_path):
+    """A truth value is no number, infinity no rate, and a name is no way out of runs_dir."""
+    text = 'name = ".."\n[train]\nmax_steps = true\n[optim]\nlr = inf\n[data]\nbatch_size = false\n'
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    faults = str(caught.value).splitlines()
+    assert len(faults) == 4
+    assert "train.max_steps: must be a valid integer" in str(caught.value)
+    assert "got 'true'" in str(caught.value)
+    assert "optim.lr: must be a finite number, got inf" in str(caught.value)
+    assert "name: string should match pattern" in str(caught.value)
+    assert load_config(write(tmp_path, "[train]\nmax_steps = 1\ntensorboard = true\n")).train.tensorboard
+
+
+def test_a_list_flag_takes_commas_even_where_nothing_is_allowed_too(tmp_path):
+    """--weights 3,1 means the list, as --corpus a,b does."""
+    config = load_config(None, {"data.weights": "3,1", "data.corpus": "a,b"})
+    assert (config.data.weights, len(config.data.corpus)) == ((3.0, 1.0), 2)
+
+
 def test_a_key_in_the_wrong_table_is_told_its_place(tmp_path):
     """A known key under another table is named with its own table."""
     with pytest.raises(ConfigError, match=r"^train\.lr is not a setting; it is optim\.lr \(.*line 3\)"):

@@ -11,7 +11,8 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -30,7 +31,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """The run's folder under `runs_dir`."""
     runs_dir: Path = Path("runs")
     """Where runs are kept."""
@@ -72,7 +73,7 @@ class FinetuneConfig(BaseModel):
     """What to fine-tune: a Hugging Face folder, a checkpoint, or a run of ours."""
     method: Literal["full", "lora"] = "lora"
     """Train every weight, or low-rank adapters beside the frozen weights."""
-    name: str = Field(default="finetune", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="finetune", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """The run's folder under `runs_dir`."""
     runs_dir: Path = Path("runs")
     """Where runs are kept."""
@@ -164,9 +165,11 @@ def _load(
 ) -> ConfigT:
     source = Source.read(file)
     values = expand(source.values, flags)
-    lists = {option.key for option in options(model) if get_origin(option.field.annotation) is tuple}
+    lists = {option.key for option in options(model) if _is_list(option.field.annotation)}
     for key, text in flags.items():
         _set(values, key.split("."), _parse_flag(text, is_list=key in lists))
+    for option in options(model):
+        _keep_truth_from_numbers(values, option)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -296,6 +299,28 @@ def _parse_flag(text: str, *, is_list: bool) -> Any:
         except ValueError:
             return text
     return text.split(",") if is_list else text
+
+
+def _is_list(annotation: Any) -> bool:
+    """Say whether an option holds a list, or a list or nothing."""
+    alternatives = [part for part in get_args(annotation) if part is not NoneType] if _is_union(annotation) else []
+    return get_origin(annotation) is tuple or (len(alternatives) == 1 and get_origin(alternatives[0]) is tuple)
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, UnionType)
+
+
+def _keep_truth_from_numbers(values: dict[str, Any], option: Option) -> None:
+    """Turn true and false into text where a number is wanted: pydantic would read them as 1 and 0."""
+    alternatives = get_args(option.field.annotation) if _is_union(option.field.annotation) else ()
+    if not {int, float} & {option.field.annotation, *alternatives}:
+        return
+    table: Any = values
+    for name in option.path[:-1]:
+        table = table.get(name) if isinstance(table, dict) else None
+    if isinstance(table, dict) and isinstance(table.get(option.path[-1]), bool):
+        table[option.path[-1]] = str(table[option.path[-1]]).lower()
 
 
 def to_toml(config: AnyConfig) -> str:

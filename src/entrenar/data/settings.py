@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class DataConfig(BaseModel):
     """Where the tokens come from and how they are cut."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     corpus: tuple[Path, ...] = (Path("corpora/stdlib"),)
     """Prepared corpora to train on, folders made by `entrenar prepare`."""

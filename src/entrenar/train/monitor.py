@@ -30,7 +30,7 @@ Cord = Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "thro
 class MonitorConfig(BaseModel):
     """When the run raises its hand, and when it stops."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     halt_on: tuple[Cord, ...] = ()
     """Cords that stop the run; the others leave an event. A non-finite step always stops it, see max_skipped_steps."""

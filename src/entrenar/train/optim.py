@@ -33,7 +33,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class OptimConfig(BaseModel):
     """How gradients move the weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` takes the hidden matrices and leaves embeddings, head and norms to AdamW."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class ScheduleConfig(BaseModel):
     """How the learning rate moves over the run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up; `wsd` stays at the full rate and decays linearly at the end."""

@@ -23,7 +23,7 @@ from entrenar.train.schedule import ScheduleConfig
 class TrainConfig(BaseModel):
     """How long and how to train."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps."""
@@ -75,7 +75,7 @@ class TrainConfig(BaseModel):
 class CheckpointConfig(BaseModel):
     """When to save and what to keep."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     save_every: int = Field(default=500, ge=0)
     """Steps between checkpoints; 0 saves only at the end."""
