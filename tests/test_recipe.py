@@ -292,6 +292,8 @@ def test_the_command_line_trains_evaluates_and_writes(corpus, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "trial"), "--corpus", str(corpus), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["loss"] < np.log(VOCAB_SIZE)
+    with pytest.raises(ConfigError, match="seq_len must be <= 64, the model's context, got 65"):
+        recipe.evaluate_model(tmp_path / "trial", corpus, batch_size=1, seq_len=65)
     written = [
         "generate",
         str(tmp_path / "trial"),
@@ -304,6 +306,14 @@ def test_the_command_line_trains_evaluates_and_writes(corpus, tmp_path, capsys):
     ]
     assert main(written) == 0
     assert capsys.readouterr().out.startswith("def value")
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--batch-size", "0"), ("--seq-len", "-5"), ("--threads", "-1")])
+def test_numbers_of_the_command_line_are_checked_before_anything_is_loaded(flag, value, capsys):
+    """A count below one ends with 2 and the rule."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "nowhere", "--corpus", "nowhere", flag, value])
+    assert f"argument {flag}: must be a whole number >= 1, got '{value}'" in capsys.readouterr().err
 
 
 def test_the_command_line_answers_a_fault_with_exit_code_2(tmp_path, capsys):

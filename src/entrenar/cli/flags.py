@@ -57,6 +57,13 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
     return load_config(parsed.config, given_flags(parsed))
 
 
+def positive(text: str) -> int:
+    """Read a whole number from 1 on, as the type of a flag."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
 def parse(
     arguments: argparse.ArgumentParser, words: Sequence[str], model: type[BaseModel] = RunConfig
 ) -> argparse.Namespace:

@@ -39,7 +39,7 @@ def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser("generate", "Continue a prompt.")
     arguments.add_argument("model", type=Path, help="a run, a checkpoint or a model folder")
     arguments.add_argument("--prompt", nargs="+", help="one or more prompts; standard input when not given")
-    arguments.add_argument("--threads", type=int, help="CPU threads")
+    arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
     for name, field in GenerateConfig.model_fields.items():
         if name not in _OWN:
             arguments.add_argument(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entrenar.data import Corpus, Tokenizer, check_same_tokenizer, validation_batches
-from entrenar.errors import DataError
+from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, save_model
 from entrenar.model import Llama
@@ -51,10 +51,13 @@ def evaluate_model(path: Path, corpus: Path, *, batch_size: int, seq_len: int | 
     """Measure a model on a corpus' held-out split.
 
     Raises:
+        ConfigError: seq_len is longer than the model's context.
         DataError: the corpus' tokenizer is not the model's.
     """
     model, tokenizer = open_model(path)
     opened = Corpus.open(corpus)
     check_same_tokenizer([opened], tokenizer.hash, f"model {path}")
-    length = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    length = seq_len or model.config.max_seq_len
+    if length > model.config.max_seq_len:
+        raise ConfigError(f"seq_len must be <= {model.config.max_seq_len}, the model's context, got {length}")
     return evaluate(model, validation_batches(opened, batch_size=batch_size, seq_len=length))
