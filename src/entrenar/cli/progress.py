@@ -1,5 +1,6 @@
 """What a person sees while something runs: one live line on a terminal, plain lines in a file or pipe."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -69,8 +70,7 @@ class TrainingView:
         self._line = Line()
         self._epochs = epochs
         self._held_out: Mapping[str, float] | None = None
-        self._epoch = 1
-        self._phases: dict[str, float] = {}
+        self._epoch: int | None = None
 
     def observer(self) -> Observer:
         """Return the callbacks for a recipe."""
@@ -96,15 +96,18 @@ class TrainingView:
             is_forced=record.held_out is not None,
         )
         self._conclude_epoch(record)
-        self._phases = dict(record.phases_s)
 
     def _conclude_epoch(self, record: StepRecord) -> None:
-        if self._epochs is None or record.epoch is None or record.epoch < self._epoch:
+        if self._epochs is None or record.epoch is None:
             return
-        self._line.note(f"[entrenar: Epoch {self._epoch}/{self._epochs:g}, Loss: {record.loss:.3f}]")
+        # The epoch under way: a resumed run does not conclude those before it a second time.
+        self._epoch = self._epoch or math.ceil(record.epoch)
+        if record.epoch < self._epoch:
+            return
+        self._line.note(f"[entrenar: Epoch {math.floor(record.epoch)}/{self._epochs:g}, Loss: {record.loss:.3f}]")
         self._line.note(f"[entrenar: Backward pass: {record.phases_s.get('backward', 0) * 1e3:.0f}ms]")
         self._line.note(f"[entrenar: Optimizer step: {record.phases_s.get('optimizer', 0) * 1e3:.0f}ms]")
-        self._epoch += 1
+        self._epoch = math.floor(record.epoch) + 1
 
     def event(self, event: Event) -> None:
         """Tell of something out of the ordinary."""
