@@ -42,7 +42,7 @@ from entrenar.recipe.run import (
 )
 from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
 
-# Options that change how long a run goes on and what it reports, not what it computes.
+# Options that change how long a run goes on (which a schedule follows) and what it reports, not what a step computes.
 _MAY_DIFFER = (
     "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
     "train.early_stop_patience", "train.tensorboard", "train.threads", "checkpoint.save_every", "checkpoint.keep_last",

@@ -268,7 +268,7 @@ def check_same_config(
     if changes:
         raise CheckpointError(
             "the checkpoint was made with another config:\n  " + "\n  ".join(changes)
-            + "\nresume with the config it was made with, or allow the change explicitly"
+            + "\nresume with the config it was made with, or allow the change (--allow-config-changes)"
         )  # fmt: skip
 
 

@@ -237,7 +237,7 @@ class _Training:
             self._save()
             self._take_saved(wait=True)
         except MachineError as error:
-            _log.warning("could not save on the way out: %s", error)
+            _log.error("could not save on the way out: %s", error)  # the error under way has the traceback
 
     def close(self) -> None:
         """Wait for the writer."""
@@ -376,7 +376,7 @@ class _Training:
             return
         step, error = outcome
         if error is None:
-            event = Event(step, "checkpoint_saved", checkpoint.folder_name(step))
+            event = Event(step, "checkpoint_saved", f"saved {checkpoint.folder_name(step)}")
             self.journal.tell(event, level=logging.INFO)
             return
         self.saved_step = 0
