@@ -75,3 +75,21 @@ def test_an_impossible_vocabulary_is_refused(pairs, change, message):
     vocabulary = dataclasses.replace(vocabulary_of(pairs[0][0]), **change)
     with pytest.raises(FormatError, match=message):
         tokenizer_files(vocabulary, "place")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "merges"),
+    [
+        (["a", "b", "ab", "ba", "aba"], [["a", "ba"], ["ab", "a"], ["a", "b"], ["b", "a"]]),
+        (["a", "b", "aa"], [["a", "a"], ["a", "a"]]),
+        (["a", "b", ""], [["a", ""], ["", "b"]]),
+    ],
+)
+def test_cyclic_merges_come_to_an_end(vocab, merges):
+    """Merges that lead to each other, twice to the same or to nothing new: encoding ends, and decodes to the text."""
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {"type": "BPE", "vocab": {token: index for index, token in enumerate(vocab)}, "merges": merges}
+    tokenizer = Tokenizer({"version": "1.0", "model": model, "added_tokens": [], "decoder": decoder})
+    found = tokenizer.encode("ababab")
+    assert tokenizer.decode(found) == "ababab"
+    assert len(found) <= 6
