@@ -117,6 +117,15 @@ def test_a_changed_config_is_refused_with_the_difference(corpus, tmp_path):
     assert recipe.train(changed, resume=True, allow_changes=True).outcome.step == 3
 
 
+def test_a_run_that_was_moved_goes_on(corpus, tmp_path):
+    """A run's name and place are no part of what it computes."""
+    recipe.train(config_for(corpus, tmp_path, train__max_steps="2"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "trial").rename(tmp_path / "elsewhere" / "renamed")
+    moved = config_for(corpus, tmp_path / "elsewhere", name="renamed", train__max_steps="3")
+    assert recipe.train(moved, resume=True).outcome.step == 3
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus, tmp_path):
     """One flipped bit in the newest checkpoint: the run goes on from the one before and says so."""
     recipe.train(config_for(corpus, tmp_path, train__max_steps="4"))

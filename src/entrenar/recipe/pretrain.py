@@ -44,7 +44,7 @@ from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_
 
 # Options that change how long a run goes on (which a schedule follows) and what it reports, not what a step computes.
 _MAY_DIFFER = (
-    "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
+    "name", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
     "train.early_stop_patience", "train.tensorboard", "train.threads", "checkpoint.save_every", "checkpoint.keep_last",
     "checkpoint.keep_best", "data.max_eval_batches",
 )  # fmt: skip
