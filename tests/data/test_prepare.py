@@ -237,6 +237,15 @@ def test_a_folder_without_text_says_why(tmp_path: Path, tokenizer: Tokenizer):
     (tmp_path / "src" / "b.txt").write_bytes(b"")
     with pytest.raises(DataError, match=r"its files were left out: 1 binary \(a.bin\); 1 empty \(b.txt\)"):
         prepare([tmp_path / "src"], tmp_path / "out", tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"no text to train a tokenizer on: files were left out: 1 binary \(a.bin\); 1"):
+        prepare([tmp_path / "src"], tmp_path / "out")
+
+
+def test_text_that_is_all_held_out_trains_no_tokenizer_and_says_why(tmp_path: Path):
+    """One document in the held-out split is not "empty"."""
+    (tmp_path / "a.txt").write_text("words of one document")
+    with pytest.raises(DataError, match=r"none of the 1 documents fell into the sample; .* lower val_fraction \(0.999"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out", PrepareConfig(val_fraction=0.999999, threads=1))
 
 
 def test_a_foreign_folder_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer):

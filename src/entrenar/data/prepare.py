@@ -128,7 +128,10 @@ def _train_tokenizer(sources: list[Source], config: PrepareConfig, report: Calla
 
 
 def _sample(sources: list[Source], config: PrepareConfig, report: Callable[[Progress], None]) -> Iterator[str]:
-    """Yield documents of the training split, chosen by their hash, up to the sample's size."""
+    """Yield documents of the training split, chosen by their hash, up to the sample's size.
+
+    Raises: DataError when there is none.
+    """
     progress = _started("tokenizer", sources)
     wanted = config.tokenizer_sample_bytes / max(1, progress.total_bytes)
     taken = 0
@@ -148,6 +151,19 @@ def _sample(sources: list[Source], config: PrepareConfig, report: Callable[[Prog
         progress.files += 1
         progress.bytes_read += file.size_bytes
         report(progress)
+    if taken == 0:
+        raise DataError(f"no text to train a tokenizer on: {_why_no_sample(log, config)}")
+
+
+def _why_no_sample(log: ReadLog, config: PrepareConfig) -> str:
+    if log.documents:
+        return (
+            f"none of the {log.documents} documents fell into the sample; raise tokenizer_sample_bytes "
+            f"({config.tokenizer_sample_bytes}), lower val_fraction ({config.val_fraction}), "
+            "or name a document_separator"
+        )
+    skipped = log.skipped_summary()
+    return f"files were left out: {skipped}" if skipped else "every source is empty"
 
 
 def _cores() -> int:
