@@ -14,6 +14,7 @@ from entrenar.interop import gguf as ours
 from entrenar.interop.gguf import load_gguf, load_gguf_tokenizer, save_gguf
 from entrenar.interop.gguf_file import dequantize_q4_0, dequantize_q8_0, read_gguf
 from entrenar.interop.llama2c import load_llama2c
+from entrenar.interop.verify import HARD_STRINGS
 from entrenar.model import RopeScaling
 
 package = pytest.importorskip("gguf")
@@ -116,7 +117,10 @@ def test_rows_that_fit_no_block_stay_f16(tmp_path, make_model):
 
 
 def test_transformers_reads_model_and_tokenizer(shared_data, tmp_path):
-    """Its GGUF loader gives the logits and the ids of the trained model."""
+    """Its GGUF loader gives the logits of the trained model, and the ids of texts without a space at the front.
+
+    (With one it drops a space that sentencepiece, llama.cpp and we keep.)
+    """
     transformers = pytest.importorskip("transformers")
     model = load_llama2c(shared_data / "models/stories260K/stories260K.bin")
     tokenizer = Tokenizer.load(shared_data / "tokenizers/tok512/tok512.bin")
@@ -124,6 +128,22 @@ def test_transformers_reads_model_and_tokenizer(shared_data, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode("Once upon a time, there was a little girl named Lily.", bos=True)])
     torch.testing.assert_close(logits_of(theirs, ids), logits_of(model, ids), rtol=1e-4, atol=1e-4)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    texts = [text for text in HARD_STRINGS if not text.startswith((" ", "▁", "<s>"))]
+    assert len(texts) > 20
+    for text in texts:
+        assert their_tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
+
+
+def test_transformers_reads_a_byte_level_tokenizer(tmp_path, make_model):
+    """All hard strings have our ids there."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_bpe(["def f(x):\n    return x + 12345\n", "naïve café don't 漢字 🙂"] * 20, 400)
+    model = make_model(vocab_size=400)
+    save_gguf(tmp_path / "m.gguf", model.config, model.state_dict(), tokenizer, type_name="f32")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in HARD_STRINGS:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text), text
 
 
 def test_a_byte_level_vocabulary_survives(tmp_path, make_model):
