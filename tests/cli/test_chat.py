@@ -5,7 +5,6 @@ import io
 import pytest
 import torch
 
-from entrenar.cli import chat
 from entrenar.cli.chat import Conversation
 from entrenar.cli.main import main
 from entrenar.data import Tokenizer, train_bpe
