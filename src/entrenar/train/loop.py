@@ -376,7 +376,7 @@ class _Training:
             return
         step, error = outcome
         if error is None:
-            event = Event(step, "checkpoint_saved", f"saved {checkpoint.folder_name(step)}")
+            event = Event(step, "checkpoint_saved", checkpoint.folder_name(step))
             self.journal.tell(event, level=logging.INFO)
             return
         self.saved_step = 0
