@@ -1,5 +1,6 @@
 """N + M steps equal N steps, a kill, and M more, byte for byte: weights, moments, masters, random states, windows."""
 
+import itertools
 import os
 import random
 import signal
@@ -99,11 +100,18 @@ def test_any_number_of_kills_at_random_times_changes_nothing(tmp_path: Path, pre
     assert in_child(lambda: run_toy(tmp_path / "whole", **options)) == 0
     folder, chance, kills = tmp_path / "killed", random.Random(0), 0
 
-    def run_for(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # the alarm's default action ends the process at any instruction
-        run_toy(folder, resume=True, **options)
+    def run_for(micro_batches: int, seconds: float) -> None:
+        calls = itertools.count(1)
 
-    while kills < MOST_KILLS and in_child(partial(run_for, chance.uniform(0.03, 0.3))) != 0:
+        def arm(_: int) -> None:
+            # Counted work first, so that a fast machine is killed as often; then the alarm, whose default action ends
+            # the process at any instruction.
+            if next(calls) == micro_batches:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+
+        run_toy(folder, resume=True, before_loss=arm, **options)
+
+    while kills < MOST_KILLS and in_child(partial(run_for, chance.randint(5, 40), chance.uniform(1e-4, 0.01))) != 0:
         kills += 1
     if kills == MOST_KILLS:
         assert in_child(lambda: run_toy(folder, resume=True, **options)) == 0
