@@ -326,3 +326,16 @@ def test_token_bytes_are_the_bytes_of_each_id(make_corpus: Callable[..., Corpus]
     corpus = make_corpus(["a"])
     expected = [0 if index in tokenizer.special_ids else len(data) for index, data in enumerate(tokenizer.token_bytes)]
     assert np.array_equal(corpus.token_bytes, expected)
+
+
+def test_a_lone_text_file_is_cut_so_that_something_can_be_held_out(tmp_path):
+    """One text file without separators gives a corpus with both splits; told how to cut, it is cut that way."""
+    text = tmp_path / "play.txt"
+    text.write_text(
+        "".join(f"Line {number} of the only play there is.\n" for number in range(20_000)), encoding="utf-8"
+    )
+    manifest = prepare([text], tmp_path / "corpus", PrepareConfig(vocab_size=300, threads=1))
+    assert manifest.splits["val"].documents >= 1
+    assert manifest.splits["train"].documents >= 100
+    whole = PrepareConfig(vocab_size=300, threads=1, val_fraction=0, max_document_bytes=1 << 20)
+    assert prepare([text], tmp_path / "whole", whole).splits["train"].documents == 1

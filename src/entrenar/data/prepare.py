@@ -42,6 +42,8 @@ from entrenar.errors import DataError
 from entrenar.files import atomic_directory, atomic_write, sha256_file, write_json
 
 _BATCH_BYTES = 1 << 19
+_PIECES_OF_A_LONE_TEXT = 256
+_LEAST_PIECE_BYTES = 1 << 10
 _HASH_SPAN = 1 << 64
 
 
@@ -91,6 +93,7 @@ def prepare(
     config = config or PrepareConfig()
     out = Path(out)
     found = find_sources([str(source) for source in sources], config)
+    config = _cut_a_lone_text(config, found)
     _check_target(out, found)
     report = progress or (lambda _: None)
     if tokenizer is None:
@@ -100,6 +103,16 @@ def prepare(
     with atomic_directory(out) as folder:
         run = _Run(folder, config, tokenizer, _started("encode", found), report)
         return run.write(found)
+
+
+def _cut_a_lone_text(config: PrepareConfig, sources: list[Source]) -> PrepareConfig:
+    """Cut a single text file into many documents unless told how: a corpus of one document has nothing to hold out."""
+    files = [file for source in sources for file in source.files]
+    is_lone_text = len(files) == 1 and files[0].kind == "text" and config.document_separator is None
+    if not is_lone_text or "max_document_bytes" in config.model_fields_set:
+        return config
+    piece = max(_LEAST_PIECE_BYTES, files[0].size_bytes // _PIECES_OF_A_LONE_TEXT)
+    return config.model_copy(update={"max_document_bytes": min(piece, config.max_document_bytes)})
 
 
 def is_held_out(digest: int, val_fraction: float) -> bool:
