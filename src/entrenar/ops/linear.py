@@ -12,7 +12,6 @@ product and the result is rounded once, so nothing wide outlives the call.
 Saved: x and W, as they are stored. `fastest_compute_dtype` measures which type to take.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from entrenar.ops.first_order import refuse_double_backward
 
 _PROBE_ROWS = 1024
-_PROBE_REPEATS = 5
+_PROBE_REPEATS = 9
 # Widening the operands and rounding the result costs a few per cent of a product: float32 must win by more than that.
 _LEAST_GAIN = 1.1
 
@@ -92,8 +91,8 @@ def linear(
 def fastest_compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Measure which dtype multiplies matrices stored as `stored` fastest on `device`: itself or float32.
 
-    Times products of a typical size in turns and compares medians; takes a fraction of a second. Only reduced
-    precision on a CPU is ever measured: elsewhere the stored type is taken.
+    Times products of a typical size in turns and compares the least times, which other work on the machine disturbs
+    least; takes a fraction of a second. Only reduced precision on a CPU is measured; else the stored type is taken.
     """
     if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
         return stored
@@ -107,5 +106,5 @@ def fastest_compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dt
             linear_forward(matrix, matrix)
             if repeat > 0:  # the first product of each dtype prepares its kernel
                 elapsed_s[dtype].append(time.perf_counter() - started)
-    gain = statistics.median(elapsed_s[stored]) / statistics.median(elapsed_s[torch.float32])
+    gain = min(elapsed_s[stored]) / min(elapsed_s[torch.float32])
     return torch.float32 if gain > _LEAST_GAIN else stored
