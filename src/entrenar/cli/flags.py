@@ -4,11 +4,14 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from entrenar.config import RunConfig, load_config, options
 from entrenar.errors import ConfigError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -85,3 +88,33 @@ def _nearest(flag: str, model: type[BaseModel]) -> str:
     known = [option.flag for option in options(model)]
     match = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], leave_out: Sequence[str] = ()) -> None:
+    """Add a flag for each field of one config model; a field that holds several values takes several words."""
+    for name, field in model.model_fields.items():
+        if name not in leave_out:
+            arguments.add_argument(
+                "--" + name.replace("_", "-"),
+                dest=f"config.{name}",
+                nargs="+" if isinstance(field.default, tuple) else None,
+                metavar=name.upper(),
+                default=argparse.SUPPRESS,
+                help=f"{(field.description or '').replace('%', '%%')} (default: {field.default})",
+            )
+
+
+def from_fields(parsed: argparse.Namespace, model: type[ModelT]) -> ModelT:
+    """Build the config model from the flags of `add_field_flags`.
+
+    Raises: ConfigError with every fault.
+    """
+    given = {name: getattr(parsed, f"config.{name}") for name in model.model_fields if f"config.{name}" in parsed}
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        faults = [
+            f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, got {fault['input']!r}"
+            for fault in error.errors()
+        ]
+        raise ConfigError("\n".join(faults)) from error

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from entrenar import recipe
 from entrenar.cli import flags
-from entrenar.errors import ConfigError
 from entrenar.infer import GenerateConfig, stream
 
 _OWN = ("eos_token_ids",)
@@ -19,7 +17,7 @@ _OWN = ("eos_token_ids",)
 def run(words: Sequence[str]) -> int:
     """Generate; return the exit code."""
     parsed = flags.parse(_arguments(), words)
-    config = _config(parsed)
+    config = flags.from_fields(parsed, GenerateConfig)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
@@ -40,29 +38,5 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("model", type=Path, help="a run, a checkpoint or a model folder")
     arguments.add_argument("--prompt", nargs="+", help="one or more prompts; standard input when not given")
     arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
-    for name, field in GenerateConfig.model_fields.items():
-        if name not in _OWN:
-            arguments.add_argument(
-                "--" + name.replace("_", "-"),
-                dest=f"config.{name}",
-                nargs="+" if name == "stop" else None,
-                metavar=name.upper(),
-                default=argparse.SUPPRESS,
-                help=f"{field.description} (default: {field.default})",
-            )
+    flags.add_field_flags(arguments, GenerateConfig, leave_out=_OWN)
     return arguments
-
-
-def _config(parsed: argparse.Namespace) -> GenerateConfig:
-    given = {
-        name: getattr(parsed, f"config.{name}") for name in GenerateConfig.model_fields if f"config.{name}" in parsed
-    }
-    try:
-        return GenerateConfig.model_validate(given)
-    except ValidationError as error:
-        raise ConfigError(
-            "\n".join(
-                f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, got {fault['input']!r}"
-                for fault in error.errors()
-            )
-        ) from error

@@ -4,12 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from entrenar.cli import flags
 from entrenar.cli.progress import TrainingView, quantity
 from entrenar.data import Corpus, CorpusManifest, PrepareConfig, prepare
-from entrenar.errors import ConfigError
 
 
 def run(words: Sequence[str]) -> int:
@@ -20,7 +17,11 @@ def run(words: Sequence[str]) -> int:
         print(f"{parsed.out} is there and whole")
         return 0
     manifest = prepare(
-        parsed.sources, parsed.out, _config(parsed), tokenizer=parsed.tokenizer, progress=TrainingView(None).preparing
+        parsed.sources,
+        parsed.out,
+        flags.from_fields(parsed, PrepareConfig),
+        tokenizer=parsed.tokenizer,
+        progress=TrainingView(None).preparing,
     )
     _print_summary(parsed.out, manifest)
     return 0
@@ -34,34 +35,8 @@ def _arguments() -> argparse.ArgumentParser:
         "--tokenizer", type=Path, help="tokenizer.json, sentencepiece .model or a model folder; trained when not given"
     )
     arguments.add_argument("--if-missing", action="store_true", help="do nothing if the corpus is there and whole")
-    for name, field in PrepareConfig.model_fields.items():
-        arguments.add_argument(
-            "--" + name.replace("_", "-"),
-            dest=f"config.{name}",
-            metavar=name.upper(),
-            default=argparse.SUPPRESS,
-            help=f"{(field.description or '').replace('%', '%%')} (default: {field.default})",
-        )
+    flags.add_field_flags(arguments, PrepareConfig)
     return arguments
-
-
-def _config(parsed: argparse.Namespace) -> PrepareConfig:
-    given = {
-        name: getattr(parsed, f"config.{name}") for name in PrepareConfig.model_fields if f"config.{name}" in parsed
-    }
-    try:
-        return PrepareConfig.model_validate({name: _parsed(name, text) for name, text in given.items()})
-    except ValidationError as error:
-        faults = [
-            f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, got {fault['input']!r}"
-            for fault in error.errors()
-        ]
-        raise ConfigError("\n".join(faults)) from error
-
-
-def _parsed(name: str, text: str) -> object:
-    is_list = isinstance(PrepareConfig.model_fields[name].default, tuple)
-    return tuple(text.split(",")) if is_list else text
 
 
 def _print_summary(out: Path, manifest: CorpusManifest) -> None:
