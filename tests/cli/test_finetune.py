@@ -59,6 +59,12 @@ def test_faults_are_answered_with_2(words, capsys):
     assert "missing.jsonl does not exist" in capsys.readouterr().err
 
 
+def test_a_shortened_flag_is_refused(capsys):
+    """A flag is written out: what begins like several today may begin like another tomorrow."""
+    assert main(["finetune", "--model", "x", "--data", "y", "--ran", "4"]) == 2
+    assert "--ran is not a flag of entrenar finetune; did you mean --rank?" in capsys.readouterr().err
+
+
 def test_each_option_has_a_flag_of_its_own():
     """No two options of a fine-tuning config share a flag."""
     flags = [option.flag for option in options(FinetuneConfig)]

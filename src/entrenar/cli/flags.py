@@ -17,7 +17,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """Return an argument parser that looks like all others of this program."""
     return argparse.ArgumentParser(
-        prog=f"entrenar {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"entrenar {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a script that says --max must not change its meaning when --max-memory is added
     )
 
 
