@@ -1,13 +1,97 @@
-"""Fixtures for every test: one thread, fixed seeds, the shared real data when it lies beside the project."""
+"""Fixtures for every test: one thread, fixed seeds, counted properties, the real data when it lies beside the project.
 
+`--certificate PATH` keeps what the tests showed about each operation; `--count-cases` prints how many cases each
+property passed; `--hypothesis-profile` takes one of the profiles below.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
+
+from .certificate import Certificate
 
 torch.set_num_threads(1)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# A busy machine is no fault of the code under test, and a fixed seed in a fixture is meant: no deadlines.
+COMMON: dict[str, Any] = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+}
+REPEATABLE: dict[str, Any] = {"derandomize": True, "database": None, "phases": (Phase.explicit, Phase.generate)}
+settings.register_profile("tier1", max_examples=10, **REPEATABLE, **COMMON)
+settings.register_profile("tier2", max_examples=100, **COMMON)
+settings.register_profile("tier3", max_examples=10_000, **COMMON)
+settings.register_profile("mutation", max_examples=15, **REPEATABLE, **COMMON)
+settings.load_profile("tier2")
+
+CERTIFICATE = pytest.StashKey[Certificate]()
+CASES = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--certificate", type=Path, help="write what was shown about each operation to this JSON file")
+    parser.addoption("--count-cases", action="store_true", help="print how many cases each property passed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CERTIFICATE] = Certificate()
+    config.stash[CASES] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Count the cases that a property passes."""
+    handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+    marker = item.get_closest_marker("property")
+    if handle is None or marker is None:
+        return (yield)
+    inner, cases = handle.inner_test, item.config.stash[CASES]
+    cases[item.nodeid] = 0
+    handle.inner_test = counted(inner, cases, item.nodeid)
+    try:
+        result = yield
+    finally:
+        handle.inner_test = inner
+    for op in marker.args:
+        item.config.stash[CERTIFICATE].add(op, "property", test=item.nodeid, cases=cases[item.nodeid])
+    return result
+
+
+def counted(inner: Callable[..., Any], cases: dict[str, int], name: str) -> Callable[..., Any]:
+    """Return a property that counts each case it passes."""
+
+    @functools.wraps(inner)
+    def passed(*arguments: Any, **values: Any) -> Any:
+        result = inner(*arguments, **values)
+        cases[name] += 1
+        return result
+
+    return passed
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--count-cases"):
+        cases = config.stash[CASES]
+        for name, count in cases.items():
+            terminalreporter.write_line(f"[property] passed {count} cases: {name}")
+        terminalreporter.write_line(f"[property] {len(cases)} properties, {sum(cases.values())} cases")
+    path = config.getoption("--certificate")
+    if path is not None:
+        config.stash[CERTIFICATE].write(path)
+
+
+@pytest.fixture(scope="session")
+def certificate(pytestconfig: pytest.Config) -> Certificate:
+    """Where a test keeps what it showed about an operation."""
+    return pytestconfig.stash[CERTIFICATE]
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from entrenar.data import Corpus, PrepareConfig, Tokenizer, prepare, train_bpe
-
-# A busy machine is no fault of the code under test.
-settings.register_profile("steady", deadline=None)
-settings.load_profile("steady")
 
 SEPARATOR = "<|end|>"
 
