@@ -20,7 +20,7 @@ class Certificate:
     def add(self, op: str, kind: str, **figures: Any) -> None:
         """Keep what was shown for an operation; a row of a variant (attention/packed) counts for its operation."""
         assert kind in KINDS, f"{kind} is none of {KINDS}"
-        self.figures.setdefault(op.split("/")[0], {}).setdefault(kind, []).append(figures)
+        self.figures.setdefault(op.split("/", maxsplit=1)[0], {}).setdefault(kind, []).append(figures)
 
     def write(self, path: Path) -> None:
         """Write all figures, in an order that does not depend on the tests'."""
