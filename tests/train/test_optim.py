@@ -162,7 +162,7 @@ def test_the_gradients_are_gone_after_the_step() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_state_comes_back_byte_for_byte(kind: str, precision: str) -> None:
     """A fresh optimizer that loads weights and state of another goes on exactly as that one does."""
@@ -207,10 +207,11 @@ def test_a_type_that_cannot_be_trained_is_refused() -> None:
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_adamw_step_needs_no_memory(precision: str) -> None:
+def test_an_adamw_step_needs_no_memory(precision: str, kind: str) -> None:
     """With every further byte refused by the kernel, a step still succeeds, so it cannot be torn by lack of memory."""
-    script = _STARVED.format(precision=precision, path=sys.path)
+    script = _STARVED.format(precision=precision, kind=kind, path=sys.path)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "control: can't allocate memory\nstepped\n"
@@ -223,7 +224,7 @@ import torch
 torch.set_num_threads(1)
 from entrenar.train.optim import OptimConfig, build_optimizer
 w = torch.nn.Parameter(torch.ones(3000, 1000))
-optimizer = build_optimizer([("w", w)], OptimConfig(), "{precision}")
+optimizer = build_optimizer([("w", w)], OptimConfig(optimizer="{kind}"), "{precision}")
 w.grad = torch.ones_like(w)
 optimizer.step(0.1, 1.0)
 w.grad = torch.ones_like(w)

@@ -4,6 +4,9 @@ torch's own kernels do the arithmetic (`torch._fused_adamw_`, `torch.optim.Muon`
 state, because `torch.optim.Optimizer.load_state_dict` casts moments to the parameter's type and so cannot resume
 bit for bit in bfloat16.
 
+With `adamw8bit` the moments of large parameters are codes of eight bits (`eight_bit.py`), decoded, moved and encoded
+again piece by piece in the cache; gradients, weights and masters stay what they are.
+
 All AdamW state and scratch is allocated in the constructor. A step that allocates can run out of memory half-way,
 with some weights moved and some not, and no retry repairs that; this one cannot.
 
@@ -12,7 +15,8 @@ https://kellerjordan.github.io/posts/muon/, with the update's size matched to Ad
 arXiv:2502.16982), so that one learning rate and one weight decay serve both.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,11 +26,14 @@ from torch import Tensor, nn
 from torch.optim._muon import muon
 
 from entrenar.errors import CheckpointError, ConfigError
+from entrenar.train.eight_bit import BLOCK, EightBitCoder, empty_codes
 from entrenar.train.precision import GradientSums, cast_parameters, join_master, split_master
 
 # 1.5 MiB of scratch stays in a core's second-level cache together with the state it works on. A GPU wants few launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 25
+# What is smaller keeps its float32 moments: norms are few numbers and move much, and a block needs neighbors.
+_LEAST_EIGHT_BIT = 16 * BLOCK
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -35,8 +42,9 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` takes the hidden matrices and leaves embeddings, head and norms to AdamW."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`adamw8bit` keeps moments in eight bits; `muon` takes the hidden matrices and leaves embeddings, head and norms
+    to AdamW."""
     lr: float = Field(default=3e-4, gt=0.0)
     """The full learning rate; the schedule multiplies it."""
     weight_decay: float = Field(default=0.1, ge=0.0)
@@ -57,7 +65,10 @@ class OptimConfig(BaseModel):
 
 @dataclass(frozen=True)
 class _Trained:
-    """One parameter with its state; `remainder` is there for bfloat16 only, `squares` for AdamW only."""
+    """One parameter with its state.
+
+    `remainder` is there for bfloat16 only, `squares` for AdamW only; the scales where mean and squares are codes.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -66,9 +77,14 @@ class _Trained:
     squares: Tensor | None
     remainder: Tensor | None
     lr_factor: float = 1.0
+    mean_scales: Tensor | None = None
+    squares_scales: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
-        parts = {"mean": self.mean, "squares": self.squares, "remainder": self.remainder}
+        parts = {
+            "mean": self.mean, "squares": self.squares, "remainder": self.remainder,
+            "mean_scales": self.mean_scales, "squares_scales": self.squares_scales,
+        }  # fmt: skip
         return {f"{self.name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
@@ -79,6 +95,8 @@ class _Scratch:
     gradient: Tensor
     bits: Tensor
     integers: Tensor
+    means: EightBitCoder | None = None
+    squares: EightBitCoder | None = None
 
 
 class Optimizer:
@@ -89,7 +107,10 @@ class Optimizer:
         self.gradients = GradientSums(each.parameter for each in trained)
         self._trained = trained
         self._step = torch.zeros((), dtype=torch.float32)
-        self._scratch = {key: _new_scratch(*key) for key in {_scratch_key(each.parameter) for each in trained}}
+        is_coded = any(each.mean_scales is not None for each in trained)
+        self._scratch = {
+            key: _new_scratch(*key, is_coded=is_coded) for key in {_scratch_key(each.parameter) for each in trained}
+        }
 
     def gradient_norm(self) -> Tensor:
         """Return the float32 norm over the gradients of all parameters as they lie, unscaled."""
@@ -123,15 +144,18 @@ class Optimizer:
         weights = each.parameter.data
         remainders = weights if each.remainder is None else each.remainder
         flat = (t.reshape(-1) for t in (weights, gradient, each.mean, all_squares, remainders))
-        for weight, piece, mean, squares, remainder in zip(*(torch.split(t, chunk) for t in flat), strict=True):
+        for number, pieces in enumerate(zip(*(torch.split(t, chunk) for t in flat), strict=True)):
+            weight, piece, mean, squares, remainder = pieces
             size = weight.numel()
             scaled = scratch.gradient[:size].copy_(piece).mul_(gradient_scale)
             bits = scratch.bits[:size]
             master = weight if each.remainder is None else join_master(weight, remainder, bits, scratch.integers[:size])
-            torch._fused_adamw_(
-                [master], [scaled], [mean], [squares], [], [step], lr=lr, weight_decay=each.weight_decay,
-                beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
+            with _decoded(each, scratch, mean, squares, number * chunk) as (wide_mean, wide_squares):
+                torch._fused_adamw_(
+                    [master], [scaled], [wide_mean], [wide_squares], [], [step], lr=lr, weight_decay=each.weight_decay,
+                    beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps, amsgrad=False,
+                    maximize=False,
+                )  # fmt: skip
             if each.remainder is not None:
                 split_master(bits, weight, remainder)
 
@@ -218,10 +242,20 @@ def _prepare(name: str, parameter: nn.Parameter, config: OptimConfig, remainder:
     is_muon = config.optimizer == "muon" and is_matrix
     if parameter.dtype == torch.bfloat16 and remainder is None:
         remainder = torch.zeros_like(parameter, dtype=torch.int16)
+    weight_decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+    if config.optimizer == "adamw8bit" and parameter.numel() >= _LEAST_EIGHT_BIT:
+        if state_type != torch.float32:
+            raise ConfigError(f"optimizer adamw8bit trains bfloat16 and float32, parameter {name} is {parameter.dtype}")
+        mean, mean_scales = empty_codes(parameter, is_signed=True)
+        squares, squares_scales = empty_codes(parameter, is_signed=False)
+        return _Trained(
+            name, parameter, weight_decay, mean, squares, remainder,
+            mean_scales=mean_scales, squares_scales=squares_scales,
+        )  # fmt: skip
     return _Trained(
         name=name,
         parameter=parameter,
-        weight_decay=config.weight_decay if parameter.ndim >= 2 else 0.0,
+        weight_decay=weight_decay,
         mean=torch.zeros_like(parameter, dtype=state_type, requires_grad=False),
         squares=None if is_muon else torch.zeros_like(parameter, dtype=state_type, requires_grad=False),
         remainder=remainder,
@@ -232,10 +266,27 @@ def _scratch_key(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
     return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _new_scratch(device: torch.device, dtype: torch.dtype) -> _Scratch:
+def _new_scratch(device: torch.device, dtype: torch.dtype, *, is_coded: bool) -> _Scratch:
     size = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
     return _Scratch(
         gradient=torch.empty(size, dtype=dtype, device=device),
         bits=torch.empty(size, dtype=torch.int32, device=device),
         integers=torch.empty(size, dtype=torch.int32, device=device),
+        means=EightBitCoder.prepare(size, device, is_signed=True) if is_coded else None,
+        squares=EightBitCoder.prepare(size, device, is_signed=False) if is_coded else None,
     )
+
+
+@contextmanager
+def _decoded(
+    each: _Trained, scratch: _Scratch, mean: Tensor, squares: Tensor, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give a piece of the moments, which begins at `start`, as float32, and encode what has become of it."""
+    if each.mean_scales is None or each.squares_scales is None or scratch.means is None or scratch.squares is None:
+        yield mean, squares
+        return
+    blocks = slice(start // BLOCK, -(-(start + mean.numel()) // BLOCK))
+    mean_scales, squares_scales = each.mean_scales[blocks], each.squares_scales[blocks]
+    yield scratch.means.decode(mean, mean_scales), scratch.squares.decode(squares, squares_scales)
+    scratch.means.encode(mean, mean_scales)
+    scratch.squares.encode(squares, squares_scales)
