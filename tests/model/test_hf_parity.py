@@ -88,22 +88,22 @@ def test_float32_logits_loss_and_gradients_equal_transformers(name: str) -> None
     assert largest_difference(ours, theirs) < 1e-5
 
 
-def without_attention_residual(self: Block, x: torch.Tensor, context: object) -> torch.Tensor:
+def without_attention_residual(self: Block, x: torch.Tensor, context: object, asked: None) -> torch.Tensor:
     x = self.self_attn(self.input_layernorm(x), context)
     return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def without_mlp_residual(self: Block, x: torch.Tensor, context: object) -> torch.Tensor:
+def without_mlp_residual(self: Block, x: torch.Tensor, context: object, asked: None) -> torch.Tensor:
     x = x + self.self_attn(self.input_layernorm(x), context)
     return self.mlp(self.post_attention_layernorm(x))
 
 
-def without_input_norm(self: Block, x: torch.Tensor, context: object) -> torch.Tensor:
+def without_input_norm(self: Block, x: torch.Tensor, context: object, asked: None) -> torch.Tensor:
     x = x + self.self_attn(x * self.input_layernorm.weight, context)
     return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def without_mlp_norm(self: Block, x: torch.Tensor, context: object) -> torch.Tensor:
+def without_mlp_norm(self: Block, x: torch.Tensor, context: object, asked: None) -> torch.Tensor:
     x = x + self.self_attn(self.input_layernorm(x), context)
     return x + self.mlp(x * self.post_attention_layernorm.weight)
 

@@ -211,12 +211,46 @@ def test_published_stories260k_logits_and_loss(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_model_cut_at_a_layer_is_the_model(layer: int) -> None:
-    """The blocks below a layer, then the rest, give the whole model's states bit for bit, packed or not."""
+    """The blocks below a layer, then the rest, give the whole model's loss bit for bit, packed or not."""
     model = Llama(LlamaConfig(**SMALL))
     model.init_weights(torch.Generator().manual_seed(0))
     ids = torch.arange(12).reshape(2, 6)
     for documents in (None, Documents.from_ids(torch.tensor([[0, 0, 1, 1, 1, 2]] * 2))):
         below = model.hidden_below(ids, layer, documents=documents)
-        whole = model.hidden(ids, documents=documents)
-        assert torch.equal(model.hidden_from(below, layer, documents=documents), whole)
+        for targets in (ids, ids.where(ids % 3 == 0, -100)):
+            whole = model.loss(ids, targets, documents=documents)
+            assert torch.equal(model.loss_from(below, layer, targets, documents=documents), whole)
         assert torch.equal(below, model.model.embed_tokens(ids)) == (layer == 0)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_tokens_without_a_target_are_seen_and_cost_no_more_than_that(checkpointing: str) -> None:
+    """The last block's MLP meets the tokens with a target alone; loss and gradients are those of all hidden states."""
+    model = Llama(LlamaConfig(**SMALL)).double()
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.checkpointing = checkpointing
+    ids = torch.arange(24).reshape(2, 12)
+    targets = torch.full_like(ids, -100)
+    targets[0, 3:5], targets[1, 11] = 7, 8
+    documents = Documents.from_ids(torch.tensor([[0] * 6 + [1] * 6] * 2))
+    wanted = model.logits(model.hidden(ids, documents=documents)).flatten(0, 1)
+    torch.nn.functional.cross_entropy(wanted, targets.flatten(), reduction="sum").backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    seen: list[tuple[int, ...]] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda *called: seen.append(tuple(called[2].shape[:2])))
+    model.loss(ids, targets, documents=documents).backward()
+    assert seen[: len(model.model.layers)] == [(2, 12)] * (len(model.model.layers) - 1) + [(1, 3)]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_without_a_target_has_no_loss() -> None:
+    """Nothing asked is a loss of zero with gradients of zero."""
+    model = Llama(LlamaConfig(**SMALL))
+    model.init_weights(torch.Generator().manual_seed(0))
+    loss = model.loss(torch.arange(6)[None], torch.full((1, 6), -100))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())

@@ -81,8 +81,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys)
         self.o_proj = Linear(queries, config.hidden_size)
 
-    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        """Mix each token with those before it."""
+    def forward(
+        self, x: Float[Tensor, "B T D"], context: Context, asked: Int[Tensor, " N"] | None = None
+    ) -> Float[Tensor, "rows times D"]:
+        """Mix each token with those before it; of the `asked` ones alone, as one row, if they are given."""
         heads = (*x.shape[:2], -1, self.head_width)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, G, T, K)
@@ -94,7 +96,7 @@ class Attention(nn.Module):
             mixed = scaled_dot_product_attention(q, k, v, attn_mask=context.mask, enable_gqa=q.shape[1] != k.shape[1])
         else:
             mixed = ops.attention(q, k, v, documents=context.documents, compute_dtype=context.compute_dtype)
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(_select(mixed.transpose(1, 2).flatten(2), asked))
         return out
 
 
@@ -123,9 +125,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Float[Tensor, "B T D"], context: Context) -> Float[Tensor, "B T D"]:
-        """Run the block; the widest activations are the MLP's, which "selective" recomputes in the backward."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
+    def forward(
+        self, x: Float[Tensor, "B T D"], context: Context, asked: Int[Tensor, " N"] | None = None
+    ) -> Float[Tensor, "rows times D"]:
+        """Run the block; the widest activations are the MLP's, which "selective" recomputes in the backward.
+
+        With `asked` (indices of B·T), return the states of those tokens alone, as one row: what follows attention
+        works on each token by itself, so the others need only be seen.
+        """
+        x = _select(x, asked) + self.self_attn(self.input_layernorm(x), context, asked)
         if context.checkpointing == "selective":
             update: Tensor = checkpoint(self._mlp_half, x, use_reentrant=False)
         else:
@@ -148,21 +156,50 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Int[Tensor, "B T"], context: Context) -> Float[Tensor, "B T D"]:
-        """Return the final hidden state of each token."""
-        out: Tensor = self.norm(self.blocks(self.embed_tokens(input_ids), context))
-        return out
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], context: Context, asked: Int[Tensor, " N"] | None = None
+    ) -> Float[Tensor, "rows times D"]:
+        """Return the final hidden state of each token, or of the `asked` ones as one row."""
+        return self.blocks_and_norm(self.embed_tokens(input_ids), 0, context, asked)
 
     def blocks(
         self, x: Float[Tensor, "B T D"], context: Context, start: int = 0, stop: int | None = None
     ) -> Float[Tensor, "B T D"]:
         """Run the blocks from `start` up to `stop`; "full" recomputes each in the backward."""
         for block in self.layers[start:stop]:
-            if context.checkpointing == "full":
-                x = checkpoint(block, x, context, use_reentrant=False)
-            else:
-                x = block(x, context)
+            x = _run(block, x, context)
         return x
+
+    def blocks_and_norm(
+        self, x: Float[Tensor, "B T D"], start: int, context: Context, asked: Int[Tensor, " N"] | None
+    ) -> Float[Tensor, "rows times D"]:
+        """Run the blocks from `start` on and the norm; the last block goes on with the `asked` tokens alone."""
+        x = self.blocks(x, context, start, -1)
+        last = self.layers[max(start, len(self.layers) - 1) :]
+        x = _run(last[0], x, context, asked) if last else _select(x, asked)
+        out: Tensor = self.norm(x)
+        return out
+
+
+def _run(block: nn.Module, x: Tensor, context: Context, asked: Tensor | None = None) -> Tensor:
+    if context.checkpointing == "full":
+        out: Tensor = checkpoint(block, x, context, asked, use_reentrant=False)
+    else:
+        out = block(x, context, asked)
+    return out
+
+
+def _select(x: Float[Tensor, "B T D"], asked: Int[Tensor, " N"] | None) -> Float[Tensor, "rows times D"]:
+    """Return the tokens that are asked for as one row, all as they are if none is named."""
+    return x if asked is None else x.flatten(0, 1).index_select(0, asked)[None]
+
+
+def asked_tokens(targets: Int[Tensor, "B T"]) -> Int[Tensor, " N"] | None:
+    """Return which tokens have a target, as indices of B·T; None for all."""
+    if torch.compiler.is_compiling():
+        return None  # how many there are is not known to the compiler
+    asked = (targets.flatten() != -100).nonzero()[:, 0]
+    return None if len(asked) == targets.numel() else asked
 
 
 class Llama(nn.Module):
@@ -223,12 +260,18 @@ class Llama(nn.Module):
         context = self._context(input_ids, documents, None)
         return self.model.blocks(self.model.embed_tokens(input_ids), context, stop=layer)
 
-    def hidden_from(
-        self, x: Float[Tensor, "B T D"], layer: int, *, documents: ops.Documents | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """Go on from the state that enters block `layer` to the final hidden state, after the last norm."""
-        out: Tensor = self.model.norm(self.model.blocks(x, self._context(x, documents, None), start=layer))
-        return out
+    def loss_from(
+        self,
+        x: Float[Tensor, "B T D"],
+        layer: int,
+        targets: Int[Tensor, "B T"],
+        *,
+        documents: ops.Documents | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return `loss`, going on from the state that enters block `layer`."""
+        asked = asked_tokens(targets)
+        hidden = self.model.blocks_and_norm(x, layer, self._context(x, documents, None), asked)
+        return self._loss_of_hidden(hidden, targets, asked)
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Apply the head."""
@@ -248,12 +291,14 @@ class Llama(nn.Module):
         self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.Documents | None = None
     ) -> Float[Tensor, ""]:
         """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t."""
-        return self.loss_of_hidden(self.hidden(input_ids, documents=documents), targets)
+        asked = asked_tokens(targets)
+        hidden = self.model(input_ids, self._context(input_ids, documents, None), asked)
+        return self._loss_of_hidden(hidden, targets, asked)
 
-    def loss_of_hidden(self, hidden: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-        """Return the loss of final hidden states."""
+    def _loss_of_hidden(self, hidden: Tensor, targets: Tensor, asked: Tensor | None) -> Tensor:
+        wanted = targets.flatten() if asked is None else targets.flatten()[asked]
         return ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, targets.flatten(), compute_dtype=self.compute_dtype
+            hidden.flatten(0, 1), self.head_weight, wanted, compute_dtype=self.compute_dtype
         )
 
     def init_weights(self, generator: torch.Generator) -> None:

@@ -62,11 +62,8 @@ class CutModel(Protocol):
     def hidden_below(self, input_ids: Tensor, layer: int, *, documents: Documents | None = None) -> Tensor:
         """Return the state that enters block `layer`."""
 
-    def hidden_from(self, x: Tensor, layer: int, *, documents: Documents | None = None) -> Tensor:
-        """Go on from there to the final hidden state."""
-
-    def loss_of_hidden(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed loss of final hidden states."""
+    def loss_from(self, x: Tensor, layer: int, targets: Tensor, *, documents: Documents | None = None) -> Tensor:
+        """Go on from there to the summed loss."""
 
     def loss(self, input_ids: Tensor, targets: Tensor, *, documents: Documents | None = None) -> Tensor:
         """Return the summed loss of the whole model."""
@@ -125,7 +122,7 @@ class TrunkCache:
         if not self.is_active:
             return self._model.loss(input_ids, targets, documents=documents)
         x = self.states(input_ids, targets, documents)
-        return self._model.loss_of_hidden(self._model.hidden_from(x, self.cut, documents=documents), targets)
+        return self._model.loss_from(x, self.cut, targets, documents=documents)
 
     def states(
         self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], documents: Documents | None
