@@ -10,7 +10,7 @@ from entrenar.errors import EntrenarError
 from .cases import Backward, Example, table, vjp
 
 TABLE = table()
-NOT_OPERATIONS = {"Documents", "fastest_compute_dtype"}
+NOT_OPERATIONS = {"Documents", "Nf4Weight", "dequantize_nf4", "fastest_compute_dtype", "quantize_nf4"}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, batch: int = 2, time: int = 3) -> Example:

@@ -8,17 +8,23 @@ from entrenar.ops.attention import Documents, attention
 from entrenar.ops.linear import fastest_compute_dtype, linear
 from entrenar.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.ops.lora_linear import lora_linear
+from entrenar.ops.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
+from entrenar.ops.nf4_linear import nf4_linear
 from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rope import rope
 from entrenar.ops.swiglu import swiglu
 
 __all__ = [
     "Documents",
+    "Nf4Weight",
     "attention",
+    "dequantize_nf4",
     "fastest_compute_dtype",
     "linear",
     "linear_cross_entropy",
     "lora_linear",
+    "nf4_linear",
+    "quantize_nf4",
     "rms_norm",
     "rope",
     "swiglu",
