@@ -323,7 +323,7 @@ def attention(
     """
     check_attention_shapes(q, k, documents)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if q.device.type == "cpu" and q.shape[2] == k.shape[2] and q.numel():
+    if q.device.type in ("cpu", "meta") and q.shape[2] == k.shape[2] and q.numel():
         apply: Callable[..., Tensor] = FlashFunction.apply
         return apply(q, k, v, scale, () if documents is None else documents.spans, compute_dtype or q.dtype)
     if documents is None or not q.numel():

@@ -267,7 +267,7 @@ def _scratch_key(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
 
 
 def _new_scratch(device: torch.device, dtype: torch.dtype, *, is_coded: bool) -> _Scratch:
-    size = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    size = _CPU_CHUNK if device.type in ("cpu", "meta") else _GPU_CHUNK
     return _Scratch(
         gradient=torch.empty(size, dtype=dtype, device=device),
         bits=torch.empty(size, dtype=torch.int32, device=device),
