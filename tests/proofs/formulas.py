@@ -193,6 +193,24 @@ def lora_linear(
     return build
 
 
+def nf4_linear(rows: int, inputs: int, outputs: int, rank: int, tile: int, *, drops: bool = True) -> Build:
+    """The linear part: for any levels and scales, which `dequantize_nf4` multiplies, a tile at a time."""
+
+    def build(module: ModuleType, symbols: Symbols) -> Formula:
+        module.dequantize_nf4 = lambda weight, _, tile_rows: weight.codes[tile_rows]
+        shapes = {"x": (rows, inputs), "a": (rank, inputs), "b": (outputs, rank)}
+        x, a, b = tensors = [variables(symbols, name, *shape) for name, shape in shapes.items()]
+        weight = variables(symbols, "w", outputs, inputs)
+        kept = variables(symbols, "kept", rows, inputs) if drops else None
+        plan = module._Plan(SCALE, "exact", tile, (outputs, inputs))
+        y, backward = taped(module.Nf4LinearFunction, *tensors, kept, plan, weight, None, None, None)
+        dropped = x.array * kept.array if drops else x.array
+        definition = x.array @ weight.array.T + SCALE * (dropped @ (b.array @ a.array).T)
+        return Formula(tensors, y, backward, Sym(definition, symbols))
+
+    return build
+
+
 def linear_cross_entropy(targets: Sequence[int], width: int, vocab: int, *, chunk: int | None) -> Build:
     """On the tape in chunks of tokens, or (None) the plain functions."""
 

@@ -223,7 +223,7 @@ class Sym:
         return self.of(self.array.reshape(-1))
 
     def expand(self, *shape: Any) -> "Sym":
-        wanted = shape[0] if isinstance(shape[0], tuple) else shape
+        wanted = sizes_of(shape)
         own = (1,) * (len(wanted) - self.ndim) + self.shape
         sizes = tuple(have if want == -1 else want for have, want in zip(own, wanted, strict=True))
         return self.of(np.broadcast_to(self.array, sizes))
@@ -240,11 +240,11 @@ class Sym:
     def tril(self, diagonal: int) -> "Sym":
         return self.of(np.tril(self.array.astype(bool), diagonal))
 
-    def new_empty(self, shape: Any, **_: Any) -> "Sym":
-        return unwritten(self.symbols, shape)
+    def new_empty(self, *shape: Any, **_: Any) -> "Sym":
+        return unwritten(self.symbols, sizes_of(shape))
 
-    def new_zeros(self, shape: Any, **_: Any) -> "Sym":
-        return self.of(np.full(shape, sp.Integer(0), dtype=object))
+    def new_zeros(self, *shape: Any, **_: Any) -> "Sym":
+        return self.of(np.full(sizes_of(shape), sp.Integer(0), dtype=object))
 
     def new_full(self, shape: Any, value: int, **_: Any) -> "Sym":
         return self.of(np.full(shape, sp.Integer(value), dtype=object))
@@ -277,6 +277,11 @@ class Sym:
             for column, place in enumerate(columns):
                 self.array[row, place] += values.array[row, column]
         return self
+
+
+def sizes_of(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return the sizes that were given one by one or as a tuple."""
+    return shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
 
 
 def plain(value: Any) -> Any:

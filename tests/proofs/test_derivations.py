@@ -37,6 +37,8 @@ PROOFS: dict[str, tuple[str, Build]] = {
     "N2 I4 O3 R2, dropout": ("lora_linear", formulas.lora_linear(2, 4, 3, 2)),
     "N2 I4 O3 R2": ("lora_linear", formulas.lora_linear(2, 4, 3, 2, drops=False)),
     "N2 I4 O3 R2, formulas": ("lora_linear", formulas.lora_linear(2, 4, 3, 2, is_plain=True)),
+    "N2 I3 O3 R1, tiles of 2, dropout": ("nf4_linear", formulas.nf4_linear(2, 3, 3, 1, 2)),
+    "N2 I2 O4 R2, tiles of 3": ("nf4_linear", formulas.nf4_linear(2, 2, 4, 2, 3, drops=False)),
     "N2 D2 V3, formulas": ("linear_cross_entropy", formulas.linear_cross_entropy([0, 2], 2, 3, chunk=None)),
     "N3 D2 V4, chunks of 2": ("linear_cross_entropy", formulas.linear_cross_entropy([3, 0, 1], 2, 4, chunk=2)),
 }
@@ -88,6 +90,17 @@ TWINS: dict[str, tuple[str, str, str]] = {
     "lora_linear: mask missing in dA": (
         "N2 I3 O2 R1, dropout", "(rows if kept is None else rows * kept)).to(lora_a.dtype)", "rows).to(lora_a.dtype)"),
     "lora_linear: mask on the frozen product": ("N2 I3 O2 R1, dropout", "(dy.mT @ rows)", "(dy.mT @ (rows * kept))"),
+    "nf4_linear: mask missing in dx": (
+        "N2 I3 O3 R1, tiles of 2, dropout", "dx += branch if kept is None else branch.mul_(kept)", "dx += branch"),
+    "nf4_linear: mask missing in dA": (
+        "N2 I3 O3 R1, tiles of 2, dropout", "(rows if kept is None else rows * kept)).to", "rows).to"),
+    "nf4_linear: scale missing in dB": (
+        "N2 I3 O3 R1, tiles of 2, dropout", "(low.mT @ dy).mul_(plan.scale)", "(low.mT @ dy)"),
+    "nf4_linear: first columns for every tile": (
+        "N2 I2 O4 R2, tiles of 3", "dx.addmm_(dy[:, columns], tile)", "dx.addmm_(dy[:, : tile.shape[0]], tile)"),
+    "nf4_linear: last tile missing": (
+        "N2 I2 O4 R2, tiles of 3",
+        "range(0, self.shape[0], self.tile_rows)", "range(0, self.tile_rows, self.tile_rows)"),
     "linear_cross_entropy: one-hot not subtracted": (
         "N2 D2 V3, formulas", "torch.exp(logits - logsumexp) - one_hot", "torch.exp(logits - logsumexp)"),
     "linear_cross_entropy: upstream gradient ignored": (
