@@ -75,6 +75,9 @@ def test_accuracy_chooses_the_likeliest_label(model, tokenizer):
     questions = [Question(prompt, label) for prompt, label in zip(prompts, wanted, strict=True)]
     extra = [Question(prompts[0], label) for label in labels]
     assert accuracy(model, questions + extra)[:4] == [True, True, False, True]
+    many = accuracy(model, (questions + extra) * 3)
+    assert many == accuracy(model, questions + extra) * 3
+    assert sum(many) == 3 * (3 + 1)
 
 
 def test_a_task_needs_questions_and_labels(model, tokenizer):

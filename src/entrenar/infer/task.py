@@ -7,6 +7,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from entrenar.ops import Documents
 
 Metric = Literal["exact_match", "accuracy"]
 MAX_LABELS = 64
+_QUESTIONS_AT_ONCE = 8
 
 
 class TaskConfig(BaseModel):
@@ -100,28 +102,29 @@ def accuracy(model: Llama, questions: Sequence[Question]) -> list[bool]:
             f"the task has {len(labels)}; use exact_match"
         )
     right = []
-    for question in questions:
-        scores = _scores(model, question.prompt, labels)
-        right.append(labels[int(scores.argmax())] == question.answer)
+    for first in range(0, len(questions), _QUESTIONS_AT_ONCE):
+        some = questions[first : first + _QUESTIONS_AT_ONCE]
+        chosen = _scores(model, [question.prompt for question in some], labels).argmax(1).tolist()
+        right += [labels[label] == question.answer for label, question in zip(chosen, some, strict=True)]
     return right
 
 
-def _scores(model: Llama, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
-    """Return the log probability of each label after the prompt."""
+def _scores(model: Llama, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log probability of each label after each prompt, (prompts, labels)."""
     device = model.model.embed_tokens.weight.device
-    length = len(prompt) + max(map(len, labels)) - 1
-    ids = torch.zeros(len(labels), length, dtype=torch.int64)
-    is_asked = torch.zeros(len(labels), length, dtype=torch.bool)
-    for row, label in enumerate(labels):
+    length = max(map(len, prompts)) + max(map(len, labels)) - 1
+    ids = torch.zeros(len(prompts) * len(labels), length, dtype=torch.int64)
+    is_asked = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, label) in enumerate(product(prompts, labels)):
         whole = [*prompt, *label][:-1]
         ids[row, : len(whole)] = torch.tensor(whole)
         is_asked[row, len(prompt) - 1 : len(whole)] = True
     ids, is_asked = ids.to(device), is_asked.to(device)
     logits = model.logits(model.hidden(ids)[is_asked][None])[0].float()  # (answer tokens, V)
-    wanted = torch.tensor([token for label in labels for token in label], device=device)
+    wanted = torch.tensor([token for label in labels for token in label], device=device).repeat(len(prompts))
     chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-    rows = is_asked.nonzero()[:, 0]
-    return torch.zeros(len(labels), device=device).index_add_(0, rows, chosen)
+    sums = torch.zeros(len(ids), device=device).index_add_(0, is_asked.nonzero()[:, 0], chosen)
+    return sums.view(len(prompts), len(labels))
 
 
 def _need(questions: Sequence[Question]) -> None:
