@@ -35,6 +35,8 @@ from entrenar.peft import (
     fingerprint,
     layer_number,
     plain_state,
+    quantized_projections,
+    shape_of,
     wrappers,
 )
 
@@ -59,7 +61,10 @@ _READ = {
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base an adapter belongs to; the hash is that of the weights in this dtype."""
+    """Which base an adapter belongs to; the hash is that of the weights in this dtype.
+
+    A base with projections in four bits has `nf4` before the dtype of the rest.
+    """
 
     name: str | None
     dtype: str
@@ -69,7 +74,9 @@ class BaseIdentity:
 def identify_base(model: Llama, name: str | None = None) -> BaseIdentity:
     """Hash the model's base weights."""
     weights = plain_state(model)
-    return BaseIdentity(name, str(next(iter(weights.values())).dtype), fingerprint(weights))
+    dtype = str(next(iter(weights.values())).dtype)
+    is_quantized = next(quantized_projections(model), None) is not None
+    return BaseIdentity(name, f"nf4 {dtype}" if is_quantized else dtype, fingerprint(weights))
 
 
 def save_adapter(
@@ -253,7 +260,7 @@ def _expected_shapes(config: LoraConfig, model: Llama, folder: Path) -> dict[str
         raise FormatError(f"{folder} is an adapter for another base: {error}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in targets.items():
-        rank, (outputs, inputs) = config.rank_of(path), cast(Tensor, module.weight).shape
+        rank, (outputs, inputs) = config.rank_of(path), shape_of(module)
         shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, inputs)
         shapes[f"{PREFIX}{path}.lora_B.weight"] = (outputs, rank)
         if config.use_dora:

@@ -227,7 +227,7 @@ class Llama(nn.Module):
         """Compute every matrix product in `dtype`; `ops.fastest_compute_dtype` says which pays on this machine."""
         self.compute_dtype = dtype
         for module in self.modules():
-            if isinstance(module, Linear):
+            if module is not self and hasattr(module, "compute_dtype"):  # a projection, also one in an adapter's hands
                 module.compute_dtype = dtype
 
     @property

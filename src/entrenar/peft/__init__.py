@@ -18,7 +18,8 @@ from entrenar.peft.lora import (
     unmerge,
     wrappers,
 )
-from entrenar.peft.targets import find_saved, find_targets, layer_number
+from entrenar.peft.qlora import Nf4Linear, put_quantized, quantized_projections, widen
+from entrenar.peft.targets import find_saved, find_targets, layer_number, shape_of
 from entrenar.peft.trainable import TrainableTable, trainable_table
 from entrenar.peft.trunk import TrunkCache, TrunkConfig, highest_cut
 
@@ -28,6 +29,7 @@ __all__ = [
     "LoraLinear",
     "LowRank",
     "MergeReport",
+    "Nf4Linear",
     "SavedModule",
     "TrainableTable",
     "TrunkCache",
@@ -45,9 +47,13 @@ __all__ = [
     "learning_rate_factors",
     "merge",
     "plain_state",
+    "put_quantized",
+    "quantized_projections",
     "set_adapter",
+    "shape_of",
     "trainable_table",
     "unload",
     "unmerge",
+    "widen",
     "wrappers",
 ]

@@ -25,6 +25,10 @@ from torch.func import functional_call
 from entrenar import ops
 from entrenar.errors import ConfigError
 from entrenar.peft.config import LoraInit
+from entrenar.peft.qlora import BaseWeight, Nf4Linear, weight_of, widened
+
+# Rows of a weight whose norms are taken at a time: a quantized one must not be widened as a whole.
+_NORM_ROWS = 1024
 
 
 class LowRank(nn.Module):
@@ -41,9 +45,10 @@ class LowRank(nn.Module):
     start_a: Tensor | None
     start_b: Tensor | None
 
-    def __init__(self, weight: Float[Tensor, "O I"], rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, weight: BaseWeight, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        stored = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        dtype = torch.promote_types(stored, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, weight.shape[1], dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=dtype, device=weight.device))
         self.lora_magnitude_vector: nn.Parameter | None = None
@@ -52,15 +57,15 @@ class LowRank(nn.Module):
         self.scale = scale
         self.dropout = dropout
 
-    def draw(self, weight: Float[Tensor, "O I"], init: LoraInit, generator: torch.Generator) -> None:
+    def draw(self, weight: BaseWeight, init: LoraInit, generator: torch.Generator) -> None:
         """Give A and B their first values; the output of the projection stays the base's."""
-        if weight.is_meta:
+        if weight.device.type == "meta":
             return
         rank, width = self.lora_A.shape
         draw = torch.empty(rank, width, dtype=torch.float32, device=generator.device)
         with torch.no_grad():
             if init == "pissa":
-                self.start_from(*principal_factors(weight, rank, self.scale))
+                self.start_from(*principal_factors(widened(weight, self.lora_A.dtype), rank, self.scale))
             elif init == "gaussian":
                 self.lora_A.copy_(draw.normal_(0.0, 1 / rank, generator=generator))
             else:
@@ -73,7 +78,7 @@ class LowRank(nn.Module):
             self.lora_B.copy_(lora_b)
         self.start_a, self.start_b = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    def add_magnitude(self, weight: Float[Tensor, "O I"]) -> None:
+    def add_magnitude(self, weight: BaseWeight) -> None:
         """Train the rows' magnitudes too, from those the weight has."""
         self.lora_magnitude_vector = nn.Parameter(self.row_norms(weight))
 
@@ -89,23 +94,26 @@ class LowRank(nn.Module):
         wide = torch.promote_types(lora_a.dtype, torch.float32)
         return lora_a.to(wide), lora_b.to(wide)
 
-    def row_norms(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, " O"]:
+    def row_norms(self, weight: BaseWeight) -> Float[Tensor, " O"]:
         """Return ‖W + s B A‖ by rows, as a constant."""
         with torch.no_grad():
             lora_a, lora_b = self._wide_matrices()
-            wide = weight.to(lora_a.dtype)
-            cross = (wide @ lora_a.mT * lora_b).sum(1)
-            square = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(1)
-            return ((wide * wide).sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+            parts = [slice(start, start + _NORM_ROWS) for start in range(0, weight.shape[0], _NORM_ROWS)]
+            return torch.cat([self._row_norms(widened(weight, lora_a.dtype, p), lora_a, lora_b[p]) for p in parts])
 
-    def merged(self, weight: Float[Tensor, "O I"]) -> Float[Tensor, "O I"]:
+    def _row_norms(self, wide: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        cross = (wide @ lora_a.mT * lora_b).sum(1)
+        square = (lora_b @ (lora_a @ lora_a.mT) * lora_b).sum(1)
+        return ((wide * wide).sum(1) + 2 * self.scale * cross + self.scale**2 * square).clamp_min(0).sqrt()
+
+    def merged(self, weight: BaseWeight, dtype: torch.dtype) -> Float[Tensor, "O I"]:
         """Return the one weight that does what the base and the adapter do, added in float32 and rounded once."""
         with torch.no_grad():
             lora_a, lora_b = self._wide_matrices()
-            total = torch.addmm(weight.to(lora_a.dtype), lora_b, lora_a, alpha=self.scale)
+            total = torch.addmm(widened(weight, lora_a.dtype), lora_b, lora_a, alpha=self.scale)
             if self.lora_magnitude_vector is not None:
                 total *= (self.lora_magnitude_vector / self.row_norms(weight))[:, None]
-            return total.to(weight.dtype)
+            return total.to(dtype)
 
 
 def principal_factors(
@@ -123,7 +131,7 @@ class LoraLinear(nn.Module):
     """A frozen projection with its low-rank adapters.
 
     Attributes:
-        base_layer: the projection whose place this one takes, a module with a `weight` (O, I).
+        base_layer: the projection whose place this one takes, plain or in four bits.
         adapters: the adapters held, by name.
         active: the adapter in use; None for the base alone.
     """
@@ -133,13 +141,13 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        self._original: Tensor | None = None
+        self._original: BaseWeight | None = None
         self.train(base_layer.training)
 
     @property
-    def weight(self) -> Float[Tensor, "O I"]:
-        """The base's weight, or the merged one while merged."""
-        return cast(Tensor, self.base_layer.weight)
+    def weight(self) -> BaseWeight:
+        """The base's weight as it is held, or the merged one while merged."""
+        return cast(BaseWeight, weight_of(self.base_layer))
 
     @property
     def is_merged(self) -> bool:
@@ -155,26 +163,25 @@ class LoraLinear(nn.Module):
         if self.active is None or self.is_merged:
             return cast(Tensor, self.base_layer(x))
         adapter = self.adapter(self.active)
-        lora_a, lora_b = adapter.matrices()
-        y = ops.lora_linear(
-            x,
-            self.weight,
-            lora_a,
-            lora_b,
-            scale=adapter.scale,
-            dropout=adapter.dropout if self.training else 0.0,
-            compute_dtype=getattr(self.base_layer, "compute_dtype", None),
-        )
+        weight, (lora_a, lora_b) = self.weight, adapter.matrices()
+        dropout = adapter.dropout if self.training else 0.0
+        wide = getattr(self.base_layer, "compute_dtype", None)
+        if isinstance(weight, Tensor):
+            y = ops.lora_linear(x, weight, lora_a, lora_b, scale=adapter.scale, dropout=dropout, compute_dtype=wide)
+        else:
+            y = ops.nf4_linear(x, weight, lora_a, lora_b, scale=adapter.scale, dropout=dropout, compute_dtype=wide)
         if adapter.lora_magnitude_vector is None:
             return y
-        return (y * (adapter.lora_magnitude_vector / adapter.row_norms(self.weight))).to(y.dtype)
+        return (y * (adapter.lora_magnitude_vector / adapter.row_norms(weight))).to(y.dtype)
 
     def merge(self) -> None:
         """Put the merged weight in the base's place, once; the original is kept aside."""
         if self.active is None or self.is_merged:
             return
-        self._original = self.weight.detach()
-        set_weight(self.base_layer, self.adapter(self.active).merged(self._original))
+        original = self.weight
+        dtype = original.dtype if isinstance(original, Tensor) else cast(Nf4Linear, self.base_layer).dtype
+        self._original = original.detach() if isinstance(original, Tensor) else original
+        set_weight(self.base_layer, self.adapter(self.active).merged(self._original, dtype))
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
@@ -234,6 +241,9 @@ class SavedModule(nn.Module):
             self._original = None
 
 
-def set_weight(module: nn.Module, weight: Tensor) -> None:
+def set_weight(module: nn.Module, weight: BaseWeight) -> None:
     """Give a module another, frozen, weight."""
-    module.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(module, Nf4Linear):
+        module.hold(weight)
+    else:
+        module.weight = nn.Parameter(cast(Tensor, weight), requires_grad=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from entrenar.errors import ConfigError
 from entrenar.peft.config import LoraConfig
 from entrenar.peft.layers import LoraLinear, LowRank, SavedModule
+from entrenar.peft.qlora import BaseWeight
 from entrenar.peft.targets import find_saved, find_targets
 
 DEFAULT_ADAPTER = "default"
@@ -51,8 +52,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, generator: torch.Generator
     }
     for path, module in targets.items():
         wrapper = module if isinstance(module, LoraLinear) else LoraLinear(module)
-        weight = wrapper.weight.detach()
-        adapter = _new_adapter(path, weight, config, generator)
+        adapter = _new_adapter(path, wrapper.weight, config, generator)
         wrapper.adapters[name] = adapter.requires_grad_(requires_grad=False)
         _replace(model, path, wrapper)
     for path, copy in copies.items():
@@ -61,7 +61,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, generator: torch.Generator
         _replace(model, path, copy)
 
 
-def _new_adapter(path: str, weight: Tensor, config: LoraConfig, generator: torch.Generator) -> LowRank:
+def _new_adapter(path: str, weight: BaseWeight, config: LoraConfig, generator: torch.Generator) -> LowRank:
     adapter = LowRank(weight, config.rank_of(path), config.scale_of(path), config.lora_dropout)
     adapter.draw(weight, config.lora_init, generator)
     if config.use_dora:
@@ -128,7 +128,10 @@ def unload(model: nn.Module) -> None:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict under the names that the model has without adapters: the base, or the merged weights."""
+    """Return the state dict under the names that the model has without adapters: the base, or the merged weights.
+
+    A projection in four bits gives its codes and scales.
+    """
     adapters = tuple(f"{name}.adapters." for name, _ in wrappers(model))
     return {
         _WRAPPED_NAME.sub("", name): tensor

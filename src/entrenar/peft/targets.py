@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from entrenar.errors import ConfigError
 from entrenar.peft.config import LoraConfig, matching_key
+from entrenar.peft.qlora import BaseWeight, weight_of
 
 _LAYER = re.compile(r"^(?:.*?\.)?[^.]+\.(\d+)\.")
 
@@ -32,9 +33,9 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that can take an adapter, by name; one that has adapters already counts as itself."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight = weight_of(module)
         is_inside = any(name.startswith(f"{outer}.") for outer in found)
-        if layer_number(name) is not None and isinstance(weight, Tensor) and weight.ndim == 2 and not is_inside:
+        if layer_number(name) is not None and weight is not None and len(weight.shape) == 2 and not is_inside:
             found[name] = module
     return found
 
@@ -62,10 +63,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         )
     _check_patterns(config, targets)
     for name, module in targets.items():
-        widest = min(_weight(module).shape)
-        if config.rank_of(name) > widest:
+        shape = shape_of(module)
+        if config.rank_of(name) > min(shape):
             raise ConfigError(
-                f"rank must be <= {widest}, the smaller width of {name} {tuple(_weight(module).shape)}, "
+                f"rank must be <= {min(shape)}, the smaller width of {name} {shape}, "
                 f"got {config.rank_of(name)}; at that rank train the module itself"
             )
     return targets
@@ -99,8 +100,9 @@ def _is_wrapped(name: str) -> bool:
     return ends_in(name, "base_layer")
 
 
-def _weight(module: nn.Module) -> Tensor:
-    return cast(Tensor, module.weight)
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a module's weight."""
+    return tuple(cast(BaseWeight, weight_of(module)).shape)
 
 
 def _count_layers(available: Iterable[str]) -> int:

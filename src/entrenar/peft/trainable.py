@@ -1,11 +1,13 @@
 """What is trained and what it saves: counted from `requires_grad`, never from a formula."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from entrenar.peft.lora import wrappers
+from entrenar.peft.qlora import quantized_projections
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TrainableTable:
 def trainable_table(model: nn.Module) -> TrainableTable:
     """Count what is trained; a tied weight counts once."""
     adapters = {f"{name}.adapters." for name, _ in wrappers(model)}
-    base = 0
+    base = sum(math.prod(projection.shape) for _, projection in quantized_projections(model))
     kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for name, parameter in model.named_parameters():
         owner = next((prefix for prefix in adapters if name.startswith(prefix)), None)

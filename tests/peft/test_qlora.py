@@ -1,0 +1,204 @@
+"""Projections in four bits take adapters, merge and move as plain ones do, and are never widened unasked."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from entrenar import ops
+from entrenar.model import Llama, LlamaConfig
+from entrenar.peft import (
+    LoraConfig,
+    Nf4Linear,
+    find_targets,
+    fingerprint,
+    from_base,
+    merge,
+    plain_state,
+    put_quantized,
+    quantized_projections,
+    trainable_table,
+    unload,
+    unmerge,
+    widen,
+)
+from entrenar.peft.targets import projections
+from entrenar.peft.trunk import CutModel
+
+CONFIG = LlamaConfig(
+    vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_seq_len=32
+)
+LORA = LoraConfig(rank=3, lora_alpha=6, target_modules=("q_proj", "down_proj"), lora_dropout=0.0)
+
+
+def plain_model(dtype: torch.dtype = torch.float32) -> Llama:
+    model = Llama(CONFIG).to(dtype).eval()
+    model.init_weights(torch.Generator().manual_seed(1))
+    return model
+
+
+def quantized_model(dtype: torch.dtype = torch.float32) -> Llama:
+    model = plain_model(dtype)
+    for name, module in projections(model).items():
+        put_quantized(model, name, ops.quantize_nf4(module.weight), dtype)
+    return model
+
+
+def adapted(config: LoraConfig = LORA, dtype: torch.dtype = torch.float32) -> Llama:
+    model = quantized_model(dtype)
+    from_base(model, config, torch.Generator().manual_seed(2))
+    return model
+
+
+def train_a_little(model: Llama) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def logits(model: Llama) -> Tensor:
+    return model(ids())
+
+
+def test_a_quantized_model_computes_with_its_dequantized_weights():
+    """Logits are those of the plain model whose projections hold what the codes stand for."""
+    model = quantized_model()
+    before = logits(model)
+    widen(model)
+    assert not list(quantized_projections(model))
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    plain = plain_model()
+    plain.load_state_dict(plain_state(model))
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_a_new_adapter_leaves_the_logits_of_the_quantized_base_bit_for_bit():
+    """B is zero, so nothing is added."""
+    base = quantized_model()
+    model = adapted()
+    assert torch.equal(logits(model), logits(base))
+
+
+def test_the_same_projections_can_be_adapted():
+    """A projection in four bits is found, and has the rank it may take, as the plain one."""
+    found = find_targets(quantized_model(), LORA)
+    assert list(found) == list(find_targets(plain_model(), LORA))
+    assert all(isinstance(module, Nf4Linear) for module in found.values())
+
+
+def test_adapters_learn_beside_codes_that_stay():
+    """Every A and B has a gradient, the codes have none and stay what they were."""
+    model = adapted()
+    train_a_little(model)
+    before = fingerprint(plain_state(model))
+    model.loss(ids(), ids().roll(-1)).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in model.named_parameters() if ".lora_" in name}
+    assert len(trained) == 2 * 2 * 2
+    assert all(bool(parameter.grad.abs().sum() > 0) for name, parameter in model.named_parameters() if name in trained)
+    assert fingerprint(plain_state(model)) == before
+
+
+def test_gradients_are_those_over_the_widened_base():
+    """What an adapter learns over four bits is what it learns over the dequantized weights."""
+    ours, wide = adapted(), adapted()
+    for model in (ours, wide):
+        train_a_little(model)
+    widen(wide)
+    for model in (ours, wide):
+        model.loss(ids(), ids().roll(-1)).backward()
+    wanted = dict(wide.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_merging_widens_and_unmerging_gives_the_codes_back():
+    """Merged weights do what base and adapter did; unmerged, the base is the old one to the byte."""
+    model = adapted()
+    train_a_little(model)
+    unmerged, before = logits(model), fingerprint(plain_state(model))
+    merge(model)
+    assert plain_state(model)["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
+    torch.testing.assert_close(logits(model), unmerged, rtol=1e-4, atol=1e-5)
+    unmerge(model)
+    assert fingerprint(plain_state(model)) == before
+    assert torch.equal(logits(model), unmerged)
+
+
+def test_a_merged_unloaded_and_widened_model_has_the_plain_model_s_names():
+    """What `entrenar merge` writes from a base in four bits is a plain model."""
+    model = adapted(dtype=torch.bfloat16)
+    train_a_little(model)
+    merge(model)
+    unload(model)
+    widen(model)
+    state = model.state_dict()
+    assert state.keys() == plain_model().state_dict().keys()
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
+def test_scales_keep_their_precision_when_the_model_is_cast():
+    """Casting a model to bfloat16 and back leaves codes and scales as they were."""
+    model = quantized_model()
+    before = {name: module.quantized for name, module in quantized_projections(model)}
+    model.to(torch.bfloat16).to(torch.float32)
+    for name, module in quantized_projections(model):
+        for tensor, was in zip(module.quantized.tensors(), before[name].tensors(), strict=True):
+            assert tensor.dtype == was.dtype
+            assert torch.equal(tensor, was)
+
+
+def test_every_parameter_of_a_quantized_base_is_counted():
+    """The table of what is trained counts four-bit weights as the parameters they stand for."""
+    assert trainable_table(adapted()).base_parameters == CONFIG.parameter_count()
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_init": "pissa"}])
+def test_dora_and_pissa_begin_at_the_quantized_base(change):
+    """Magnitudes and principal directions are those of what the codes stand for, so the logits begin at the base's."""
+    model = adapted(LORA.model_copy(update=change))
+    torch.testing.assert_close(logits(model), logits(quantized_model()), rtol=1e-4, atol=1e-5)
+
+
+def test_row_norms_are_those_of_the_sum():
+    """‖W + s B A‖, found a thousand rows at a time and without widening all of W, is the norm of the sum."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(1500, 64, generator=generator)
+    model = adapted(LORA.model_copy(update={"use_dora": True}))
+    adapter = model.model.layers[0].self_attn.q_proj.adapter("default")
+    adapter.lora_A = torch.nn.Parameter(torch.randn(3, 64, generator=generator))
+    adapter.lora_B = torch.nn.Parameter(torch.randn(1500, 3, generator=generator))
+    for held in (weight, ops.quantize_nf4(weight)):
+        wide = held if isinstance(held, Tensor) else ops.dequantize_nf4(held)
+        want = (wide + adapter.scale * adapter.lora_B @ adapter.lora_A).norm(dim=1)
+        torch.testing.assert_close(adapter.row_norms(held), want.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_compute_dtype_reaches_projections_in_four_bits():
+    """`set_compute_dtype` holds for quantized and adapted projections, those put in later included."""
+    model = adapted(dtype=torch.bfloat16)
+    model.set_compute_dtype(torch.float32)
+    assert {module.compute_dtype for _, module in quantized_projections(model)} == {torch.float32}
+    put_quantized(model, "model.layers.0.mlp.up_proj", ops.quantize_nf4(torch.randn(48, 32)), torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+
+
+def test_a_quantized_base_takes_an_eighth_of_float32():
+    """The projections of the model take 4.1 bits a number and what their last blocks waste."""
+    projected = [module for _, module in quantized_projections(quantized_model())]
+    held = sum(module.quantized.size_bytes for module in projected)
+    assert held < 0.14 * sum(4 * math.prod(module.shape) for module in projected)
+
+
+def test_a_quantized_model_can_be_cut_for_the_trunk_cache():
+    """Quantizing leaves the model's own interface as it was."""
+    assert isinstance(quantized_model(), CutModel)
