@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from entrenar.ops.row_blocks import BLOCK_ELEMENTS, row_blocks
 
@@ -19,4 +20,12 @@ def test_blocks_cover_every_row_once_and_keep_their_size(shape):
 
 def test_another_device_gets_one_block():
     """Where launches cost and caches do not, the whole tensor is one block."""
-    assert row_blocks(torch.empty(10, BLOCK_ELEMENTS, device="meta")) == [slice(0, 10)]
+    with FakeTensorMode():
+        rows = torch.empty(10, BLOCK_ELEMENTS, device="cuda")
+    assert row_blocks(rows) == [slice(0, 10)]
+
+
+def test_a_meta_tensor_stands_for_one_of_the_cpu():
+    """A step is planned with the blocks that it will have."""
+    rows = torch.empty(10, BLOCK_ELEMENTS, device="meta")
+    assert row_blocks(rows) == row_blocks(torch.empty(rows.shape))
