@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "held-out loss, perplexity and bits per byte of a model",
     "merge": "put an adapter into the weights of its base, and say what that cost",
     "config": "print, validate, diff, or give the JSON schema of run configs",
+    "quality": "what the tests notice (mutants) and reach (coverage), by risk",
     "doctor": "check the machine and the install",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}

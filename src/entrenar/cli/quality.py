@@ -1,0 +1,143 @@
+"""`entrenar quality mutate | risk`: what the tests notice, and what they reach. Loads no torch."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from entrenar.errors import ConfigError
+from entrenar.quality import mutation, mutation_report
+from entrenar.quality.risk import Component, Risk, coverage_floors, demand, load_risk, read_coverage
+
+_RISK, _ARGUED, _RESULTS = (
+    Path("quality/risk.toml"),
+    Path("quality/equivalents.toml"),
+    Path("quality/results/mutation.json"),
+)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run one check; return 0 if its floors hold."""
+    parser = argparse.ArgumentParser(
+        prog="entrenar quality", description="Gates on a Python tree, by quality/risk.toml.", allow_abbrev=False
+    )
+    parser.add_argument("--project", type=Path, default=Path(), metavar="DIR", help="root of the tree (default: here)")
+    checks = parser.add_subparsers(required=True, metavar="mutate | risk")
+    _add_mutate(
+        checks.add_parser("mutate", help="plant mutants and count those that the tests kill", allow_abbrev=False)
+    )
+    _add_risk(checks.add_parser("risk", help="hold measured coverage against the floors", allow_abbrev=False))
+    parsed = parser.parse_args(words)
+    return int(parsed.check(parsed))
+
+
+def _add_mutate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", action="append", metavar="PATH", help="a file or component; default: all with a floor"
+    )
+    parser.add_argument(
+        "--tests", action="append", metavar="PATH", help="tests for a target that risk.toml does not name"
+    )
+    parser.add_argument("--threshold", type=float, metavar="PERCENT", help="least score, instead of risk.toml's")
+    parser.add_argument("--output-format", choices=("text", "json"), default="text")
+    parser.add_argument("--failures-only", action="store_true", help="leave killed mutants out of the text")
+    parser.add_argument("--fail-on-threshold", action="store_true", help="end with 1 if a floor is missed")
+    parser.add_argument("--fresh", action="store_true", help="try all mutants again, whatever is known")
+    parser.add_argument("--known-only", action="store_true", help="run nothing: report what the last run found")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="components at a time")
+    parser.set_defaults(check=_mutate)
+
+
+def _add_risk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--coverage", type=Path, default=Path("coverage.json"), metavar="FILE", help="what `coverage json` wrote"
+    )
+    parser.add_argument("--critical", action="store_true", help="only the components marked critical")
+    parser.set_defaults(check=_risk)
+
+
+def _mutate(parsed: argparse.Namespace) -> int:
+    root: Path = parsed.project
+    components = _chosen(parsed, load_risk(root / _RISK) if (root / _RISK).is_file() else None)
+    argued = mutation_report.load_argued(root / _ARGUED)
+    before = mutation.read_verdicts(root / _RESULTS)
+    verdicts = _known(before, components) if parsed.known_only else _run(parsed, root, components, before, argued)
+    if parsed.output_format == "json":
+        print(json.dumps(mutation_report.summary(verdicts, argued), indent=1))
+    else:
+        floors = {path: component.mutation for component in components for path in component.files}
+        for name, group in mutation_report.by_file(verdicts).items():
+            print(
+                *mutation_report.report(name, group, argued, floors[name], failures_only=parsed.failures_only),
+                "",
+                sep="\n",
+            )
+    if parsed.fail_on_threshold:
+        mutation_report.demand_score(verdicts, components, argued)
+    return 0
+
+
+def _run(
+    parsed: argparse.Namespace,
+    root: Path,
+    components: Sequence[Component],
+    before: list[mutation.Verdict],
+    argued: list[mutation_report.Argued],
+) -> list[mutation.Verdict]:
+    os.nice(19)
+    known = [] if parsed.fresh else before
+    project = mutation.Project(root)
+    found: list[mutation.Verdict] = []
+    for batch in _batches(components, parsed.jobs):
+        found += mutation.mutate(project, batch, known, jobs=parsed.jobs, on_verdict=_tick)
+        done = {verdict.file for verdict in found}
+        everything = [verdict for verdict in before if verdict.file not in done] + found
+        mutation.write_verdicts(root / _RESULTS, everything, mutation_report.summary(everything, argued))
+    print(file=sys.stderr)
+    return found
+
+
+def _batches(components: Sequence[Component], size: int) -> list[Sequence[Component]]:
+    return [components[start : start + size] for start in range(0, len(components), size)]
+
+
+def _tick(verdict: mutation.Verdict) -> None:
+    print({"killed": ".", "survived": "S"}.get(verdict.status, "?"), end="", file=sys.stderr, flush=True)
+
+
+def _known(before: list[mutation.Verdict], components: Sequence[Component]) -> list[mutation.Verdict]:
+    files = {path for component in components for path in component.files}
+    return [verdict for verdict in before if verdict.file in files]
+
+
+def _chosen(parsed: argparse.Namespace, risk: Risk | None) -> list[Component]:
+    """Return the components to mutate, narrowed to the targets, with the floor that the command line asks for."""
+    rows = [] if risk is None else [component for component in risk.components if component.mutation is not None]
+    if parsed.target is None:
+        if not rows:
+            raise ConfigError(f"--target FILE is needed where {_RISK} gives no component a mutation floor")
+        return [_with(row, row.files, parsed.threshold) for row in rows]
+    chosen = []
+    for target in parsed.target:
+        named = [_with(row, row.files, parsed.threshold) for row in rows if row.name == target]
+        holding = [_with(row, (target,), parsed.threshold) for row in rows if target in row.files]
+        stranger = Component(target, (target,), tuple(parsed.tests or ("tests",)), mutation=parsed.threshold)
+        chosen += named or holding or [stranger]
+    return chosen
+
+
+def _with(row: Component, files: tuple[str, ...], threshold: float | None) -> Component:
+    floor = row.mutation if threshold is None else threshold
+    return Component(row.name, files, row.tests, row.line, row.branch, floor, row.critical)
+
+
+def _risk(parsed: argparse.Namespace) -> int:
+    risk = load_risk(parsed.project / _RISK)
+    floors = coverage_floors(risk, read_coverage(parsed.coverage), critical_only=parsed.critical)
+    for floor in floors:
+        verdict = "ok  " if floor.holds else "FAIL"
+        print(f"{verdict} {floor.what:<44} {floor.kind:<7} {floor.measured:6.2f} %  (at least {floor.floor:g})")
+    demand(floors, "write the tests that reach the missing lines; `coverage report --show-missing` names them")
+    return 0
