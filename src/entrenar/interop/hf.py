@@ -2,25 +2,31 @@
 
 Weight names are Hugging Face's own, so a tensor goes from file to parameter as it is. Loading is tensor by tensor into
 a model that was built without storage, so the peak is the model and one block of a tensor. Format: safetensors' README
-and the `model.safetensors.index.json` of transformers.
+and the `model.safetensors.index.json` of transformers. Projections in four bits are laid out as `bnb` says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from entrenar.errors import FormatError
-from entrenar.files import read_json, write_json
+from entrenar.files import TEMPORARY_PREFIX, read_json, write_json
+from entrenar.interop import bnb
 from entrenar.interop.assemble import set_parameter
 from entrenar.interop.safetensors_file import Entry, TensorReader, read_header, write_tensors
 from entrenar.model import Llama, LlamaConfig
+from entrenar.ops import Nf4Weight, quantize_nf4
+from entrenar.peft import put_quantized, quantized_projections
 
 HEAD = "lm_head.weight"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+# What is held while a model is quantized, beside one weight.
+MAX_QUANTIZED_SHARD_BYTES = 2 * 10**8
 # Written by old exports of transformers; they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
 
@@ -31,16 +37,30 @@ def read_config(folder: Path) -> LlamaConfig:
     Raises:
         FormatError: there is none, or it does not describe a LLaMA.
     """
+    values = _config_values(folder)
+    try:
+        return LlamaConfig.from_hf(values)
+    except FormatError as error:
+        raise FormatError(f"{folder / 'config.json'}: {error}") from error
+
+
+def is_quantized(folder: Path) -> bool:
+    """Say whether a model folder's projections are in four bits.
+
+    Raises:
+        FormatError: there is no model, or one in another quantization.
+    """
+    return bnb.check_config(_config_values(folder), folder / "config.json")
+
+
+def _config_values(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FormatError(f"{folder} is not a model folder: it has no config.json")
     values = read_json(path)
     if not isinstance(values, dict):
         raise FormatError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    try:
-        return LlamaConfig.from_hf(values)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from error
+    return values
 
 
 def save_model(
@@ -50,30 +70,68 @@ def save_model(
 
     Weight files of an earlier save that this one does not replace are removed: a reader would mix the two.
     """
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    dtype = next(iter(tensors.values())).dtype
-    shards = list(_shards(tensors, max_shard_bytes))
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
+    tensors = ((name, weights[name].detach().contiguous().cpu()) for name in weights)
+    dtype = next(iter(weights.values())).dtype
+    _write_shards(folder, tensors, max_shard_bytes)
+    write_json(folder / "config.json", config.to_hf(dtype))
+
+
+def save_quantized(
+    folder: Path,
+    config: LlamaConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: int = MAX_QUANTIZED_SHARD_BYTES,
+) -> None:
+    """Quantize the projections among `weights` one by one and write them as bitsandbytes does, the rest as `dtype`.
+
+    No more is held than a tensor and a shard.
+
+    Raises:
+        DataError: a weight is NaN or infinite.
+    """
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if bnb.is_quantized(name):
+                yield from bnb.pack(name, quantize_nf4(weight), dtype).items()
+            else:
+                yield name, weight.detach().to("cpu", dtype).contiguous()
+
+    _write_shards(folder, tensors(), max_shard_bytes)
+    write_json(folder / "config.json", config.to_hf(dtype) | {bnb.CONFIG_KEY: bnb.quantization_config(dtype)})
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
+    """Write weights in files of at most some size, and an index where there are several."""
+    files: list[Path] = []
+    held: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, max_shard_bytes):
+        files.append(folder / f"{TEMPORARY_PREFIX}shard-{len(files)}")
+        write_tensors(files[-1], shard)
+        held.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
         names = [WEIGHTS_FILE]
-    for name, shard in zip(names, shards, strict=True):
-        write_tensors(folder / name, shard)
     kept = set(names)
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
+    for name, file in zip(names, files, strict=True):
+        file.replace(folder / name)
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in zip(names, held, strict=True) for name in shard}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         kept.add(INDEX_FILE)
     for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
         if old.name not in kept:
             old.unlink(missing_ok=True)
-    write_json(folder / "config.json", config.to_hf(dtype))
 
 
-def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if shard and size + tensor.nbytes > max_shard_bytes:
             yield shard
             shard, size = {}, 0
@@ -82,39 +140,90 @@ def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[dic
     yield shard
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Llama:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None, quantize: bool = False
+) -> Llama:
     """Load a model folder; without `dtype` in that of its file, the widest one where a file mixes them.
+
+    A quantized folder stays quantized; with `quantize` the projections of a plain one are, one by one while they are
+    read and from the numbers in the file. `dtype` is then that of the rest.
 
     Raises:
         FormatError: a file is missing, damaged, or disagrees with config.json.
     """
-    config = read_config(folder)
-    found = {name: place for name, place in read_entries(folder).items() if not name.endswith(_DERIVED)}
-    if len(found) < config.num_layers:  # before a hostile config.json makes us build a billion layers
-        raise FormatError(f"{folder} holds {len(found)} tensors; config.json: num_hidden_layers is {config.num_layers}")
+    model, places, is_packed = open_folder(folder)
+    if dtype is None:
+        dtype = _widest(entry.dtype for parts in places.values() for _, entry in parts.values() if len(parts) == 1)
+    reader = TensorReader()
+    for name, parts in places.items():
+        owner = name.removesuffix(".weight")
+        if len(parts) > 1:
+            put_quantized(model, owner, _read_quantized(model, name, parts, reader), dtype)
+        elif quantize and not is_packed and bnb.is_quantized(name):
+            path, entry = parts[""]
+            # A reader of its own: its map of the file goes with the tensor.
+            put_quantized(model, owner, quantize_nf4(TensorReader().read(path, name, entry, entry.dtype)), dtype)
+        elif name != HEAD or not model.config.tie_word_embeddings:
+            path, entry = parts[""]
+            set_parameter(model, name, reader.read(path, name, entry, dtype, device))
+    if model.config.tie_word_embeddings and HEAD in places:
+        _check_tied(model, *places[HEAD][""])
+    for _, projection in quantized_projections(model):
+        projection.to(device)
+    return model
+
+
+def _read_quantized(
+    model: Llama, name: str, parts: Mapping[str, tuple[Path, Entry]], reader: TensorReader
+) -> Nf4Weight:
+    def read(part: str) -> Tensor:
+        path, entry = parts[part]
+        return reader.read(path, f"{name}.{part}" if part else name, entry, entry.dtype)
+
+    path = next(iter(parts.values()))[0]
+    weight = bnb.unpack(name, read, parts.keys(), path)
+    wanted = tuple(model.get_parameter(name).shape)
+    if weight.shape != wanted:
+        raise FormatError(f"{path}: tensor {name} has shape {weight.shape}, config.json asks for {wanted}")
+    return weight
+
+
+Places = dict[str, dict[str, tuple[Path, Entry]]]
+
+
+def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
+    """Return the model of a folder without storage, where each weight's parts lie, and whether it is quantized.
+
+    A plain weight is one part, ''; a quantized one has those of `bnb`.
+
+    Raises:
+        FormatError: a tensor is missing, misshapen, or not the architecture's.
+    """
+    config, is_packed = read_config(folder), is_quantized(folder)
+    places: Places = {}
+    for name, place in read_entries(folder, has_codes=is_packed).items():
+        if not name.endswith(_DERIVED):
+            weight, part = bnb.weight_part(name) if is_packed else (name, "")
+            places.setdefault(weight, {})[part] = place
+    if len(places) < config.num_layers:  # before a hostile config.json makes us build a billion layers
+        raise FormatError(
+            f"{folder} holds {len(places)} tensors; config.json: num_hidden_layers is {config.num_layers}"
+        )
     with torch.device("meta"):
         model = Llama(config)
     model.eval()
-    wanted = dict(model.named_parameters())
-    tied_head = found.pop(HEAD, None) if config.tie_word_embeddings else None
-    for name, (path, entry) in found.items():
-        if name not in wanted:
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = {HEAD} if config.tie_word_embeddings else set()
+    for name, parts in places.items():
+        path, entry = next(iter(parts.values()))
+        if name not in wanted.keys() | tied:
             raise FormatError(f"{path} holds tensor {name}, which the architecture in config.json does not have")
-        if entry.shape != wanted[name].shape:
-            raise FormatError(
-                f"{path}: tensor {name} has shape {entry.shape}, config.json asks for {tuple(wanted[name].shape)}"
-            )
-    missing = sorted(wanted.keys() - found.keys())
+        if name in wanted and len(parts) == 1 and (entry.shape != wanted[name] or not entry.dtype.is_floating_point):
+            raise FormatError(f"{path}: tensor {name} has shape {entry.shape}, config.json asks for {wanted[name]}")
+    missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise FormatError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} first")
-    if dtype is None:
-        dtype = _widest(entry.dtype for _, entry in found.values())
-    reader = TensorReader()
-    for name, (path, entry) in found.items():
-        set_parameter(model, name, reader.read(path, name, entry, dtype, device))
-    if tied_head is not None:
-        _check_tied(model, *tied_head)
-    return model
+    return model, places, is_packed
 
 
 def _widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
@@ -131,7 +240,7 @@ def _check_tied(model: Llama, path: Path, entry: Entry) -> None:
         raise FormatError(f"{path}: {HEAD} differs from the embedding, but config.json ties them")
 
 
-def read_entries(folder: Path) -> dict[str, tuple[Path, Entry]]:
+def read_entries(folder: Path, *, has_codes: bool = False) -> dict[str, tuple[Path, Entry]]:
     """Return the file and the place in it of every tensor in a model folder; no weight is read.
 
     Raises:
@@ -141,7 +250,7 @@ def read_entries(folder: Path) -> dict[str, tuple[Path, Entry]]:
     for path, names in _weight_files(folder).items():
         if not path.is_file():
             raise FormatError(f"{folder} lacks the shard {path.name}, which {INDEX_FILE} names")
-        header = read_header(path)
+        header = read_header(path, has_codes=has_codes)
         for name in names or ():
             if name not in header:
                 raise FormatError(f"{path} lacks tensor {name}, which {INDEX_FILE} places in it")

@@ -1,0 +1,159 @@
+"""NF4 weights as bitsandbytes and transformers lay them out in safetensors.
+
+A projection's `weight` holds the codes as a column of bytes; its scales and the tables they refer to lie beside it:
+
+    weight                            codes (bytes, 1)        weight.quant_map           the 16 levels
+    weight.absmax                     scale of each block     weight.nested_quant_map    the 256 numbers of 8-bit scales
+    weight.nested_absmax              scale of 256 scales     (both nested ones only where scales are quantized too)
+    weight.quant_state.bitsandbytes__nf4                      a JSON object as bytes: shape, blocks, dtype, offset
+
+`config.json` says so in `quantization_config`. What stands for other numbers than `ops.nf4` reads (another type, block
+or table) is refused. Source: `QuantState` of bitsandbytes' functional.py, `BitsAndBytesConfig` of transformers.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.errors import FormatError
+from entrenar.ops import Nf4Weight
+from entrenar.ops.nf4 import BLOCK, NESTED_BLOCK, dynamic_map, nf4_code_book
+
+CONFIG_KEY = "quantization_config"
+STATE = "quant_state.bitsandbytes__nf4"
+_PARTS = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", STATE)
+# The tables of another machine's build may differ in the last bit; bitsandbytes compares them so loosely.
+_SAME_TABLE = 1e-6
+
+
+def is_quantized(name: str) -> bool:
+    """Tell whether a weight is kept in four bits: the projections are; embedding, norms and head stay as they are."""
+    return name.endswith("_proj.weight")
+
+
+def quantization_config(dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `config.json` says of weights in this layout, computed in `dtype`."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def check_config(values: Mapping[str, Any], path: Path) -> bool:
+    """Say whether a `config.json` announces weights in this layout.
+
+    Raises:
+        FormatError: it announces another quantization.
+    """
+    config = values.get(CONFIG_KEY)
+    if config is None:
+        return False
+    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    wanted["bnb_4bit_quant_storage"] = "uint8"
+    found = {"bnb_4bit_quant_storage": "uint8", **config} if isinstance(config, Mapping) else {}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise FormatError(
+                f"{path}: {CONFIG_KEY}.{key} must be {value!r}, got {found.get(key)!r}; read are plain weights and "
+                "bitsandbytes' NF4, so convert the original weights with `entrenar convert --to nf4`"
+            )
+    return True
+
+
+def pack(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of one weight, which stands for one of `dtype`, by their names in the file."""
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK}
+    state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(weight.shape)}
+    tensors = {"absmax": weight.absmax, "quant_map": nf4_code_book()}
+    if weight.nested_absmax is not None and weight.offset is not None:
+        tensors |= {"nested_absmax": weight.nested_absmax, "nested_quant_map": dynamic_map()}
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {name: weight.codes[:, None], **{f"{name}.{part}": tensor.cpu() for part, tensor in tensors.items()}}
+
+
+def weight_part(name: str) -> tuple[str, str]:
+    """Split a tensor's name in a file into the weight's and what the tensor is of it; the weight itself is ''."""
+    for part in _PARTS:
+        if name.endswith(f".weight.{part}"):
+            return name.removesuffix(f".{part}"), part
+    return name, ""
+
+
+def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path) -> Nf4Weight:
+    """Put a weight together; `read` returns the tensor of one of its `parts`.
+
+    Raises:
+        FormatError: it lacks a part, a part has another size than the shape asks for, or it means other numbers.
+    """
+    place = f"{path}: tensor {name}"
+    _check_parts(parts, {"", STATE}, place)
+    state = _state(bytes(read(STATE).tolist()), place)
+    is_nested = "nested_blocksize" in state
+    _check_parts(
+        parts, {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if is_nested else set()), place
+    )
+    _check_table(read("quant_map"), nf4_code_book(), f"{place}.quant_map", "the 16 levels of NF4")
+    blocks = -(-math.prod(state["shape"]) // BLOCK)
+    codes = _sized(read(""), torch.uint8, -(-math.prod(state["shape"]) // 2), place)
+    absmax = _sized(read("absmax"), torch.uint8 if is_nested else torch.float32, blocks, f"{place}.absmax")
+    rows, columns = state["shape"]
+    if not is_nested:
+        return Nf4Weight(codes, absmax, None, None, (rows, columns))
+    _check_table(read("nested_quant_map"), dynamic_map(), f"{place}.nested_quant_map", "the 8-bit dynamic map")
+    nested = _sized(read("nested_absmax"), torch.float32, -(-blocks // NESTED_BLOCK), f"{place}.nested_absmax")
+    offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+    return Nf4Weight(codes, absmax, nested, offset, (rows, columns))
+
+
+def _check_parts(found: Set[str], needed: Set[str], place: str) -> None:
+    for part in sorted(needed - found):
+        raise FormatError(f"{place} lacks its {part or 'codes'}; a weight in NF4 has codes and {', '.join(_PARTS)}")
+
+
+def _state(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        state = json.loads(raw)
+    except ValueError as error:
+        raise FormatError(f"{place}.{STATE} is no JSON: {error}") from error
+    if not isinstance(state, dict):
+        raise FormatError(f"{place}.{STATE} must be a JSON object, got {state!r}")
+    wanted = {"quant_type": "nf4", "blocksize": BLOCK}
+    if "nested_blocksize" in state:
+        wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+    for key, value in wanted.items():
+        if state.get(key) != value:
+            raise FormatError(
+                f"{place}.{STATE}: {key} must be {value!r}, got {state.get(key)!r}; quantize the original weights "
+                "again with `entrenar convert --to nf4`"
+            )
+    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+        raise FormatError(f"{place}.{STATE}: shape must be two positive numbers, got {shape!r}")
+    if not (type(offset) in (int, float) and math.isfinite(offset)):
+        raise FormatError(f"{place}.{STATE}: nested_offset must be a finite number, got {offset!r}")
+    return state
+
+
+def _sized(tensor: Tensor, dtype: torch.dtype, count: int, place: str) -> Tensor:
+    if tensor.dtype != dtype or tensor.numel() != count:
+        raise FormatError(f"{place} must hold {count} of {dtype}, got {tensor.numel()} of {tensor.dtype}")
+    return tensor.view(-1)
+
+
+def _check_table(found: Tensor, wanted: Tensor, place: str, what: str) -> None:
+    if found.shape != wanted.shape or not bool(((found - wanted).abs() <= _SAME_TABLE).all()):
+        raise FormatError(
+            f"{place} must be {what}, got another table: these codes mean other numbers than are read here"
+        )
