@@ -18,6 +18,7 @@ from entrenar.errors import CheckpointError, ConfigError, DataError
 from entrenar.files import sha256_file
 from entrenar.interop import load_model
 from entrenar.model import Llama, LlamaConfig
+from entrenar.peft import fingerprint, plain_state, quantized_projections
 from entrenar.train import latest_good
 
 WORDS = ("cat", "dog", "bird", "fish", "frog", "bear")
@@ -64,11 +65,11 @@ def tensors_of(run_dir: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_fine_tuning_learns_the_held_out_task(base, data, tmp_path, method):
     """Sixty steps: a third of the held-out loss, more right tokens; what was frozen is what it was."""
     flags = {"train__max_steps": "60", "checkpoint__save_every": "0", "method": method, "optim__lr": "0.01"}
-    if method == "lora":
+    if method != "full":
         flags |= {"lora__target_modules": "q_proj,v_proj,up_proj,down_proj", "lora__modules_to_save": "lm_head"}
     said = []
     report = recipe.finetune(config_for(base, data, tmp_path, **flags), observer=recipe.Observer(on_stage=said.append))
@@ -86,6 +87,11 @@ def test_fine_tuning_learns_the_held_out_task(base, data, tmp_path, method):
         kept = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if ".adapters." not in name}
         assert kept.keys() == original.keys()
         assert all(torch.equal(kept[name], original[name]) for name in original)
+    elif method == "qlora":
+        assert any("21 projections in NF4" in line for line in said)
+        base_model = load_model(base, quantize=True)
+        assert fingerprint(plain_state(base_model)) == json.loads((report.folder / "base.json").read_text())["sha256"]
+        assert len(list(quantized_projections(model))) == 21
     else:
         assert any(line.startswith("trained: all") for line in said)
         assert not torch.equal(dict(model.named_parameters())["model.norm.weight"], original["model.norm.weight"])
@@ -100,6 +106,8 @@ def test_fine_tuning_learns_the_held_out_task(base, data, tmp_path, method):
         {"lora__lora_init": "pissa", "train__precision": "bfloat16", "lora__modules_to_save": "embed_tokens"},
         {"lora__layers": "top:1", "trunk__cache_trunk": "true", "lora__lora_dropout": "0.1"},
         {"sft__batching": "grouped"},
+        {"method": "qlora", "train__precision": "bfloat16", "lora__lora_dropout": "0.2"},
+        {"method": "qlora", "lora__layers": "top:1", "trunk__cache_trunk": "true", "train__checkpointing": "full"},
     ],
     ids=lambda flags: ",".join(flags.values()),
 )

@@ -71,8 +71,8 @@ class FinetuneConfig(BaseModel):
 
     model: Path
     """What to fine-tune: a Hugging Face folder, a checkpoint, or a run of ours."""
-    method: Literal["full", "lora"] = "lora"
-    """Train every weight, or low-rank adapters beside the frozen weights."""
+    method: Literal["full", "lora", "qlora"] = "lora"
+    """Train every weight, or low-rank adapters beside the frozen weights, or beside them in four bits."""
     name: str = Field(default="finetune", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """The run's folder under `runs_dir`."""
     runs_dir: Path = Path("runs")

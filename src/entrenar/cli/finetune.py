@@ -37,6 +37,7 @@ def _arguments() -> argparse.ArgumentParser:
         "Teach a model a task from a file of rows.\n\n"
         "  entrenar finetune --model runs/quickstart --data rows.jsonl\n"
         "  entrenar finetune --model DIR --data rows.jsonl --layers top:2 --cache-trunk\n"
+        "  entrenar finetune --model DIR --data rows.jsonl --method qlora --precision bfloat16\n"
         "  entrenar finetune --model DIR --data rows.jsonl --method full --lr 5e-5",
     )
     arguments.add_argument("--resume", action="store_true", help="go on from the latest good checkpoint of the run")
@@ -64,5 +65,5 @@ def _print_report(report: recipe.FinetuneReport, config: FinetuneConfig) -> None
             task = "" if figures.task is None else f"   {config.task.metric} {figures.task:.1%}"
             tokens = f"token accuracy {figures.token_accuracy:.1%}"
             print(f"  held-out {when:<9}{describe(figures.held_out)}   {tokens}{task}")
-    print(f"  {'adapter' if config.method == 'lora' else 'model':<18}{report.folder}")
+    print(f"  {'model' if config.method == 'full' else 'adapter':<18}{report.folder}")
     print(f"  metrics           {report.run_dir / 'metrics.jsonl'}")

@@ -11,9 +11,9 @@ from entrenar.data import Tokenizer
 from entrenar.errors import ConfigError, DataError
 from entrenar.files import atomic_directory
 from entrenar.interop import save_model
-from entrenar.interop.hf_peft import load_adapter
+from entrenar.interop.hf_peft import load_adapter, read_base
 from entrenar.model import Llama
-from entrenar.peft import DEFAULT_ADAPTER, MergeReport, checked_merge, unload
+from entrenar.peft import DEFAULT_ADAPTER, MergeReport, checked_merge, quantized_projections, unload, widen
 from entrenar.recipe import open_model
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -31,13 +31,17 @@ def run(words: Sequence[str]) -> int:
         raise ConfigError(f"{parsed.out} exists already; give --overwrite or another folder")
     model, tokenizer = open_model(parsed.base, dtype=getattr(torch, parsed.dtype) if parsed.dtype else None)
     load_adapter(parsed.adapter, model, is_other_base_allowed=parsed.other_base)
+    trained_over, is_quantized = read_base(parsed.adapter), next(quantized_projections(model), None) is not None
     probe = _probe(model, tokenizer, parsed.probe, parsed.probe_tokens)
     report = checked_merge(model, DEFAULT_ADAPTER, probe, refuse_above=parsed.refuse_if)
     unload(model)
+    widen(model)
     with atomic_directory(parsed.out) as folder:
         save_model(folder, model.config, model.state_dict())
         tokenizer.save(folder)
     print("\n".join(_lines(report, parsed.out)))
+    if trained_over is not None and trained_over.is_quantized and not is_quantized:
+        print("the adapter was trained over this base in four bits: its own model is BASE converted --to nf4")
     return 0
 
 

@@ -44,6 +44,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 PREFIX = "base_model.model."
+_QUANTIZED = "nf4 "
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _INITS = {True: "default", False: "default", "gaussian": "gaussian", "eva": "default", "orthogonal": "default"}
@@ -70,13 +71,18 @@ class BaseIdentity:
     dtype: str
     sha256: str
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base had projections in four bits."""
+        return self.dtype.startswith(_QUANTIZED)
+
 
 def identify_base(model: Llama, name: str | None = None) -> BaseIdentity:
     """Hash the model's base weights."""
     weights = plain_state(model)
     dtype = str(next(iter(weights.values())).dtype)
     is_quantized = next(quantized_projections(model), None) is not None
-    return BaseIdentity(name, f"nf4 {dtype}" if is_quantized else dtype, fingerprint(weights))
+    return BaseIdentity(name, f"{_QUANTIZED}{dtype}" if is_quantized else dtype, fingerprint(weights))
 
 
 def save_adapter(

@@ -11,6 +11,7 @@ projection is called as a module, so that an adapter can take its place.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -228,7 +229,7 @@ class Llama(nn.Module):
         self.compute_dtype = dtype
         for module in self.modules():
             if module is not self and hasattr(module, "compute_dtype"):  # a projection, also one in an adapter's hands
-                module.compute_dtype = dtype
+                cast(Linear, module).compute_dtype = dtype
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:

@@ -18,7 +18,7 @@ from entrenar.peft.lora import (
     unmerge,
     wrappers,
 )
-from entrenar.peft.qlora import Nf4Linear, put_quantized, quantized_projections, widen
+from entrenar.peft.qlora import Nf4Linear, memory_lines, put_quantized, quantized_projections, widen
 from entrenar.peft.targets import find_saved, find_targets, layer_number, shape_of
 from entrenar.peft.trainable import TrainableTable, trainable_table
 from entrenar.peft.trunk import TrunkCache, TrunkConfig, highest_cut
@@ -45,6 +45,7 @@ __all__ = [
     "highest_cut",
     "layer_number",
     "learning_rate_factors",
+    "memory_lines",
     "merge",
     "plain_state",
     "put_quantized",

@@ -5,6 +5,7 @@ head decide single tokens, so they stay as they are stored. An adapter learns be
 does beside a plain one, in float32; what it corrects is then the base as quantized, not as it was.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Self, cast
 
@@ -103,6 +104,19 @@ def put_quantized(model: nn.Module, name: str, weight: ops.Nf4Weight, dtype: tor
     projection = Nf4Linear(weight, dtype)
     projection.compute_dtype = cast(Any, holder.get_submodule(own)).compute_dtype
     setattr(holder, own, projection)
+
+
+def memory_lines(model: nn.Module) -> Iterator[str]:
+    """Say what four bits leave of the weights, where there are any."""
+    held = [cast(ops.Nf4Weight, module.quantized) for _, module in quantized_projections(model)]
+    if held:
+        kept = sum(parameter.nbytes for parameter in model.parameters())
+        numbers = sum(math.prod(weight.shape) for weight in held)
+        size_bytes = sum(weight.size_bytes for weight in held)
+        yield (
+            f"base: {numbers:,} weights of {len(held)} projections in NF4, {size_bytes / 1e6:,.1f} MB "
+            f"({8 * size_bytes / numbers:.3f} bits each); the rest {kept / 1e6:,.1f} MB as stored"
+        )
 
 
 def widen(model: nn.Module) -> None:

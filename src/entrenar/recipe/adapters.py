@@ -37,6 +37,12 @@ def base_of(folder: Path) -> Path:
     return Path(base.name)
 
 
+def is_base_quantized(folder: Path) -> bool:
+    """Say whether an adapter was trained over its base in four bits."""
+    base = read_base(folder)
+    return base is not None and base.is_quantized
+
+
 def use_adapter(folder: Path, model: Llama) -> None:
     """Load an adapter over its base and use it."""
     load_adapter(folder, model)

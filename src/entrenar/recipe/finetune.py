@@ -35,11 +35,11 @@ from entrenar.infer import (
     token_hits,
     write_answers,
 )
-from entrenar.interop import load_model
+from entrenar.interop import is_quantized, load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
 from entrenar.model import Llama
 from entrenar.ops import Documents
-from entrenar.peft import TrunkCache, from_base, learning_rate_factors, trainable_table
+from entrenar.peft import TrunkCache, from_base, learning_rate_factors, memory_lines, trainable_table
 from entrenar.recipe.adapters import is_adapter, read_weights, write_adapter
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
@@ -59,7 +59,8 @@ QUARANTINE_FILE = "quarantine.jsonl"
 # Options that change how long a run goes on and what it reports, not what it computes.
 _MAY_DIFFER = (
     "model", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
-    "train.early_stop_patience", "train.tensorboard", "train.threads", "checkpoint.save_every", "checkpoint.keep_last",
+    "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload",
+    "train.offload_dir", "train.offload_budget_gb", "checkpoint.save_every", "checkpoint.keep_last",
     "checkpoint.keep_best", "sft.max_eval_examples", "task.task_data", "task.metric", "task.max_task_examples",
     "task.sample_answers", "task.max_answer_tokens", "trunk.trunk_dir", "trunk.trunk_budget_gb", "trunk.trunk_checks",
 )  # fmt: skip
@@ -190,8 +191,14 @@ def _open_base(config: FinetuneConfig, device: torch.device) -> tuple[Llama, Tok
         )
     # A frozen base is stored in what it is computed in; weights that learn begin at what is in the file.
     is_stored_low = config.train.precision == "bfloat16"
-    dtype = torch.float32 if not is_stored_low else torch.bfloat16 if config.method == "lora" else None
-    model, tokenizer = load_model(folder, dtype=dtype, device=device), Tokenizer.load(folder)
+    dtype = torch.float32 if not is_stored_low else torch.bfloat16 if config.method != "full" else None
+    if config.method != "qlora" and is_quantized(folder):
+        raise ConfigError(
+            f"method must be qlora for the model in four bits at {folder}, got {config.method}; "
+            f"or widen it first with `entrenar convert {folder} DIR --to hf`"
+        )
+    model = load_model(folder, dtype=dtype, device=device, quantize=config.method == "qlora")
+    tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise DataError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
@@ -247,10 +254,12 @@ def question_of(example: Example) -> Question:
 def _choose_trained(config: FinetuneConfig, model: Llama, folder: Path, observer: Observer) -> BaseIdentity | None:
     """Attach the adapter, if it is one that is trained; return what its base is."""
     base = None
-    if config.method == "lora":
+    if config.method != "full":
+        for line in memory_lines(model):
+            observer.on_stage(line)
         base = identify_base(model, str(folder))
         from_base(model, config.lora, torch.Generator().manual_seed(config.train.seed))
-    for line in trainable_table(model).lines() if config.method == "lora" else [_all_trained(model)]:
+    for line in trainable_table(model).lines() if config.method != "full" else [_all_trained(model)]:
         observer.on_stage(line)
     return base
 

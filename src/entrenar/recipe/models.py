@@ -11,7 +11,7 @@ from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, save_model
 from entrenar.model import Llama
-from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
+from entrenar.recipe.adapters import base_of, is_adapter, is_base_quantized, use_adapter
 from entrenar.train import latest_good
 
 
@@ -37,12 +37,15 @@ def model_folder(path: Path) -> Path:
 
 
 def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
-    """Load model and tokenizer from a model folder, a checkpoint or a run; an adapter brings its base along."""
+    """Load model and tokenizer from a model folder, a checkpoint or a run.
+
+    An adapter brings its base along, in four bits where it was trained over those.
+    """
     folder = model_folder(path)
     if not is_adapter(folder):
         return load_model(folder, dtype=dtype), Tokenizer.load(folder)
     base = base_of(folder)
-    model = load_model(base, dtype=dtype)
+    model = load_model(base, dtype=dtype, quantize=is_base_quantized(folder))
     use_adapter(folder, model)
     return model, Tokenizer.load(base)
 
