@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Workload:
     full_lr: float
     precision: str
     threads: int
+    clock: str
 
 
 def _rows(work: Workload, train_on: str = "answers") -> tuple[list[Any], list[Any]]:
@@ -118,6 +120,7 @@ def serve_ours(work: Workload, mode: str) -> None:
     epochs = _batches(work, train, batching)
     folder = tempfile.TemporaryDirectory()
     loss_of: Callable[..., Any] = model.loss
+    steps_left = _steps_of_all_rounds(work, train, batching)
     if mode == "cached":
         trunk = TrunkConfig(cache_trunk=True, trunk_dir=Path(folder.name), trunk_checks=0)
         loss_of = TrunkCache(model, trunk, tokenizer_hash=Tokenizer.load(work.model).hash).loss
@@ -130,15 +133,26 @@ def serve_ours(work: Workload, mode: str) -> None:
         total = loss(batch)
         total.backward()
         norm = float(optimizer.gradient_norm()) / batch.num_targets
-        optimizer.step(lr, min(1.0, 1.0 / norm) / batch.num_targets)
-        return float(total) / batch.num_targets
+        optimizer.step(lr * next(steps_left), min(1.0, 1.0 / norm) / batch.num_targets)
+        return float(total.detach()) / batch.num_targets
 
     def evaluate() -> float:
         batches = list(held_out_batches(held_out, batch_size=work.batch_size, seq_len=work.seq_len))
         with torch.no_grad():
             return sum(float(loss(batch)) for batch in batches) / sum(batch.num_targets for batch in batches)
 
-    _serve_epochs(epochs, step, evaluate, imports)
+    _serve_epochs(work, epochs, step, evaluate, imports)
+
+
+def _steps_of_all_rounds(work: Workload, train: Sequence[Any], batching: str) -> Iterator[float]:
+    """Yield what the learning rate of each step is multiplied by: in `speed` it falls in a line to a tenth."""
+    from entrenar.data import SftLoader
+
+    if work.part != "speed":
+        return repeat(1.0)
+    epoch = SftLoader(train, batch_size=work.batch_size, seq_len=work.seq_len, seed=0, batching=batching)
+    total = epoch.batches_per_epoch * work.rounds
+    return (1 - 0.9 * step / total for step in range(total))
 
 
 def serve_peft(work: Workload) -> None:
@@ -192,21 +206,27 @@ def serve_peft(work: Workload) -> None:
         model.train()
         return total / sum(batch.num_targets for batch in batches)
 
-    _serve_epochs(epochs, step, evaluate, imports)
+    _serve_epochs(work, epochs, step, evaluate, imports)
 
 
 def _serve_epochs(
-    epochs: Iterator[list[Any]], step: Callable[[Any], float], evaluate: Callable[[], float], imports: int
+    work: Workload,
+    epochs: Iterator[list[Any]],
+    step: Callable[[Any], float],
+    evaluate: Callable[[], float],
+    imports: int,
 ) -> None:
+    now = time.process_time if work.clock == "cpu" else time.perf_counter
+
     def epoch() -> dict[str, Any]:
         batches = next(epochs)
-        started, elapsed_s, losses = time.perf_counter(), [], []
+        started, elapsed_s, losses = now(), [], []
         for batch in batches:
-            began = time.perf_counter()
+            began = now()
             losses.append(step(batch))
-            elapsed_s.append(time.perf_counter() - began)
+            elapsed_s.append(now() - began)
         return {
-            "epoch_s": time.perf_counter() - started,
+            "epoch_s": now() - started,
             "steps_s": elapsed_s,
             "tokens": [_real_tokens(batch) for batch in batches],
             "positions": sum(batch.input_ids.numel() for batch in batches),
@@ -268,6 +288,7 @@ def _speed(answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Return D3's three figures, each against full fine-tuning: step, filled epoch, time to its best loss."""
     epochs = {name: [one["epoch_s"] for one in some] for name, some in answers.items()}
     best = min(one["held_out_loss"] for one in answers["full"])
+    answers = answers | {"cached, filled before": _as_if_filled(answers["cached"])}
     until = {name: _time_until(some, 1.01 * best) for name, some in answers.items()}
     full_until = until["full"]
     assert full_until is not None
@@ -279,11 +300,18 @@ def _speed(answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "first_epoch_s": {name: round(some[0], 2) for name, some in epochs.items()},
         "filled_epoch_gain": round(turns.median_ratio(epochs["full"][1:], epochs["cached"][1:]), 2),
         "best_full_loss": best,
+        "best_loss": {name: min(one["held_out_loss"] for one in some) for name, some in answers.items()},
         "seconds_to_within_1_percent": until,
         "time_to_quality_gain": {
             name: None if some is None else round(full_until / some, 2) for name, some in until.items()
         },
     }
+
+
+def _as_if_filled(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the epochs of a run that finds the cache filled, as every run of a sweep but the first does."""
+    filled = statistics.median(answer["epoch_s"] for answer in answers[1:])
+    return [answers[0] | {"epoch_s": filled}, *answers[1:]]
 
 
 def _time_until(answers: Sequence[dict[str, Any]], loss: float) -> float | None:
@@ -316,7 +344,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("part", choices=PARTS)
     arguments.add_argument("--data", required=True)
-    arguments.add_argument("--model", help="a model folder with its tokenizer; random weights when not given")
+    arguments.add_argument("--model", help="a model folder or a run; random weights when not given")
     arguments.add_argument("--tokenizer", help="tokenizer of the random model")
     arguments.add_argument("--preset", default="124m")
     arguments.add_argument("--examples", type=int, default=64)
@@ -331,6 +359,7 @@ def main() -> None:
     arguments.add_argument("--full-lr", type=float, default=1e-4)
     arguments.add_argument("--precision", choices=("bfloat16", "float32"), default="float32")
     arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is busy")
     arguments.add_argument("--quick", action="store_true", help="a smoke run: tiny model, 12 examples, nothing written")
     arguments.add_argument("--worker", nargs=2, metavar=("NAME", "JSON"), help=argparse.SUPPRESS)
     parsed = arguments.parse_args()
@@ -356,10 +385,12 @@ def main() -> None:
 
 
 def _workload(parsed: argparse.Namespace) -> Workload:
+    from entrenar.recipe import model_folder
+
     values = {name: getattr(parsed, name) for name in Workload.__annotations__ if hasattr(parsed, name)}
     values["batching"] = "grouped" if parsed.part == "peft" else "packed"
     values["rounds"] = parsed.rounds or (10 if parsed.part == "speed" else 2)
-    values["model"] = parsed.model or ""
+    values["model"] = str(model_folder(Path(parsed.model))) if parsed.model else ""
     if parsed.quick:
         values |= {"examples": 12, "held_out": 4, "seq_len": 256, "rounds": 3, "threads": 1}
     return Workload(**values)
