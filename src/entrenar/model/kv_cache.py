@@ -17,7 +17,7 @@ class KVCache:
     """Keys and values of each layer, filled up to `length`.
 
     Attributes:
-        layers: for each layer the keys and the values, (2, B, G, max_len, K).
+        layers: the keys and the values of each layer, (L, 2, B, G, max_len, K).
         starts: the first slot of each row's text; None where every row begins at slot 0.
     """
 
@@ -31,8 +31,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        shape = (2, batch_size, config.kv_heads, max_len, config.head_width)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        shape = (config.num_layers, 2, batch_size, config.kv_heads, max_len, config.head_width)
+        self.layers = torch.empty(shape, dtype=dtype, device=device)
         self.max_len = max_len
         self.starts = starts
         self.length = 0
@@ -42,7 +42,7 @@ class KVCache:
     ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
         """Write the keys and values of T new tokens and return those of all S tokens, as views."""
         end = self.end_after(k.shape[2])
-        keys, values = self.layers[layer][0], self.layers[layer][1]
+        keys, values = self.layers[layer, 0], self.layers[layer, 1]
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
