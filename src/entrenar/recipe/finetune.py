@@ -59,8 +59,8 @@ QUARANTINE_FILE = "quarantine.jsonl"
 # Options that change how long a run goes on and what it reports, not what it computes.
 _MAY_DIFFER = (
     "model", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
-    "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload",
-    "train.offload_dir", "train.offload_budget_gb", "checkpoint.save_every", "checkpoint.keep_last",
+    "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload", "train.offload_dir",
+    "train.offload_budget_gb", "train.freed_memory", "checkpoint.save_every", "checkpoint.keep_last",
     "checkpoint.keep_best", "sft.max_eval_examples", "task.task_data", "task.metric", "task.max_task_examples",
     "task.sample_answers", "task.max_answer_tokens", "trunk.trunk_dir", "trunk.trunk_budget_gb", "trunk.trunk_checks",
 )  # fmt: skip

@@ -45,7 +45,8 @@ from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_
 # Options that change how long a run goes on (which a schedule follows) and what it reports, not what a step computes.
 _MAY_DIFFER = (
     "name", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
-    "train.early_stop_patience", "train.tensorboard", "train.threads", "checkpoint.save_every", "checkpoint.keep_last",
+    "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload", "train.offload_dir",
+    "train.offload_budget_gb", "train.freed_memory", "checkpoint.save_every", "checkpoint.keep_last",
     "checkpoint.keep_best", "data.max_eval_batches",
 )  # fmt: skip
 

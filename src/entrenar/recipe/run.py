@@ -15,7 +15,16 @@ from entrenar.data import Progress
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.ops import fastest_compute_dtype
-from entrenar.train import Checkpoint, Event, Run, StepRecord, keep_freed_memory, latest_good, list_checkpoints
+from entrenar.train import (
+    Checkpoint,
+    Event,
+    Run,
+    StepRecord,
+    keep_freed_memory,
+    latest_good,
+    list_checkpoints,
+    return_freed_blocks,
+)
 
 CONFIG_FILE = "config.toml"
 
@@ -37,7 +46,10 @@ def use_machine(config: AnyConfig) -> None:
     torch.manual_seed(config.train.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    keep_freed_memory()
+    if config.train.freed_memory == "keep" and config.train.offload != "disk":
+        keep_freed_memory()
+    else:
+        return_freed_blocks()
 
 
 def choose_device(config: AnyConfig) -> torch.device:

@@ -1,6 +1,6 @@
 """The engine of the training half: it knows modules, iterators of batches and callables, not language models."""
 
-from entrenar.train.allocator import keep_freed_memory
+from entrenar.train.allocator import keep_freed_memory, return_freed_blocks
 from entrenar.train.checkpoint import (
     Checkpoint,
     check_same_config,
@@ -45,6 +45,7 @@ __all__ = [
     "list_checkpoints",
     "load",
     "lr_multiplier",
+    "return_freed_blocks",
     "seed_all",
     "verify",
 ]

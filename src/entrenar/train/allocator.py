@@ -1,16 +1,23 @@
-"""Keep freed memory for the next step instead of giving it back to the kernel.
+"""Keep freed memory for the next step, or give it back to the kernel at once: time against memory.
 
 glibc serves a block of 32 MiB or more with its own mapping and unmaps it at `free`, so each step would take thousands
 of page faults to get the same activations and gradients back, zeroed by the kernel each time. With mappings off and
 the heap never trimmed, the second step runs in the memory of the first. The cost is that the process's memory does not
-shrink. See mallopt(3).
+shrink, and that it grows beyond what is in use: torch asks for aligned blocks, and a freed block of the same size is
+too small for an aligned one, so that holes stay empty until their neighbors are free too.
+
+Where memory is what is short, every large block is a mapping of its own instead, gone when it is freed. Then the peak
+is that of what is in use, and each block is zeroed by the kernel anew. See mallopt(3).
 """
 
 import ctypes
 import platform
 
 _M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
+_LARGE_BYTES = 1 << 20
+_MOST_MAPPINGS = 1 << 16
 _NEVER = 2**31 - 1
 
 
@@ -20,3 +27,11 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def return_freed_blocks() -> bool:
+    """Tell glibc's allocator to return large blocks when they are freed; return whether it was told."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_M_MMAP_MAX, _MOST_MAPPINGS)) and bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES))

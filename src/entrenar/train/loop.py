@@ -28,6 +28,7 @@ from entrenar.files import remove_incomplete
 from entrenar.train import checkpoint, rng
 from entrenar.train.metrics import Journal, StepRecord, finite
 from entrenar.train.monitor import Event, Monitor
+from entrenar.train.offload import open_store
 from entrenar.train.oom import explained_oom
 from entrenar.train.optim import build_optimizer
 from entrenar.train.phases import Phases
@@ -124,6 +125,8 @@ class _Training:
             self.saver = Saver(
                 run.checkpoints, task.write_model, before_commit=journal.sync, after_commit=self._prune
             )  # fmt: skip
+        self.activations = open_store(task.module, settings.train, run.folder)
+        self.loss = task.loss if self.activations is None else self.activations.around(task.loss)
         self.monitor = Monitor(settings.monitor)
         self.limit = RowLimit()
         self.counters = _Counters()
@@ -183,7 +186,7 @@ class _Training:
         if targets == 0:
             raise DataError(f"step {step}: none of the {len(batches)} micro-batches has a target; check the masks")
         loss_sum = sum_gradients(
-            batches, self.task.loss, self.optimizer.gradients, self.limit, self._phase,
+            batches, self.loss, self.optimizer.gradients, self.limit, self._phase,
             on_split=lambda message: self.journal.tell(Event(step, "oom_split", message)),
         )  # fmt: skip
         with self._phase("optimizer"):
@@ -240,8 +243,10 @@ class _Training:
             _log.error("could not save on the way out: %s", error)  # the error under way has the traceback
 
     def close(self) -> None:
-        """Wait for the writer."""
+        """Wait for the writers."""
         self.saver.close()
+        if self.activations is not None:
+            self.activations.close()
 
     # ---- the step ----
 

@@ -50,6 +50,15 @@ class TrainConfig(BaseModel):
     """Compile the model with torch.compile."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass instead of keeping them."""
+    offload: Literal["none", "host", "disk"] = "none"
+    """Where activations wait for the backward pass: where they are, a GPU's in the host's memory, or in a file."""
+    offload_dir: Path | None = None
+    """Where the file of activations is; by default in the run's folder."""
+    offload_budget_gb: float = Field(default=20.0, gt=0.0)
+    """Largest size of that file."""
+    freed_memory: Literal["keep", "return"] = "keep"
+    """What becomes of memory that a step frees: kept for the next step, or returned, for a lower peak and more time;
+    activations on disk imply the latter."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one operation; by default torch decides."""
 

@@ -1,0 +1,291 @@
+"""Activations out of the way between forward and backward: on disk, also for a CPU, or from a GPU in host memory.
+
+The tape keeps an activation from the moment it is computed until the backward comes back to it, which for the first
+layers is the whole step. Hooks on what the tape saves (`torch.autograd.graph.saved_tensors_hooks`) take each large one
+away: one thread writes behind the forward, another reads ahead of the backward, whose order is the forward's reversed.
+Weights are on the tape too, and stay where they are. What several operations save is stored once. As everywhere in
+torch, what the tape holds must not be written to.
+
+The file has no name: it is unlinked at its creation, so that no crash leaves it behind. Written pages are the kernel's
+page cache, which it may keep in memory as long as nothing else wants it; they are not the process's memory.
+
+With `full` checkpointing the inputs of the blocks are all that is left to take away.
+"""
+
+import os
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from entrenar.errors import ConfigError, DiskFullError, MachineError
+from entrenar.files import explained_disk_errors
+from entrenar.train.settings import TrainConfig
+
+# Smaller ones would cost a request each and save nothing.
+_LEAST_BYTES = 1 << 18
+# What may wait to be written, and what is read before it is asked for: a few activations of a large layer.
+_BEHIND_BYTES = 1 << 26
+_AHEAD_BYTES = 1 << 26
+_GROWTH_BYTES = 1 << 28
+
+
+@dataclass(eq=False)
+class _Stored:
+    """One storage that was taken away, where it lies, and what of it is in memory at the moment.
+
+    Attributes:
+        number: its place in the order of the forward.
+        source: the storage itself until it is written; in host memory, for good.
+        loaded: what was read, until the last of `uses` has come back for it.
+    """
+
+    number: int
+    size: int
+    offset: int
+    device: torch.device
+    source: torch.UntypedStorage | None
+    written: "Future[None] | None" = None
+    reading: "Future[torch.UntypedStorage] | None" = None
+    loaded: torch.UntypedStorage | None = None
+    uses: int = 0
+
+
+@dataclass(eq=False)
+class _Saved:
+    """What the tape holds in place of a tensor: which part of which storage it was."""
+
+    stored: _Stored
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    storage_offset: int
+
+
+class ActivationFile:
+    """A file without a name that grows to `budget_bytes` at most, each piece of it allocated before it is written."""
+
+    def __init__(self, folder: Path, budget_bytes: int) -> None:
+        self._folder, self._budget_bytes, self._allocated = folder, budget_bytes, 0
+        with explained_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed in `close`
+
+    def reserve(self, end: int) -> None:
+        """Make sure that the file can hold `end` bytes.
+
+        Raises: DiskFullError beyond the budget or what the disk has; MachineError.
+        """
+        if end > self._budget_bytes:
+            raise DiskFullError(
+                f"activations must fit offload_budget_gb = {self._budget_bytes / 1e9:g}, a batch has more than "
+                f"{end / 1e9:.3g} GB of them; raise it, set checkpointing = full, or train on smaller batches"
+            )
+        if end > self._allocated:
+            grown = min(max(end, self._allocated + _GROWTH_BYTES), self._budget_bytes)
+            with explained_disk_errors(self._folder):
+                os.posix_fallocate(self._file.fileno(), 0, grown)
+            self._allocated = grown
+
+    def write(self, storage: torch.UntypedStorage, offset: int) -> None:
+        """Write a storage to its place.
+
+        Raises: DiskFullError, MachineError.
+        """
+        view, done = _bytes_of(storage), 0
+        with explained_disk_errors(self._folder):
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+
+    def read(self, offset: int, size: int) -> torch.UntypedStorage:
+        """Read a storage from its place.
+
+        Raises: MachineError when the file has lost it.
+        """
+        storage = torch.empty(size, dtype=torch.uint8).untyped_storage()
+        view, done = _bytes_of(storage), 0
+        while done < size:
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not count:
+                raise MachineError(f"the file of activations in {self._folder} ends at byte {offset + done}")
+            done += count
+        return storage
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._file.close()
+
+
+class ActivationStore:
+    """Takes activations away and brings them back, to a file or, without one, to host memory.
+
+    Used as `loss = store.around(loss)`; the module's own parameters and buffers stay where they are.
+
+    Attributes:
+        most_bytes: the most that was away at once.
+    """
+
+    def __init__(self, module: nn.Module, file: ActivationFile | None) -> None:
+        self._module, self._file = module, file
+        self._writer, self._reader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._live: weakref.WeakSet[_Saved] = weakref.WeakSet()
+        self._order: list[weakref.ref[_Stored]] = []
+        self._known: dict[int, tuple[StorageWeakRef, weakref.ref[_Stored]]] = {}
+        self._behind: deque[_Stored] = deque()
+        self._kept: set[int] = set()
+        self._end = self.most_bytes = 0
+
+    def around(self, loss: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """Return a loss whose tape holds no large activation.
+
+        Raises, when it is called: DiskFullError, MachineError.
+        """
+
+        def offloaded(batch: Any) -> Tensor:
+            self._begin()
+            with saved_tensors_hooks(self._pack, self._unpack):
+                return loss(batch)
+
+        return offloaded
+
+    def close(self) -> None:
+        """Wait for the threads and let the file go."""
+        self._writer.shutdown()
+        self._reader.shutdown()
+        if self._file is not None:
+            self._file.close()
+
+    def _begin(self) -> None:
+        own = chain(self._module.parameters(), self._module.buffers())
+        self._kept = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._known.clear()
+        if not self._live:  # every tape of earlier forwards is gone: their places are free
+            self._order.clear()
+            self._end = 0
+
+    # ---- forward ----
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        storage = tensor.untyped_storage()
+        is_part = tensor.numel() * tensor.element_size() < storage.nbytes()
+        if storage.nbytes() < _LEAST_BYTES or is_part or storage.data_ptr() in self._kept:
+            return tensor
+        stored = self._stored(storage)
+        stored.uses += 1
+        saved = _Saved(stored, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        self._live.add(saved)
+        return saved
+
+    def _stored(self, storage: torch.UntypedStorage) -> _Stored:
+        """Return where a storage went, and take it away if it is new."""
+        address = storage._cdata
+        if address in self._known:
+            original, reference = self._known[address]
+            known = reference()
+            if known is not None and not original.expired():  # type: ignore[no-untyped-call]
+                return known
+        stored = _Stored(len(self._order), storage.nbytes(), self._end, storage.device, source=storage)
+        self._end += stored.size
+        self.most_bytes = max(self.most_bytes, self._end)
+        if self._file is None or storage.device.type != "cpu":
+            stored.source = _to_host(storage)
+        if self._file is not None:
+            self._file.reserve(self._end)
+            self._write_behind(stored, self._file)
+        self._known[address] = _weak(storage), weakref.ref(stored)
+        self._order.append(weakref.ref(stored))
+        return stored
+
+    def _write_behind(self, stored: _Stored, file: ActivationFile) -> None:
+        stored.written = self._writer.submit(_write, stored, file)
+        self._behind.append(stored)
+        while sum(one.size for one in self._behind) > _BEHIND_BYTES:
+            written = self._behind.popleft().written
+            if written is not None:
+                written.result()
+
+    # ---- backward ----
+
+    def _unpack(self, saved: Tensor | _Saved) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        stored = saved.stored
+        storage = self._loaded(stored)
+        stored.uses -= 1
+        stored.loaded = storage if stored.uses > 0 else None
+        self._read_ahead(stored.number)
+        tensor = torch.empty(0, dtype=saved.dtype, device=storage.device)
+        return tensor.set_(storage, saved.storage_offset, saved.shape, saved.stride)
+
+    def _loaded(self, stored: _Stored) -> torch.UntypedStorage:
+        if stored.loaded is not None:
+            return stored.loaded
+        storage = stored.source
+        if storage is None:
+            reading = stored.reading or self._read(stored)
+            storage, stored.reading = reading.result(), None
+        return storage if stored.device.type == "cpu" else storage.to(device=stored.device)
+
+    def _read_ahead(self, number: int) -> None:
+        ahead = 0
+        for reference in reversed(self._order[:number]):
+            stored = reference()
+            if stored is None or stored.source is not None or stored.loaded is not None:
+                continue
+            ahead += stored.size
+            if ahead > _AHEAD_BYTES:
+                return
+            if stored.reading is None and stored.uses > 0:
+                stored.reading = self._read(stored)
+
+    def _read(self, stored: _Stored) -> "Future[torch.UntypedStorage]":
+        file = cast(ActivationFile, self._file)  # without a file every source stays
+        return self._reader.submit(file.read, stored.offset, stored.size)
+
+
+def _write(stored: _Stored, file: ActivationFile) -> None:
+    if stored.source is not None:
+        file.write(stored.source, stored.offset)
+        stored.source = None
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> memoryview:
+    view = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
+    return view.numpy().data
+
+
+def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+def _to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=source.is_cuda)
+    return copy.copy_(source).untyped_storage()
+
+
+def open_store(module: nn.Module, config: TrainConfig, run_dir: Path) -> ActivationStore | None:
+    """Return what `config` asks for; None when activations stay where they are.
+
+    Raises: ConfigError for what this machine or another setting makes senseless; DiskFullError, MachineError.
+    """
+    if config.offload == "none":
+        return None
+    if config.compile:
+        raise ConfigError("train.offload and train.compile exclude each other; leave one out")
+    if config.offload == "disk":
+        file = ActivationFile(config.offload_dir or run_dir, int(config.offload_budget_gb * 1e9))
+        return ActivationStore(module, file)
+    if next(module.parameters()).device.type == "cpu":
+        raise ConfigError("train.offload = host needs a GPU: activations of a CPU are in its memory; set it to disk")
+    return ActivationStore(module, None)
