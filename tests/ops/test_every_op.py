@@ -12,7 +12,10 @@ from entrenar.errors import EntrenarError
 from .cases import Backward, Example, table, vjp
 
 TABLE = table()
-NOT_OPERATIONS = {"Documents", "Nf4Weight", "dequantize_nf4", "fastest_compute_dtype", "quantize_nf4"}
+NOT_OPERATIONS = {
+    "Documents", "Nf4Weight", "NfBitsWeight", "QuantizedWeight", "dequantize", "dequantize_nf4", "dequantize_nf_bits",
+    "fastest_compute_dtype", "nf_bits_size", "quantize_nf4", "quantize_nf_bits",
+}  # fmt: skip
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, batch: int = 2, time: int = 3) -> Example:

@@ -9,7 +9,8 @@ from entrenar.ops.linear import fastest_compute_dtype, linear
 from entrenar.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.ops.lora_linear import lora_linear
 from entrenar.ops.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
-from entrenar.ops.nf4_linear import nf4_linear
+from entrenar.ops.nf4_linear import QuantizedWeight, dequantize, nf4_linear
+from entrenar.ops.nf_bits import NfBitsWeight, dequantize_nf_bits, nf_bits_size, quantize_nf_bits
 from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rope import rope
 from entrenar.ops.swiglu import swiglu
@@ -17,14 +18,20 @@ from entrenar.ops.swiglu import swiglu
 __all__ = [
     "Documents",
     "Nf4Weight",
+    "NfBitsWeight",
+    "QuantizedWeight",
     "attention",
+    "dequantize",
     "dequantize_nf4",
+    "dequantize_nf_bits",
     "fastest_compute_dtype",
     "linear",
     "linear_cross_entropy",
     "lora_linear",
     "nf4_linear",
+    "nf_bits_size",
     "quantize_nf4",
+    "quantize_nf_bits",
     "rms_norm",
     "rope",
     "swiglu",

@@ -15,11 +15,11 @@ Backward:
 L is a scalar, so its gradient is known but for one factor: each chunk of tokens computes (1) to (6) in the forward,
 while its logits exist, and the backward multiplies by dLoss/dL. Ignored rows are dropped first and cost nothing;
 dW is computed only where the weight is trained. Saved: dx and dW, in float32, cast once
-when they are multiplied.
+when they are multiplied. A quantized head, which is never trained, is widened tile by tile for each chunk.
 Idea of computing the gradient in the forward: Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from entrenar.errors import ConfigError, DataError
 from entrenar.ops.first_order import refuse_double_backward
+from entrenar.ops.nf4_linear import QuantizedWeight, tiles
 from entrenar.ops.row_blocks import row_blocks
 
 
@@ -60,19 +61,26 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, compute_dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | QuantizedWeight,
+        targets: Tensor,
+        chunk_size: int,
+        compute_dtype: torch.dtype,
     ) -> Tensor:
         """Compute the loss and, where they are wanted, dx and dW for an upstream gradient of one."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        head = weight.to(compute_dtype)
+        head = _head_tiles(weight, compute_dtype)
         loss = x.new_zeros((), dtype=wide)
         dx = x.new_empty(x.shape, dtype=wide) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        dweight = x.new_zeros(weight.shape, dtype=wide) if ctx.needs_input_grad[1] else None
         buffer = x.new_empty((min(chunk_size, x.shape[0]), weight.shape[0]), dtype=wide)
         for start in range(0, x.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             tokens, places = x[chunk].to(compute_dtype), targets[chunk, None]
-            logits = write_product(tokens, head.mT, out=buffer[: tokens.shape[0]])  # (1)
+            logits = buffer[: tokens.shape[0]]
+            for columns, tile in head():
+                write_product(tokens, tile.mT, out=logits[:, columns])  # (1)
             log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)  # z - l, (2)
             loss -= log_probabilities.gather(-1, places).sum()  # (3)
             if dx is None and dweight is None:
@@ -80,11 +88,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             dlogits = log_probabilities.exp_().scatter_add_(-1, places, places.new_full(places.shape, -1, dtype=wide))
             dlogits = dlogits.to(compute_dtype)  # (4)
             if dx is not None:
-                write_product(dlogits, head, out=dx[chunk])  # (5)
+                for columns, tile in head():
+                    into = write_product if columns.start in (None, 0) else add_product
+                    into(dlogits[:, columns], tile, out=dx[chunk])  # (5)
             if dweight is not None:
                 add_product(dlogits.mT, tokens, out=dweight)  # (6)
         ctx.save_for_backward(dx, dweight)
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.dtypes = x.dtype, weight.dtype if isinstance(weight, Tensor) else None
         return loss
 
     @staticmethod
@@ -96,6 +106,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return dx, dweight, None, None, None
+
+
+def _head_tiles(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
+    """Return what yields the head's rows: all at once, or those of a quantized one tile by tile."""
+    if isinstance(weight, Tensor):
+        whole = [(slice(None), weight.to(dtype))]
+        return lambda: whole
+    return lambda: tiles(weight, dtype)
 
 
 def write_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
@@ -123,7 +141,7 @@ def default_chunk_size(vocab_size: int) -> int:
 
 def linear_cross_entropy(
     x: Float[Tensor, "N D"],
-    weight: Float[Tensor, "V D"],
+    weight: Float[Tensor, "V D"] | QuantizedWeight,
     targets: Int[Tensor, " N"],
     *,
     ignore_index: int = -100,
@@ -136,20 +154,21 @@ def linear_cross_entropy(
         ConfigError: chunk_size is not positive.
         DataError: a target is neither `ignore_index` nor a row of the weight.
     """
-    chunk_size = default_chunk_size(len(weight)) if chunk_size is None else chunk_size
+    chunk_size = default_chunk_size(weight.shape[0]) if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ConfigError(f"chunk_size must be at least 1 token, got {chunk_size}: leave it out for the default")
     kept = (targets != ignore_index).nonzero().squeeze(-1)
     if len(kept) < len(targets):
         x = x.index_select(0, kept)
     targets = targets.index_select(0, kept).long()
-    if len(kept) and not 0 <= int(targets.min()) <= int(targets.max()) < len(weight):
-        row = int(((targets < 0) | (targets >= len(weight))).nonzero()[0])
+    if len(kept) and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
+        row = int(((targets < 0) | (targets >= weight.shape[0])).nonzero()[0])
         raise DataError(
-            f"targets must be {ignore_index} (ignored) or in [0, {len(weight)}), got {int(targets[row])} "
+            f"targets must be {ignore_index} (ignored) or in [0, {weight.shape[0]}), got {int(targets[row])} "
             f"in row {int(kept[row])}: the tokenizer's vocabulary must fit the model's"
         )
     if not torch.is_grad_enabled():
-        x, weight = x.detach(), weight.detach()  # needs_input_grad alone would not say that no gradient is wanted
+        x = x.detach()  # needs_input_grad alone would not say that no gradient is wanted
+        weight = weight.detach() if isinstance(weight, Tensor) else weight
     apply: Callable[..., Tensor] = LinearCrossEntropyFunction.apply
     return apply(x, weight, targets, chunk_size, compute_dtype or x.dtype)

@@ -1,7 +1,7 @@
-"""A product with a weight in four bits and a trained low-rank correction, one tile of the weight at a time.
+"""A product with a weight in a few bits and a trained low-rank correction, one tile of the weight at a time.
 
-With x (N, I), the quantized weight W (O, I) as `nf4` reads it, A, B, s and k as in `lora_linear`, and W_t, B_t, y_t
-the rows of W and B and the columns of y that tile t covers:
+With x (N, I), the quantized weight W (O, I) as `nf4` or `nf_bits` reads it, A, B, s and k as in `lora_linear`, and W_t,
+B_t, y_t the rows of W and B and the columns of y that tile t covers:
 
     u = (x ∘ k) Aᵀ                                     (1)
     y_t = x W_tᵀ + s u B_tᵀ                            (2)
@@ -35,14 +35,37 @@ from torch.nn.functional import linear
 from entrenar.ops.first_order import refuse_double_backward
 from entrenar.ops.lora_linear import draw_kept, reference_lora_linear
 from entrenar.ops.nf4 import BLOCK, Nf4Weight, dequantize_nf4
+from entrenar.ops.nf_bits import NfBitsWeight, dequantize_nf_bits
 
 # Numbers in a tile: large enough that a product with it runs at full speed, small beside any weight.
 _TILE = 1 << 20
 
+QuantizedWeight = Nf4Weight | NfBitsWeight
+
+
+def dequantize(
+    weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows: slice | None = None
+) -> Float[Tensor, "rows I"]:
+    """Return some rows of a quantized weight, computed in float32 and rounded once to `dtype`."""
+    if isinstance(weight, NfBitsWeight):
+        return dequantize_nf_bits(weight, dtype, rows)
+    return dequantize_nf4(weight, dtype, rows)
+
+
+def tiles(
+    weight: QuantizedWeight, dtype: torch.dtype, tile_rows: int | None = None
+) -> Iterator[tuple[slice, Float[Tensor, "rows I"]]]:
+    """Widen one tile of rows after the other, each with the rows that it is; None: a megabyte's worth of numbers."""
+    num_rows, width = weight.shape
+    size = tile_rows or max(BLOCK, _TILE // width // BLOCK * BLOCK)
+    for start in range(0, num_rows, size):
+        rows = slice(start, min(start + size, num_rows))
+        yield rows, dequantize(weight, dtype, rows)
+
 
 def reference_nf4_linear(
     x: Float[Tensor, "... I"],
-    weight: Nf4Weight,
+    weight: QuantizedWeight,
     lora_a: Float[Tensor, "R I"] | None = None,
     lora_b: Float[Tensor, "O R"] | None = None,
     *,
@@ -51,7 +74,7 @@ def reference_nf4_linear(
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "... O"]:
     """Return x Wᵀ + s (dropout(x) Aᵀ) Bᵀ over the whole widened W, as plain torch that autograd differentiates."""
-    wide = dequantize_nf4(weight, x.dtype)
+    wide = dequantize(weight, x.dtype)
     if lora_a is None or lora_b is None:
         return x @ wide.mT
     return reference_lora_linear(x, wide, lora_a, lora_b, scale=scale, dropout=dropout, generator=generator)
@@ -93,18 +116,13 @@ class _Plan:
 
     scale: float
     compute_dtype: torch.dtype
-    tile_rows: int
+    tile_rows: int | None
     shape: tuple[int, int]
+    kind: Callable[..., QuantizedWeight]
 
-    def tiles(self, weight: Sequence[Any]) -> Iterator[tuple[slice, Tensor]]:
+    def tiles(self, tensors: Sequence[Any]) -> Iterator[tuple[slice, Tensor]]:
         """Make one tile of the weight after the other, with the columns of y that it covers."""
-        for start in range(0, self.shape[0], self.tile_rows):
-            columns = slice(start, min(start + self.tile_rows, self.shape[0]))
-            codes, absmax, nested_absmax, offset = weight
-            tile = dequantize_nf4(
-                Nf4Weight(codes, absmax, nested_absmax, offset, self.shape), self.compute_dtype, columns
-            )
-            yield columns, tile
+        return tiles(self.kind(*tensors, self.shape), self.compute_dtype, self.tile_rows)
 
 
 class Nf4LinearFunction(torch.autograd.Function):
@@ -174,7 +192,7 @@ def _dx(dy: Tensor, weight: Sequence[Tensor], plan: _Plan) -> Tensor:
 
 def nf4_linear(  # noqa: PLR0913  # lora_linear's, and the size of a tile
     x: Float[Tensor, "... I"],
-    weight: Nf4Weight,
+    weight: QuantizedWeight,
     lora_a: Float[Tensor, "R I"] | None = None,
     lora_b: Float[Tensor, "O R"] | None = None,
     *,
@@ -193,11 +211,6 @@ def nf4_linear(  # noqa: PLR0913  # lora_linear's, and the size of a tile
     if dropout > 0 and lora_a is not None:
         kept, chance = draw_kept(x, dropout, generator)
         scale = scale / chance
-    plan = _Plan(
-        scale,
-        compute_dtype or x.dtype,
-        tile_rows or max(BLOCK, _TILE // weight.shape[1] // BLOCK * BLOCK),
-        weight.shape,
-    )
+    plan = _Plan(scale, compute_dtype or x.dtype, tile_rows, weight.shape, type(weight))
     apply: Callable[..., Tensor] = Nf4LinearFunction.apply
     return apply(x, lora_a, lora_b, kept, plan, *weight.tensors())
