@@ -66,6 +66,7 @@ def test_an_operator_makes_its_slip(body, operator, before, after):
         "logger.info('%d', x + 1)",
         "z = f'{x + 1}'",
         "return isinstance(x, int)",
+        "return list(map(x, y, strict=True))",
     ],
 )
 def test_messages_types_and_assertions_are_left_alone(body):

@@ -183,6 +183,8 @@ def _nodes(function: ast.FunctionDef, name: str) -> Iterator[tuple[Slot, ast.exp
 
 def _is_left_alone(node: ast.AST) -> bool:
     """True for what is no arithmetic: errors and their messages, assertions, texts, logging, types."""
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return True
     if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)):
         return True
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

@@ -47,11 +47,13 @@ class Worker:
         """Draw few examples, the same each time: a verdict must not depend on luck."""
         import hypothesis  # noqa: PLC0415 - pytest must be the first to import it
 
-        hypothesis.settings.register_profile(
-            "mutation", max_examples=15, derandomize=True, database=None, deadline=None,
-            phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
-            suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
-        )  # fmt: skip
+        try:
+            hypothesis.settings.get_profile("mutation")  # a project may have its own
+        except hypothesis.errors.InvalidArgument:
+            generate = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+            hypothesis.settings.register_profile(
+                "mutation", max_examples=15, derandomize=True, database=None, deadline=None, phases=generate
+            )
         hypothesis.settings.load_profile("mutation")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
