@@ -38,14 +38,15 @@ def next_logits(model: Llama, cache: KVCache) -> NextLogits:
 
 
 def is_plain(model: Llama) -> bool:
-    """Tell whether every projection is an unadapted matrix, in single or double precision on the CPU."""
-    weight = model.model.embed_tokens.weight
+    """Tell whether every weight is an unadapted matrix, in single or double precision on the CPU."""
     projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
     return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.float64)
-        and model.compute_dtype in (None, weight.dtype)
+        model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.float64)
+        and model.compute_dtype in (None, model.dtype)
         and all(type(module) is Linear for module in projections)
+        and isinstance(model.head_weight, Tensor)
+        and hasattr(model.model.embed_tokens, "weight")
     )
 
 
@@ -81,7 +82,8 @@ class DecodeStep:
     def __init__(self, model: Llama, cache: KVCache) -> None:
         config = model.config
         self._cache = cache
-        self._embedding, self._head = model.model.embed_tokens.weight.detach(), model.head_weight.detach().mT
+        self._embedding = model.model.embed_tokens.weight.detach()
+        self._head = cast(Tensor, model.head_weight).detach().mT
         self._final_norm = _scaled(model.model.norm.weight)
         self._layers = [_layer(cast(Block, block)) for block in model.model.layers]
         self._scale = config.head_width**-0.5

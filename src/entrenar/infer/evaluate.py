@@ -69,7 +69,7 @@ def evaluate(model: Llama, batches: Iterable[EvalBatch]) -> Evaluation:
     Raises:
         DataError: there is no target.
     """
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     losses: list[float] = []
     num_targets, num_bytes = 0, 0
     has_bytes = True

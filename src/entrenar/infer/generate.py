@@ -102,7 +102,7 @@ def _steps(
 ) -> Iterator[list[int | None]]:
     rooms = [room(model.config, len(prompt), config.max_new_tokens) for prompt in prompts]
     num_steps, longest = max(rooms), max(map(len, prompts))
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     cache = _cache(model, prompts, longest + num_steps, device)
     ends = end_tokens(model.config, config)
@@ -130,7 +130,7 @@ def _cache(model: Llama, prompts: Sequence[Sequence[int]], max_len: int, device:
         len(prompts),
         max_len,
         starts=starts if bool(starts.any()) else None,
-        dtype=model.model.embed_tokens.weight.dtype,
+        dtype=model.dtype,
         device=device,
     )
 

@@ -111,7 +111,7 @@ def accuracy(model: Llama, questions: Sequence[Question]) -> list[bool]:
 
 def _scores(model: Llama, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> Tensor:
     """Return the log probability of each label after each prompt, (prompts, labels)."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     length = max(map(len, prompts)) + max(map(len, labels)) - 1
     ids = torch.zeros(len(prompts) * len(labels), length, dtype=torch.int64)
     is_asked = torch.zeros(ids.shape, dtype=torch.bool)
@@ -135,7 +135,7 @@ def _need(questions: Sequence[Question]) -> None:
 @torch.no_grad()
 def token_hits(model: Llama, batches: Iterable[EvalBatch]) -> Iterator[tuple[int, int]]:
     """Yield, for each batch, how many targets the model finds likeliest, and how many there are."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     for batch in batches:
         documents = None if batch.document_ids is None else Documents.from_ids(batch.document_ids.to(device))
         targets = batch.targets.to(device)

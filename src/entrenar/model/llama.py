@@ -24,6 +24,7 @@ from entrenar.errors import DataError, FormatError
 from entrenar.model.config import Checkpointing, LlamaConfig
 from entrenar.model.kv_cache import KVCache
 from entrenar.model.rope_scaling import RotaryTable
+from entrenar.model.streaming import LayerStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Context:
     mask: Bool[Tensor, "B 1 T S"] | None = None
     checkpointing: Checkpointing = "none"
     compute_dtype: torch.dtype | None = None
+    stream: LayerStream | None = None
 
 
 class RMSNorm(nn.Module):
@@ -183,10 +185,15 @@ class Decoder(nn.Module):
 
 
 def _run(block: nn.Module, x: Tensor, context: Context, asked: Tensor | None = None) -> Tensor:
+    layer, stream = cast(Block, block).self_attn.layer, context.stream
+    if stream is not None:
+        stream.begin(layer)
     if context.checkpointing == "full":
         out: Tensor = checkpoint(block, x, context, asked, use_reentrant=False)
     else:
         out = block(x, context, asked)
+    if stream is not None:
+        stream.end(layer, out)
     return out
 
 
@@ -211,6 +218,7 @@ class Llama(nn.Module):
         checkpointing: which activations training recomputes in the backward instead of keeping them.
         compute_dtype: what matrix products are computed in, whatever weights and activations are stored in; None for
             the stored dtype. Set by `set_compute_dtype`.
+        stream: brings frozen layers from their file and lets them go. Set by `stream_base`.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -218,6 +226,7 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing: Checkpointing = "none"
         self.compute_dtype: torch.dtype | None = None
+        self.stream: LayerStream | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -231,10 +240,29 @@ class Llama(nn.Module):
             if module is not self and hasattr(module, "compute_dtype"):  # a projection, also one in an adapter's hands
                 cast(Linear, module).compute_dtype = dtype
 
+    def stream_base(self) -> None:
+        """Keep no more of the frozen layers in memory than is being used.
+
+        Raises: ConfigError when none is mapped from a file.
+        """
+        self.stream = LayerStream(list(self.model.layers))
+
     @property
-    def head_weight(self) -> Float[Tensor, "V D"]:
-        """The head's weight, which a tied model reads from its embedding."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def head_weight(self) -> Float[Tensor, "V D"] | ops.QuantizedWeight:
+        """The head's weight as it is held, which a tied model reads from its embedding."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        quantized: ops.QuantizedWeight | None = getattr(head, "quantized", None)
+        return head.weight if quantized is None else quantized
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are taken."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What hidden states and logits are in."""
+        return self.model.norm.weight.dtype
 
     def hidden(
         self,
@@ -276,7 +304,10 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Apply the head."""
-        return ops.linear(hidden, self.head_weight, self.compute_dtype)
+        weight = self.head_weight
+        if isinstance(weight, Tensor):
+            return ops.linear(hidden, weight, self.compute_dtype)
+        return ops.nf4_linear(hidden, weight, compute_dtype=self.compute_dtype)
 
     def forward(
         self,
@@ -331,7 +362,9 @@ class Llama(nn.Module):
         else:
             num_tokens = tokens.shape[1]
             cos, sin = (table[None, :num_tokens] for table in self.rotary.rows(num_tokens, tokens.device))
-        return Context(cos, sin, documents, checkpointing=checkpointing, compute_dtype=self.compute_dtype)
+        return Context(
+            cos, sin, documents, checkpointing=checkpointing, compute_dtype=self.compute_dtype, stream=self.stream
+        )
 
     def _cached_context(self, input_ids: Tensor, cache: KVCache) -> Context:
         start, end = cache.length, cache.end_after(input_ids.shape[1])

@@ -18,7 +18,7 @@ from entrenar.peft.lora import (
     unmerge,
     wrappers,
 )
-from entrenar.peft.qlora import Nf4Linear, memory_lines, put_quantized, quantized_projections, widen
+from entrenar.peft.qlora import Nf4Linear, QuantizedEmbedding, memory_lines, put_quantized, quantized_projections, widen
 from entrenar.peft.targets import find_saved, find_targets, layer_number, shape_of
 from entrenar.peft.trainable import TrainableTable, trainable_table
 from entrenar.peft.trunk import TrunkCache, TrunkConfig, highest_cut
@@ -30,6 +30,7 @@ __all__ = [
     "LowRank",
     "MergeReport",
     "Nf4Linear",
+    "QuantizedEmbedding",
     "SavedModule",
     "TrainableTable",
     "TrunkCache",
