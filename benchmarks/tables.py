@@ -71,7 +71,84 @@ def ops() -> str:
     return rows(["op", "stored in", "path", "forward + backward, ms", "peak, MiB"], lines) + note
 
 
-TABLES: dict[str, Callable[[], str]] = {"train_step": train_step, "ops": ops}
+def finetune() -> str:
+    """LoRA against peft, and the gains of cache, packing and answers only."""
+    parts = {part: result(f"finetune_{part}") for part in ("peft", "speed", "layout")}
+    places = {
+        "LoRA here against peft and transformers, tokens/s": ("peft", "speed_over_peft"),
+        "the same, added memory": ("peft", "added_peak_over_peft"),
+        "the same, held-out loss": ("peft", "held_out_over_peft"),
+        "a step of LoRA on all layers against full, equal tokens": ("speed", "step_gain_at_equal_tokens", "lora"),
+        "an epoch over the filled trunk cache against full": ("speed", "filled_epoch_gain"),
+        "time to full's best held-out loss, cache filled in the run": ("speed", "time_to_quality_gain", "cached"),
+        "the same, cache filled by an earlier run": ("speed", "time_to_quality_gain", "cached, filled before"),
+        "the same, LoRA on all layers": ("speed", "time_to_quality_gain", "lora"),
+        "packing against one example a row, tokens/s": ("layout", "packing_gain"),
+        "targets on answers only against all tokens, tokens/s": ("layout", "answers_only_gain"),
+    }
+    lines = []
+    for name, (part, *keys) in places.items():
+        found = parts[part]
+        for key in keys:
+            found = None if found is None else found.get(key)
+        if found is None:
+            lines.append([name, "not measured" if parts[part] is None else "not reached"])
+        else:
+            lines.append([name, f"{found} ×"])
+    notes = [f"- {part}: {setting(figures)}\n" for part, figures in parts.items() if figures is not None]
+    return rows(["", "gain"], lines) + "\n" + "".join(notes)
+
+
+def setting(measured: dict[str, Any]) -> str:
+    """Say on what and when a part of fine-tuning was measured."""
+    work = measured["workload"]
+    words = [f"{work['examples']} rows", f"{work['rounds']} epochs", f"rank {work['rank']}"]
+    if work["part"] == "speed":
+        words += [f"top:{work['top']} of {work['targets']}", f"learning rate {work['lr']}", f"full's {work['full_lr']}"]
+    return ", ".join([*words, f"{work.get('clock', 'wall')} time", measured["cpu"], measured["date"]])
+
+
+def tasks() -> str:
+    """Scores of three tasks before and after, and with shuffled answers."""
+    measured = result("tasks_quality")
+    if measured is None:
+        return "not measured\n"
+
+    def with_interval(found: list[float]) -> str:
+        return f"{100 * found[0]:.1f} ({100 * found[1]:.1f} … {100 * found[2]:.1f})"
+
+    lines = [
+        [
+            f"{name}, {task['plan']['metric'].replace('_', ' ')}, {task['questions']} questions",
+            *(f"{100 * task['score'][model][0]:.1f}" for model in ("base", "tuned", "shuffled")),
+            f"**{with_interval(task['tuned_minus_base'])}**",
+            with_interval(task["shuffled_minus_base"]),
+            with_interval(task["tuned_minus_shuffled"]),
+        ]
+        for name, task in measured.items()
+        if isinstance(task, dict)
+    ]
+    header = ["%", "base", "tuned", "shuffled", "tuned - base", "shuffled - base", "tuned - shuffled"]
+    return rows(header, lines) + f"\nBase: {measured['base']}. 95 % bootstrap intervals. {measured['date']}\n"
+
+
+def falls() -> str:
+    """The held-out loss at every evaluation, for three seeds."""
+    measured = result("tasks_falls")
+    if measured is None:
+        return "not measured\n"
+    losses = measured["held_out_loss"]
+    steps = [min(at * measured["eval_every"], measured["steps"]) for at in range(len(losses["0"]))]
+    lines = [
+        [seed, *(f"{loss:.4f}" for loss in values), "yes" if measured["falls_at_every_evaluation"][seed] else "**no**"]
+        for seed, values in losses.items()
+    ]
+    return rows(["seed", *(f"step {step}" for step in steps), "falls each time"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
+}  # fmt: skip
 
 
 def filled(text: str) -> str:

@@ -42,9 +42,9 @@ class TaskPlan:
 
 
 PLANS = {
-    "sst2": TaskPlan(train_rows=3000, questions=872, epochs=3, lr=1e-3, metric="accuracy"),
-    "scan": TaskPlan(train_rows=3000, questions=300, epochs=6, lr=2e-3, metric="exact_match"),
-    "docstrings": TaskPlan(train_rows=1500, questions=200, epochs=2, lr=1e-3, metric="token_accuracy"),
+    "sst2": TaskPlan(train_rows=2000, questions=872, epochs=3, lr=1e-3, metric="accuracy"),
+    "scan": TaskPlan(train_rows=2000, questions=200, epochs=4, lr=2e-3, metric="exact_match"),
+    "docstrings": TaskPlan(train_rows=500, questions=200, epochs=2, lr=1e-3, metric="token_accuracy"),
 }
 
 
