@@ -46,10 +46,15 @@ def use_machine(config: AnyConfig) -> None:
     torch.manual_seed(config.train.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    if config.train.freed_memory == "keep" and config.train.offload != "disk":
+    if keeps_freed_memory(config):
         keep_freed_memory()
     else:
         return_freed_blocks()
+
+
+def keeps_freed_memory(config: AnyConfig) -> bool:
+    """Say whether memory that a step frees stays with the process."""
+    return config.train.freed_memory == "keep" and config.train.offload != "disk"
 
 
 def choose_device(config: AnyConfig) -> torch.device:

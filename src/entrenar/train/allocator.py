@@ -16,7 +16,7 @@ import platform
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
-_LARGE_BYTES = 1 << 20
+RETURNED_FROM = 1 << 20
 _MOST_MAPPINGS = 1 << 16
 _NEVER = 2**31 - 1
 
@@ -34,4 +34,4 @@ def return_freed_blocks() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_M_MMAP_MAX, _MOST_MAPPINGS)) and bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES))
+    return bool(libc.mallopt(_M_MMAP_MAX, _MOST_MAPPINGS)) and bool(libc.mallopt(_M_MMAP_THRESHOLD, RETURNED_FROM))
