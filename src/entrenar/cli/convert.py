@@ -7,7 +7,8 @@ from typing import get_args
 
 from entrenar import recipe
 from entrenar.cli import flags
-from entrenar.interop.convert import Format, Target, Threshold, convert, open_source
+from entrenar.interop.convert import Target, Threshold, convert, open_source
+from entrenar.interop.rounding import Format
 
 
 def run(words: Sequence[str]) -> int:
@@ -15,7 +16,7 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     thresholds = [Threshold.parse(text) for text in parsed.refuse_if]
     path = recipe.model_folder(parsed.source) if _is_run(parsed.source) else parsed.source
-    source = open_source(path, parsed.tokenizer)
+    source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4")
     target = Target(
         parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences
     )  # fmt: skip
@@ -36,9 +37,11 @@ def _arguments() -> argparse.ArgumentParser:
         "compares every weight, the logits on a probe set and the tokenizer on hard strings, before it gets its name.",
     )
     arguments.add_argument("source", type=Path, help="a run, a model folder, a .gguf or a .bin")
-    arguments.add_argument("target", type=Path, help="a folder (hf, llama2c) or a file (gguf)")
+    arguments.add_argument("target", type=Path, help="a folder (hf, nf4, llama2c) or a file (gguf)")
     arguments.add_argument("--to", choices=get_args(Format), required=True, help="format to write")
-    arguments.add_argument("--dtype", help="f32, f16, bf16, q8_0 or q4_0 (default: the source's)")
+    arguments.add_argument(
+        "--dtype", help="f32, f16, bf16, q8_0 or q4_0 (default: the source's); nf4: of what is not quantized"
+    )
     arguments.add_argument("--tokenizer", type=Path, help="tokenizer to take, instead of the source's")
     arguments.add_argument(
         "--refuse-if",

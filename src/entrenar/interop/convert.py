@@ -6,11 +6,11 @@ loss is over a threshold of the user's, leaves nothing behind.
 
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,29 +19,41 @@ from entrenar.data import Tokenizer
 from entrenar.data.llama2c_tokenizer import tokenizer_bin
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.files import TEMPORARY_PREFIX, atomic_directory, fsync_directory, fsync_file
-from entrenar.interop import gguf_file, hf, llama2c, readback
+from entrenar.interop import gguf_file, hf, llama2c, numpy_llama, readback
 from entrenar.interop.gguf import GGUFType, load_gguf, save_gguf
-from entrenar.interop.verify import Report, verify
-from entrenar.model import Llama, LlamaConfig
+from entrenar.interop.numpy_llama import Array
+from entrenar.interop.rounding import Format, bound_of
+from entrenar.interop.safetensors_file import TensorReader
+from entrenar.interop.verify import Origin, Report, origin_of, verify
+from entrenar.model import Llama
+from entrenar.peft import widen
 
-Format = Literal["hf", "llama2c", "gguf"]
 _DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALLOWED: dict[Format, tuple[str, ...]] = {
     "hf": ("f32", "f16", "bf16"),
     "llama2c": ("f32", "q8_0"),
     "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
+    "nf4": ("f32", "f16", "bf16"),
 }
-_BLOCK = 32
 _MODEL_BIN, _TOKENIZER_BIN = "model.bin", "tokenizer.bin"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model in memory and where it came from."""
+    """A model and where it came from.
+
+    Attributes:
+        folder: where its weights are read from one by one, if they are not in memory: the model is then without.
+    """
 
     model: Llama
     tokenizer: Tokenizer | None
     format: Format
+    folder: Path | None = None
+
+    def origin(self) -> Origin:
+        """Return what a written file is compared with."""
+        return origin_of(self.model) if self.folder is None else _origin_in(self.folder)
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,10 @@ def detect(path: Path) -> Format:
     return "gguf" if magic == gguf_file.MAGIC else "llama2c"
 
 
-def open_source(path: Path, tokenizer: Path | None = None) -> Source:
+def open_source(path: Path, tokenizer: Path | None = None, *, is_streamed: bool = False) -> Source:
     """Load a model of any format with its tokenizer: `tokenizer`, else the one in it or beside it.
+
+    Four bits are widened. With `is_streamed` the weights of a model folder stay there.
 
     Raises:
         DataError, FormatError.
@@ -117,9 +131,28 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
         model, own = load_gguf(path)
         return Source(model, found or own, kind)
     if kind == "hf":
-        return Source(hf.load_model(path), found or _tokenizer_in(path), kind)
+        if is_streamed and not hf.is_quantized(path):
+            model, places, _ = hf.open_folder(path)
+            return Source(model.to(hf.widest_dtype(places)), found or _tokenizer_in(path), kind, path)
+        model = hf.load_model(path)
+        widen(model)
+        return Source(model, found or _tokenizer_in(path), kind)
     file = path / _MODEL_BIN if path.is_dir() else path
     return Source(llama2c.load_llama2c(file), found or _tokenizer_in(file.parent), kind)
+
+
+def _origin_in(folder: Path) -> Origin:
+    model, places, _ = hf.open_folder(folder)
+    readback_of_source = readback.read_hf_folder(folder, model.config)
+
+    def weight(name: str) -> Tensor:
+        path, entry = places[name][""]
+        return TensorReader().read(path, name, entry, entry.dtype)
+
+    def logits(input_ids: Tensor) -> Array:
+        return numpy_llama.logits(readback_of_source.weight, readback_of_source.shape, input_ids.numpy())
+
+    return Origin(model.config, [name for name, _ in model.named_parameters()], weight, logits)
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:
@@ -170,8 +203,8 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
         detect(target.path)  # only a model is replaced by one
     with (_atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
         _write(source, place, target, dtype)
-        bound = _bound(dtype, target.format, source.model.config)
-        report = verify(_read_back(place, target.format, source.model), source.model, source.tokenizer, bound)
+        bound = bound_of(dtype, target.format, source.model.config)
+        report = verify(_read_back(place, target.format, source.model), source.origin(), source.tokenizer, bound)
         if report.differing_strings and not target.accepts_tokenizer_differences:
             differing = f"{len(report.differing_strings)} of {report.num_strings} strings"
             raise GateFailed(
@@ -184,8 +217,13 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
 
 
 def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
-    model, tokenizer = source.model, source.tokenizer
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    model, tokenizer, origin = source.model, source.tokenizer, source.origin()
+    if target.format == "nf4":
+        hf.save_quantized(place, model.config, ((name, origin.weight(name)) for name in origin.names), _DTYPES[dtype])
+        if tokenizer is not None:
+            tokenizer.save(place)
+        return
+    weights = {name: origin.weight(name) for name in origin.names}
     if target.format == "gguf":
         name = target.path.stem
         save_gguf(place, model.config, weights, tokenizer, type_name=_gguf_type(dtype), model_name=name)
@@ -206,37 +244,11 @@ def _gguf_type(dtype: str) -> GGUFType:
 def _read_back(place: Path, kind: Format, model: Llama) -> readback.Readback:
     readers = {
         "hf": readback.read_hf_folder,
+        "nf4": readback.read_hf_folder,
         "gguf": readback.read_gguf_file,
         "llama2c": readback.read_llama2c_folder,
     }
     return readers[kind](place, model.config)
-
-
-def _bound(dtype: str, kind: Format, config: LlamaConfig) -> Callable[[Tensor], Tensor]:
-    """Return what the rounding of a dtype may change each weight by."""
-
-    def of_numbers(weight: Tensor, name: str) -> Tensor:
-        # half a unit in the last place; below the smallest normal number the unit is fixed
-        bits, smallest = {"f32": (24, 0.0), "f16": (11, 2.0**-25), "bf16": (8, 0.0)}[name]
-        return torch.zeros_like(weight) if name == "f32" else weight.abs() * 2.0**-bits + smallest
-
-    def of_blocks(weight: Tensor, size: int) -> Tensor:
-        largest = weight.reshape(-1, size).abs().amax(dim=1, keepdim=True)
-        # Q8_0: half of 1/127; Q4_0: a step of 1/8, since its range ends at +7; the scale itself is a float16 in GGUF.
-        step = 0.5 / 127 if dtype == "q8_0" else 1 / 8
-        allowed = largest * (step + (2.0**-11 if kind == "gguf" else 0)) * 1.001 + 127 * 2.0**-25
-        return allowed.expand(-1, size).reshape(weight.shape)
-
-    def bound(weight: Tensor) -> Tensor:
-        if weight.ndim == 1 and kind != "hf":
-            return of_numbers(weight, "f32")
-        if dtype not in ("q8_0", "q4_0"):
-            return of_numbers(weight, dtype)
-        if kind == "llama2c":
-            return of_blocks(weight, llama2c.group_size_of(config))
-        return of_numbers(weight, "f16") if weight.shape[-1] % _BLOCK else of_blocks(weight, _BLOCK)
-
-    return bound
 
 
 @contextmanager

@@ -5,6 +5,7 @@ a model that was built without storage, so the peak is the model and one block o
 and the `model.safetensors.index.json` of transformers. Projections in four bits are laid out as `bnb` says.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def load_model(
     """
     model, places, is_packed = open_folder(folder)
     if dtype is None:
-        dtype = _widest(entry.dtype for parts in places.values() for _, entry in parts.values() if len(parts) == 1)
+        dtype = widest_dtype(places)
     reader = TensorReader()
     for name, parts in places.items():
         owner = name.removesuffix(".weight")
@@ -226,11 +227,10 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     return model, places, is_packed
 
 
-def _widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
-    widest = next(dtypes)
-    for dtype in dtypes:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+def widest_dtype(places: Places) -> torch.dtype:
+    """Return the widest dtype of the weights that are not quantized."""
+    dtypes = {entry.dtype for parts in places.values() for _, entry in parts.values() if len(parts) == 1}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _check_tied(model: Llama, path: Path, entry: Entry) -> None:

@@ -6,12 +6,26 @@ permutation, a transposed matrix, a lost scaling or a swapped gate shows in the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Weights = Callable[[str], Array]
+_HEAD_ROWS = 4096
+
+
+class Rows(Protocol):
+    """A matrix, in memory or read from a file row by row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+
+    def __getitem__(self, index: Any, /) -> Array:
+        """Return rows."""
+
+
+Weights = Callable[[str], Rows]
 
 
 @dataclass(frozen=True)
@@ -30,22 +44,24 @@ class Shape:
 
 def logits(weights: Weights, shape: Shape, input_ids: Array) -> Array:
     """Return the logits (B, T, V) of `input_ids` (B, T)."""
-    embedding = weights("model.embed_tokens.weight").astype(np.float64)
-    x = embedding[input_ids]
+    x = weights("model.embed_tokens.weight")[input_ids].astype(np.float64)
     angles = np.arange(input_ids.shape[1])[:, None] * shape.frequencies.astype(np.float64)
     cos, sin = np.cos(angles) * shape.rotary_scale, np.sin(angles) * shape.rotary_scale
     for layer in range(shape.num_layers):
 
         def weight(name: str, layer: int = layer) -> Array:
-            return weights(f"model.layers.{layer}.{name}.weight").astype(np.float64)
+            return weights(f"model.layers.{layer}.{name}.weight")[:].astype(np.float64)
 
         x = x + _attention(weight, shape, _norm(x, weight("input_layernorm"), shape.eps), cos, sin)
         h = _norm(x, weight("post_attention_layernorm"), shape.eps)
         gate = h @ weight("mlp.gate_proj").T
         gated = gate / (1 + np.exp(-np.clip(gate, -700, None))) * (h @ weight("mlp.up_proj").T)
         x = x + gated @ weight("mlp.down_proj").T
-    head = embedding if shape.is_tied else weights("lm_head.weight").astype(np.float64)
-    out: Array = _norm(x, weights("model.norm.weight"), shape.eps) @ head.T
+    head = weights("model.embed_tokens.weight" if shape.is_tied else "lm_head.weight")
+    x = _norm(x, weights("model.norm.weight")[:], shape.eps)
+    out = np.empty((*input_ids.shape, head.shape[0]))
+    for start in range(0, head.shape[0], _HEAD_ROWS):  # the largest matrix of all
+        out[..., start : start + _HEAD_ROWS] = x @ head[start : start + _HEAD_ROWS].T
     return out
 
 
@@ -54,7 +70,7 @@ def _norm(x: Array, weight: Array, eps: float) -> Array:
     return out
 
 
-def _attention(weight: Weights, shape: Shape, x: Array, cos: Array, sin: Array) -> Array:
+def _attention(weight: Callable[[str], Array], shape: Shape, x: Array, cos: Array, sin: Array) -> Array:
     rows, length, _ = x.shape
     q, k, v = (
         (x @ weight(f"self_attn.{name}_proj").T).reshape(rows, length, heads, -1)

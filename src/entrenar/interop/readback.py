@@ -1,12 +1,13 @@
-"""Readers of written files that share nothing with what wrote them: safetensors by hand, GGUF by its own package,
-llama2.c by counting offsets.
+"""Readers of written files that share nothing with what wrote them: safetensors and NF4 by hand, GGUF by its own
+package, llama2.c by counting offsets.
 
 They exist for verification only. They are simple and believe the file, because the file was just written here.
 """
 
 import json
+import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,24 @@ from entrenar.interop.piece_encoder import PieceEncoder
 from entrenar.model import LlamaConfig
 from entrenar.model.rope_scaling import inverse_frequencies
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """A matrix or vector in a file, of which nothing is in memory but the rows that are asked for."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Array]
+
+    def __getitem__(self, index: Any) -> Array:
+        """Return the rows of a slice or of an array of numbers."""
+        width = math.prod(self.shape[1:])
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.shape[0])
+            return self.read(start * width, stop * width).reshape(-1, *self.shape[1:])
+        rows = [self.read(row * width, (row + 1) * width) for row in np.asarray(index).reshape(-1).tolist()]
+        return np.stack(rows).reshape(*np.shape(index), *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -56,15 +74,23 @@ def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
             header = json.loads(stream.read(size))
         places |= {name: (path, entry, 8 + size) for name, entry in header.items() if name != "__metadata__"}
 
-    def weight(name: str) -> Array:
-        path, entry, start = places[name]
+    def part(name: str, start: int = 0, stop: int | None = None) -> Array:
+        path, entry, data = places[name]
         begin, end = entry["data_offsets"]
-        raw = np.fromfile(path, np.uint8, end - begin, offset=start + begin)
+        size = (end - begin) // math.prod(entry["shape"])
+        count = (math.prod(entry["shape"]) if stop is None else stop) - start
+        raw = np.fromfile(path, np.uint8, count * size, offset=data + begin + start * size)
         if entry["dtype"] == "BF16":
             values: Array = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = raw.view(_NUMPY[entry["dtype"]])
-        return values.reshape(entry["shape"])
+            return values
+        return raw.view(_NUMPY[entry["dtype"]])
+
+    def weight(name: str) -> FileRows:
+        state = f"{name}.quant_state.bitsandbytes__nf4"
+        if state in places:
+            shape = tuple(json.loads(part(state).tobytes())["shape"])
+            return FileRows(shape, _nf4_numbers(lambda kind, *span: part(f"{name}{kind}", *span)))
+        return FileRows(tuple(places[name][1]["shape"]), lambda start, stop: part(name, start, stop))
 
     frequencies, scale = _frequencies(config, written["rope_theta"], written["head_dim"])
     shape = Shape(
@@ -76,7 +102,33 @@ def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         backend.encode_special_tokens = True
         encode = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
-    return Readback(frozenset(places), weight, shape, encode)
+    names = frozenset(name for name in places if name.endswith(".weight"))
+    unknown = {name for name in places if ".weight." in name and name.partition(".weight.")[0] + ".weight" not in names}
+    return Readback(names | unknown, weight, shape, encode)
+
+
+def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:
+    """Return a reader of a span of numbers, from codes and scales by their definition in bitsandbytes."""
+    state = json.loads(part(".quant_state.bitsandbytes__nf4").tobytes())
+    levels, block = part(".quant_map"), state["blocksize"]
+
+    def magnitudes(start: int, stop: int) -> Array:
+        scales = part(".absmax", start, stop)
+        if "nested_offset" not in state:
+            return scales
+        nested = part(".nested_absmax")[np.arange(start, stop) // state["nested_blocksize"]]
+        values: Array = part(".nested_quant_map")[scales] * nested + np.float32(state["nested_offset"])
+        return values
+
+    def numbers(start: int, stop: int) -> Array:
+        codes = part("", start // 2, -(-stop // 2))
+        pairs = np.stack((levels[codes >> 4], levels[codes & 15]), axis=1).reshape(-1)
+        places = np.arange(start, stop)
+        scales = magnitudes(start // block, -(-stop // block))
+        values: Array = pairs[start % 2 :][: stop - start] * scales[places // block - start // block]
+        return values
+
+    return numbers
 
 
 def read_gguf_file(path: Path, config: LlamaConfig) -> Readback:
