@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entrenar.errors import FormatError
 from entrenar.files import explained_disk_errors
+from entrenar.model.streaming import give_back
 
 _BLOCK_BYTES = 1 << 20
 _CHECKED_AT_ONCE = 1 << 16
@@ -125,6 +126,7 @@ class TensorReader:
             raise FormatError(f"{path} is not a valid safetensors file: {error}") from error
         if not is_finite(tensor):
             raise FormatError(f"{path}: tensor {name} holds NaN or infinite weights")
+        give_back(tensor)  # checked, and perhaps not used for long
         return tensor
 
 

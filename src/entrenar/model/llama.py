@@ -25,6 +25,7 @@ from entrenar.model.config import Checkpointing, LlamaConfig
 from entrenar.model.kv_cache import KVCache
 from entrenar.model.rope_scaling import RotaryTable
 from entrenar.model.streaming import LayerStream
+from entrenar.model.token_check import check_token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +277,7 @@ class Llama(nn.Module):
         With `documents`, no token sees another document and positions restart with each. With a `cache`, the tokens
         go on where it ends, and it grows by them.
         """
+        check_token_ids(input_ids, self.config.vocab_size, None, documents)
         context = self._context(input_ids, documents, cache)
         out: Tensor = self.model(input_ids, context)
         if cache is not None:
@@ -288,6 +290,10 @@ class Llama(nn.Module):
         """Return the state of each token as it enters block `layer`."""
         context = self._context(input_ids, documents, None)
         return self.model.blocks(self.model.embed_tokens(input_ids), context, stop=layer)
+
+    def through(self, x: Float[Tensor, "B T D"], start: int, stop: int) -> Float[Tensor, "B T D"]:
+        """Return the state of each token after block `stop - 1`, going on from the state that enters block `start`."""
+        return self.model.blocks(x, self._context(x, None, None), start, stop)
 
     def loss_from(
         self,
@@ -323,6 +329,7 @@ class Llama(nn.Module):
         self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.Documents | None = None
     ) -> Float[Tensor, ""]:
         """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t."""
+        check_token_ids(input_ids, self.config.vocab_size, targets, documents)
         asked = asked_tokens(targets)
         hidden = self.model(input_ids, self._context(input_ids, documents, None), asked)
         return self._loss_of_hidden(hidden, targets, asked)

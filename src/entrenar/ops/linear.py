@@ -9,7 +9,7 @@ product and the result is rounded once, so nothing wide outlives the call.
     dx = dy W                                          (2)
     dW = dyᵀ x                                         (3)
 
-Saved: x and W, as they are stored. `fastest_compute_dtype` measures which type to take.
+Saved: W, and x if W is trained, both as they are stored. `fastest_compute_dtype` measures which type to take.
 """
 
 import time
@@ -57,7 +57,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
         """Compute the output and save what the backward needs."""
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.compute_dtype = compute_dtype
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         y = linear_forward(rows.to(compute_dtype), weight.to(compute_dtype))
@@ -71,7 +71,8 @@ class LinearFunction(torch.autograd.Function):
         wide_dy = dy.reshape(-1, dy.shape[-1]).to(ctx.compute_dtype)  # (N, O)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = linear_backward_input(wide_dy, weight.to(ctx.compute_dtype)).to(x.dtype).view(x.shape)
+            dx = linear_backward_input(wide_dy, weight.to(ctx.compute_dtype)).to(dy.dtype)
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             wide_x = x.reshape(-1, x.shape[-1]).to(ctx.compute_dtype)  # (N, I)
             dweight = linear_backward_weight(wide_dy, wide_x).to(weight.dtype)

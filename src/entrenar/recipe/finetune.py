@@ -60,9 +60,10 @@ QUARANTINE_FILE = "quarantine.jsonl"
 _MAY_DIFFER = (
     "model", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
     "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload", "train.offload_dir",
-    "train.offload_budget_gb", "train.freed_memory", "checkpoint.save_every", "checkpoint.keep_last",
-    "checkpoint.keep_best", "sft.max_eval_examples", "task.task_data", "task.metric", "task.max_task_examples",
-    "task.sample_answers", "task.max_answer_tokens", "trunk.trunk_dir", "trunk.trunk_budget_gb", "trunk.trunk_checks",
+    "train.offload_budget_gb", "train.freed_memory", "train.stream_base", "checkpoint.save_every",
+    "checkpoint.keep_last", "checkpoint.keep_best", "sft.max_eval_examples", "task.task_data", "task.metric",
+    "task.max_task_examples", "task.sample_answers", "task.max_answer_tokens", "trunk.trunk_dir",
+    "trunk.trunk_budget_gb", "trunk.trunk_checks",
 )  # fmt: skip
 
 
@@ -161,6 +162,8 @@ def _train(config: FinetuneConfig, parts: _Parts, checkpoint: Checkpoint | None,
     observer.on_stage(f"{len(parts.rows.train):,} examples in {loader.num_rows:,} rows, {config.sft.batching}")
     model.train()
     model.checkpointing = config.train.checkpointing
+    if config.train.stream_base:
+        model.stream_base()
     loss = batch_loss(model, parts.device, is_compiled=config.train.compile)
     if parts.trunk is not None:
         loss = _cached_loss(parts.trunk, parts.device)

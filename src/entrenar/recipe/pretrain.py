@@ -46,8 +46,8 @@ from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_
 _MAY_DIFFER = (
     "name", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
     "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload", "train.offload_dir",
-    "train.offload_budget_gb", "train.freed_memory", "checkpoint.save_every", "checkpoint.keep_last",
-    "checkpoint.keep_best", "data.max_eval_batches",
+    "train.offload_budget_gb", "train.freed_memory", "train.stream_base", "checkpoint.save_every",
+    "checkpoint.keep_last", "checkpoint.keep_best", "data.max_eval_batches",
 )  # fmt: skip
 
 
@@ -88,6 +88,8 @@ def train(
         before = held_out.measure()
     model.train()
     model.checkpointing = config.train.checkpointing
+    if config.train.stream_base:
+        model.stream_base()
     task = Task(
         module=model,
         batches=iter(checked.loader),

@@ -50,6 +50,8 @@ class TrainConfig(BaseModel):
     """Compile the model with torch.compile."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass instead of keeping them."""
+    stream_base: bool = False
+    """Keep only the frozen layers in memory that are being used; the base must be mapped from its folder."""
     offload: Literal["none", "host", "disk"] = "none"
     """Where activations wait for the backward pass: where they are, a GPU's in the host's memory, or in a file."""
     offload_dir: Path | None = None
