@@ -1,0 +1,79 @@
+"""Run the fuzz targets, each after a control: the planted fault must be found, else the fuzzer shows nothing.
+
+    python fuzz/run.py --runs 1000000 --out quality/results/fuzz.json [TARGET…]
+
+An input that breaks a target is left in fuzz/ as crash-TARGET-…: it becomes a regression test.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TARGETS = sorted(path.stem for path in (HERE / "fuzz_targets").glob("*.py"))
+CRASHED = 77
+CONTROL_RUNS = 300_000
+
+
+def run(target: str, runs: int, *, planted: bool) -> tuple[int, dict[str, int], str]:
+    """Run one target; return its exit code, libFuzzer's counts, and the end of what it said."""
+    dictionary = HERE / "fuzz_targets" / f"{target}.dict"
+    with tempfile.TemporaryDirectory() as corpus:
+        artifacts = corpus + "/" if planted else f"{HERE}/crash-{target}-"
+        command = [
+            sys.executable, str(HERE / "fuzz_targets" / f"{target}.py"), f"-runs={runs}", "-max_len=1024",
+            "-timeout=10", "-len_control=0", "-rss_limit_mb=3000", "-print_final_stats=1",
+            f"-artifact_prefix={artifacts}",
+            *([f"-dict={dictionary}"] if dictionary.is_file() else []), *(["--planted"] if planted else []), corpus,
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        said = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    counts = {name: int(value) for name, value in re.findall(r"stat::(\w+):\s+(\d+)", said.stderr)}
+    edges = re.findall(r"cov: (\d+)", said.stderr)
+    return said.returncode, counts | ({"edges": int(edges[-1])} if edges else {}), said.stderr[-2000:]
+
+
+def main() -> int:
+    """Run controls and targets; return 0 if every control is found and no target breaks."""
+    parser = argparse.ArgumentParser(description="Fuzz tokenizer, model input and loaders.")
+    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET", help=f"among {', '.join(TARGETS)}")
+    parser.add_argument("--runs", type=int, default=1_000_000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results, failed = {}, False
+    for target in options.targets:
+        status, counts, said = run(target, CONTROL_RUNS, planted=True)
+        is_found = status == CRASHED
+        control = counts.get("number_of_executed_units")
+        print(f"{target}: planted fault {'found' if is_found else 'NOT FOUND'} after {control} runs")
+        started = datetime.now(UTC)
+        status, counts, said = run(target, options.runs, planted=False)
+        done = counts.get("number_of_executed_units", 0)
+        is_sound = status == 0 and done >= options.runs
+        print(f"{target}: {done} runs, {counts.get('edges')} edges, {'no fault' if is_sound else f'exit {status}'}")
+        if not is_sound:
+            print(said, file=sys.stderr)
+        failed |= not (is_found and is_sound)
+        results[target] = {
+            "runs": done, "edges": counts.get("edges"), "new_units": counts.get("new_units_added"), "exit": status,
+            "elapsed_s": round((datetime.now(UTC) - started).total_seconds(), 1), "control_found_after": control,
+        }  # fmt: skip
+    if options.out:
+        facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        date = datetime.now(UTC).date().isoformat()
+        options.out.write_text(
+            json.dumps({"date": date, **facts, "targets": results}, indent=1) + "\n", encoding="utf-8"
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
