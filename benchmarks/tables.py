@@ -105,7 +105,8 @@ def setting(measured: dict[str, Any]) -> str:
     words = [f"{work['examples']} rows", f"{work['rounds']} epochs", f"rank {work['rank']}"]
     if work["part"] == "speed":
         words += [f"top:{work['top']} of {work['targets']}", f"learning rate {work['lr']}", f"full's {work['full_lr']}"]
-    return ", ".join([*words, f"{work.get('clock', 'wall')} time", measured["cpu"], measured["date"]])
+    words += [f"{work.get('clock', 'wall')} time of {work['threads']} threads", measured["cpu"].split(",")[0]]
+    return ", ".join([*words, measured["date"]])
 
 
 def tasks() -> str:

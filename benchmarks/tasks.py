@@ -1,6 +1,6 @@
 """What fine-tuning teaches: three tasks before and after, a control, and the fall of the held-out loss for three seeds.
 
-    python benchmarks/tasks.py rows    --tasks scan --source scan_simple_train.txt --out scan.jsonl
+    python benchmarks/tasks.py rows    --tasks endings --source tinystories.txt --out endings.jsonl
     python benchmarks/tasks.py quality --model DIR --sources FOLDER              base, tuned, tuned on shuffled answers
     python benchmarks/tasks.py falls   --model DIR                               held-out loss at every evaluation
 
@@ -12,6 +12,7 @@ The intervals are 95 % bootstrap intervals over the questions, of a score and of
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import turns
 
 ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 10_000
+_ENDS = re.compile(r"(?<=[.!?\"])\s+([^.!?]{20,120}[.!?]\"?)\s*$")
 _ACTIONS = {"I_TURN_LEFT": "left", "I_TURN_RIGHT": "right", "I_JUMP": "jump", "I_WALK": "walk", "I_RUN": "run",
             "I_LOOK": "look"}  # fmt: skip
 
@@ -60,12 +62,22 @@ def scan_rows(line: str) -> dict[str, str]:
     return {"prompt": f"{command} =", "completion": "".join(f" {_ACTIONS[action]}" for action in actions.split())}
 
 
-ROWS = {"sst2": sst2_rows, "scan": scan_rows}
+def ending_rows(story: str) -> dict[str, str]:
+    """Make a row of a story: all but its last sentence, and that."""
+    last = _ENDS.search(story)
+    assert last is not None, story
+    return {"prompt": story[: last.start()].strip(), "completion": f" {last[1]}"}
+
+
+ROWS = {"sst2": sst2_rows, "scan": scan_rows, "endings": ending_rows}
 
 
 def convert(task: str, source: Path, limit: int | None = None) -> list[dict[str, str]]:
-    """Return the rows of a task's file, in an order that mixes its kinds."""
-    lines = source.read_text(encoding="utf-8").splitlines()
+    """Return the rows of a task's file, in an order that mixes its kinds; of stories, those of 300 to 900 letters."""
+    text = source.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    if task == "endings":
+        lines = [story for story in text.split("<|endoftext|>") if 300 < len(story) < 900 and _ENDS.search(story)]
     return [ROWS[task](line) for line in mixed(lines)[:limit]]
 
 

@@ -68,6 +68,9 @@ def test_rows_of_the_tasks_hold_what_the_sources_say() -> None:
     assert tasks.sst2_rows("fine\t1")["completion"] == " good"
     row = tasks.scan_rows("IN: jump left twice OUT: I_TURN_LEFT I_JUMP I_TURN_LEFT I_JUMP")
     assert row == {"prompt": "jump left twice =", "completion": " left jump left jump"}
+    story = "Ann had a cat.\nThe cat ran away! But in the end, it came home to Ann.\n"
+    body = "Ann had a cat.\nThe cat ran away!"
+    assert tasks.ending_rows(story) == {"prompt": body, "completion": " But in the end, it came home to Ann."}
     assert len(set(tasks._ACTIONS.values())) == len(tasks._ACTIONS)
 
 
