@@ -266,11 +266,7 @@ class Llama(nn.Module):
         return self.model.norm.weight.dtype
 
     def hidden(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        *,
-        documents: ops.Documents | None = None,
-        cache: KVCache | None = None,
+        self, input_ids: Int[Tensor, "B T"], *, documents: ops.Documents | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return the final hidden state of each token, after the last norm.
 
@@ -316,11 +312,7 @@ class Llama(nn.Module):
         return ops.nf4_linear(hidden, weight, compute_dtype=self.compute_dtype)
 
     def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        *,
-        documents: ops.Documents | None = None,
-        cache: KVCache | None = None,
+        self, input_ids: Int[Tensor, "B T"], *, documents: ops.Documents | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T V"]:
         """Return the logits of the token after each token."""
         return self.logits(self.hidden(input_ids, documents=documents, cache=cache))
