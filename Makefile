@@ -5,7 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 PROMPTS := "def read_json(path):" "class Stack:" "import os"
 
-.PHONY: help quickstart finetune-demo test lint format types check clean
+# Tests compute on one thread each: the same bits everywhere, and a fork is safe.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Without the plugins that pytest finds by itself a run starts in half the time; the gradient checks need none.
+BARE := $(ONE_THREAD) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+RESIDENT := $(BIN)/python -m entrenar.quality.resident
+FUZZ_RUNS ?= 1000000
+MUTATION ?=
+BASE ?= origin/main
+
+.PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
+  tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-llama fuzz fuzz-smoke chaos proofs \
+  certificates
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -25,6 +36,10 @@ $(VENV)/.test: $(VENV)/.base
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
+$(VENV)/.tier3: $(VENV)/.test
+	@$(PIP) --editable '.[tier3]'
+	@touch $@
+
 quickstart: $(VENV)/.base ## train a small LLaMA on this machine's own Python sources, in about five minutes
 	$(BIN)/entrenar prepare stdlib --out corpora/stdlib --vocab-size 4096 --if-missing
 	$(BIN)/entrenar train --config configs/quickstart.toml --overwrite
@@ -39,8 +54,9 @@ finetune-demo: $(VENV)/.base ## teach the quickstart's model to write docstrings
 	$(BIN)/python examples/finetune_docstrings/make_rows.py --out corpora/docstrings
 	$(BIN)/entrenar finetune --config examples/finetune_docstrings/config.toml --overwrite
 
-test: $(VENV)/.test ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.test ## run the tests, and record which lines and branches they reach
+	@$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
 
 lint: $(VENV)/.test ## ruff, with every ignored rule's reason in pyproject.toml
 	$(BIN)/ruff check .
@@ -49,11 +65,71 @@ lint: $(VENV)/.test ## ruff, with every ignored rule's reason in pyproject.toml
 types: $(VENV)/.test ## mypy --strict
 	$(BIN)/mypy
 
-check: lint types test ## all three
+check: tier2 ## all that a commit must pass
+
+tier1: $(VENV)/.test ## gradient checks, lint, types of changed files: seconds, at each save
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target tier1-gradients tier1-lint tier1-types
+
+tier1-gradients:
+	@$(BARE) $(RESIDENT) run -q -p no:cacheprovider tests/ops/test_every_op.py -k is_the_derivative
+
+tier1-lint:
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+
+tier1-types:
+	@changed=$$(git diff --name-only --diff-filter=d HEAD -- 'src/*.py'; git ls-files --others --exclude-standard 'src/*.py'); \
+	  if [ -n "$$changed" ]; then $(BIN)/mypy $$changed; fi
+
+tier1-serve: $(VENV)/.test ## keep torch imported, so that tier1 takes a tenth of the time; stays in the foreground
+	$(BARE) $(RESIDENT) serve pytest torch numpy hypothesis sympy jaxtyping torch.distributed.tensor torch.autograd.gradcheck
+
+tier2: lint types coverage ## lint, types, all tests, coverage against its floors: minutes, at each commit
+
+tier3: mutation fuzz proofs chaos property-power property-10k certificates ## what takes hours: nightly
+
+coverage: test coverage-gate ## all tests, and coverage of each part against its floor in quality/risk.toml
+
+coverage-gate: $(VENV)/.test
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage json --quiet -o coverage.json
+	@$(BIN)/coverage xml --quiet -o coverage.xml
+	$(BIN)/entrenar quality risk --coverage coverage.json
+
+coverage-critical: export COVERAGE_FILE := .coverage-critical
+coverage-critical: $(VENV)/.test ## attention, LoRA and NF4: a report in coverage-critical/, and their floors
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q tests/ops tests/peft
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage html --quiet -d coverage-critical
+	@$(BIN)/coverage json --quiet -o coverage-critical/coverage.json
+	$(BIN)/entrenar quality risk --critical --coverage coverage-critical/coverage.json
+
+coverage-diff: $(VENV)/.tier3 ## the lines changed since BASE must be covered; after `make coverage`
+	$(BIN)/diff-cover coverage.xml --compare-branch=$(BASE) --fail-under=95
+
+mutation: $(VENV)/.test ## plant mutants in the critical files; only what changed runs again (MUTATION=--fresh: all)
+	$(ONE_THREAD) $(BIN)/entrenar quality mutate --failures-only --fail-on-threshold $(MUTATION)
+
+mutation-llama: mutation
+
+fuzz: $(VENV)/.tier3 ## FUZZ_RUNS inputs (a million) for tokenizer, model and loaders, each after a planted fault
+	$(BIN)/python fuzz/run.py --runs $(FUZZ_RUNS) --out quality/results/fuzz.json
+
+fuzz-smoke: $(VENV)/.tier3 ## the planted faults, and 20,000 inputs for each target
+	$(BIN)/python fuzz/run.py --runs 20000
+
+proofs: $(VENV)/.test ## derivations, index logic and shapes, proved within stated bounds
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m proof
+
+chaos: $(VENV)/.test ## kills, full disks, starved memory
+	$(BIN)/python -m pytest -q -m chaos
+
+certificates: $(VENV)/.test ## what is proved and measured of each operation, written to quality/certificates.json
+	$(ONE_THREAD) $(BIN)/entrenar verify ops --out quality/certificates.json
 
 format: $(VENV)/.test ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## delete environment, runs and corpora
-	rm -rf $(VENV) runs corpora .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs corpora .pytest_cache .mypy_cache .ruff_cache coverage.json coverage.xml coverage-critical .coverage*

@@ -65,6 +65,17 @@ def test_only_what_changed_runs_again(toy):
     assert {verdict.function for verdict in ran} == {"double"}
 
 
+def test_when_time_is_up_the_rest_keep_what_is_known(toy):
+    """Known verdicts stay; mutants of new code without any are errors, which the gate counts."""
+    first = mutate(Project(toy), [TOY])
+    (toy / "tests" / "test_toy.py").write_text(TESTS + "\n")
+    assert mutate(Project(toy), [TOY], first, until=0.0) == first
+    (toy / "toy.py").write_text((toy / "toy.py").read_text() + "\n\ndef triple(x):\n    return x * 3\n")
+    late = mutate(Project(toy), [TOY], first, until=0.0)
+    assert {v.status for v in late if v.function == "triple"} == {"error"}
+    assert {v.reason for v in late if v.status == "error"} == {"not tried: the time was up"}
+
+
 def test_a_weaker_test_wakes_the_dead(toy):
     """A kill does not outlive the test that made it."""
     first = mutate(Project(toy), [TOY])

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,6 +49,7 @@ def _add_mutate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="try all mutants again, whatever is known")
     parser.add_argument("--known-only", action="store_true", help="run nothing: report what the last run found")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="components at a time")
+    parser.add_argument("--minutes", type=float, metavar="N", help="then stop; mutants not tried keep what is known")
     parser.set_defaults(check=_mutate)
 
 
@@ -89,9 +92,10 @@ def _run(
     os.nice(19)
     known = [] if parsed.fresh else before
     project = mutation.Project(root)
+    until = math.inf if parsed.minutes is None else time.time() + 60 * parsed.minutes
     found: list[mutation.Verdict] = []
     for batch in _batches(components, parsed.jobs):
-        found += mutation.mutate(project, batch, known, jobs=parsed.jobs, on_verdict=_tick)
+        found += mutation.mutate(project, batch, known, jobs=parsed.jobs, until=until, on_verdict=_tick)
         done = {verdict.file for verdict in found}
         everything = [verdict for verdict in before if verdict.file not in done] + found
         mutation.write_verdicts(root / _RESULTS, everything, mutation_report.summary(everything, argued))

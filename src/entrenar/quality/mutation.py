@@ -7,6 +7,7 @@ Timeouts and errors are no verdicts and are tried again each time.
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -92,21 +93,29 @@ def mutate(
     known: Sequence[Verdict] = (),
     *,
     jobs: int = 1,
+    until: float = math.inf,
     on_verdict: Callable[[Verdict], None] = lambda _: None,
 ) -> list[Verdict]:
     """Return a verdict on every mutant of the components' files; those of `known` that still hold are not run again.
+
+    Mutants that never had a verdict come first. At the time `until` the rest keep the verdict they had; one that had
+    none is an error, and so counts as without a verdict.
 
     Raises:
         ConfigError: a file is missing.
         GateFailed: the unchanged tests fail, so that nothing can be learned from them.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(_component, project, component, known, on_verdict) for component in components]
+        runs = [pool.submit(_component, project, component, known, until, on_verdict) for component in components]
         return [verdict for run in runs for verdict in run.result()]
 
 
 def _component(
-    project: Project, component: Component, known: Sequence[Verdict], on_verdict: Callable[[Verdict], None]
+    project: Project,
+    component: Component,
+    known: Sequence[Verdict],
+    until: float,
+    on_verdict: Callable[[Verdict], None],
 ) -> list[Verdict]:
     files = {path: project.file(path) for path in component.files}
     before = {(v.file, _name(v)): v for v in known}
@@ -123,15 +132,15 @@ def _component(
                 kept[place] = replace(old, line=site.mutant.line)
             else:
                 todo[place] = site.mutant
-    for record in _work(project, component, todo) if todo else ():
+    for record in _work(project, component, sorted(todo, key=before.__contains__), until) if todo else ():
         place = (record["path"], record["name"])
         verdict = _verdict(todo[place], record)
         verdict = replace(verdict, key=project.key(functions[place], verdict.status, verdict.killed_by, component))
         on_verdict(verdict)
         kept[place] = verdict
-    missing = sorted(set(todo) - set(kept))
-    if missing:
-        raise GateFailed(f"{component.name}: {len(missing)} mutants were not tried, the first is {missing[0]}")
+    for place in set(todo) - set(kept):
+        untried = _verdict(todo[place], {"status": "error", "reason": "not tried: the time was up"})
+        kept[place] = replace(before[place], line=todo[place].line) if place in before else untried
     return [kept[path, site.mutant.name] for path, file in files.items() for site in file.sites]
 
 
@@ -147,13 +156,17 @@ def _verdict(mutant: Mutant, record: dict[str, Any]) -> Verdict:
     )  # fmt: skip
 
 
-def _work(project: Project, component: Component, todo: dict[tuple[str, str], Mutant]) -> Iterator[dict[str, Any]]:
+def _work(
+    project: Project, component: Component, todo: Sequence[tuple[str, str]], until: float
+) -> Iterator[dict[str, Any]]:
     """Run a worker on the mutants; yield what it says of each."""
     tests = [test for test in component.tests if (project.root / test).exists()]
     if not tests:
         raise ConfigError(f"{component.name}: none of its tests exists: {', '.join(component.tests)}")
     job = {
-        "files": {path: [name for file, name in todo if file == path] for path in component.files},
+        "files": list(component.files),
+        "mutants": todo,
+        "until": until,
         "tests": tests,
         "select": _DEFAULT_SELECTION,
         "control_limit_s": _CONTROL_LIMIT_S,

@@ -86,11 +86,13 @@ class Worker:
         self._report({"kind": "control", **control})
         if control["status"] != "survived":
             return True
-        for path, file in self.files.items():
-            wanted = set(self.job["files"][path])
-            for site in file.sites:
-                if site.mutant.name in wanted:
-                    self._try(site, file, functions, [items[name] for name in self._order(site, base)], base["seconds"])
+        sites = {(path, site.mutant.name): site for path, file in self.files.items() for site in file.sites}
+        for path, name in self.job["mutants"]:
+            if time.time() > self.job["until"]:
+                break
+            site = sites[path, name]
+            tests = [items[test] for test in self._order(site, base)]
+            self._try(site, self.files[path], functions, tests, base["seconds"])
         return True
 
     def _baseline(self, session: pytest.Session) -> dict[str, Any]:
