@@ -1,7 +1,8 @@
 """Fixtures for every test: one thread, fixed seeds, counted properties, the real data when it lies beside the project.
 
 `--certificate PATH` keeps what the tests showed about each operation; `--count-cases` prints how many cases each
-property passed; `--hypothesis-profile` takes one of the profiles below.
+property passed; `--power` plants each property's own mutant and demands that the property fails; `--hypothesis-profile`
+takes one of the profiles below.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from .certificate import Certificate
+from .mutants import planted
 
 torch.set_num_threads(1)
 
@@ -34,25 +36,30 @@ settings.load_profile("tier2")
 
 CERTIFICATE = pytest.StashKey[Certificate]()
 CASES = pytest.StashKey[dict[str, int]]()
+KILLED = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--certificate", type=Path, help="write what was shown about each operation to this JSON file")
     parser.addoption("--count-cases", action="store_true", help="print how many cases each property passed")
+    parser.addoption("--power", action="store_true", help="run each property against the mutant that it must kill")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CERTIFICATE] = Certificate()
     config.stash[CASES] = {}
+    config.stash[KILLED] = {}
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Count the cases that a property passes."""
+    """Count the cases that a property passes, or hold it against its mutant."""
     handle = getattr(getattr(item, "obj", None), "hypothesis", None)
     marker = item.get_closest_marker("property")
     if handle is None or marker is None:
         return (yield)
+    if item.config.getoption("--power"):
+        return (yield from killing(item))
     inner, cases = handle.inner_test, item.config.stash[CASES]
     cases[item.nodeid] = 0
     handle.inner_test = counted(inner, cases, item.nodeid)
@@ -63,6 +70,21 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     for op in marker.args:
         item.config.stash[CERTIFICATE].add(op, "property", test=item.nodeid, cases=cases[item.nodeid])
     return result
+
+
+def killing(item: pytest.Item) -> Iterator[None]:
+    """Run a property while its mutant is planted; its failing is the success."""
+    mutant = item.get_closest_marker("kills")
+    if mutant is None:
+        pytest.fail("this property names no mutant that it kills: mark it kills(module, old, new)")
+    module, old, new = mutant.args
+    with planted(f"entrenar.{module}", old, new):
+        try:
+            yield
+        except AssertionError:  # anything else is no verdict of the property, and fails it
+            item.config.stash[KILLED][item.nodeid] = f"{module}: {old!r} -> {new!r}"
+            return
+    pytest.fail(f"the property holds although {module} has {new!r} for {old!r}")
 
 
 def counted(inner: Callable[..., Any], cases: dict[str, int], name: str) -> Callable[..., Any]:
@@ -83,6 +105,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for name, count in cases.items():
             terminalreporter.write_line(f"[property] passed {count} cases: {name}")
         terminalreporter.write_line(f"[property] {len(cases)} properties, {sum(cases.values())} cases")
+    for name, mutant in config.stash[KILLED].items():
+        terminalreporter.write_line(f"[power] {name.split('::')[1]} kills {mutant}")
     path = config.getoption("--certificate")
     if path is not None:
         config.stash[CERTIFICATE].write(path)
