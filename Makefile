@@ -121,6 +121,12 @@ fuzz-smoke: $(VENV)/.tier3 ## the planted faults, and 20,000 inputs for each tar
 proofs: $(VENV)/.test ## derivations, index logic and shapes, proved within stated bounds
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m proof
 
+property-power: $(VENV)/.test ## plant each property's own mutant, which it must kill, and print which
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m property --power --hypothesis-profile mutation
+
+property-10k: $(VENV)/.test ## 10,000 counted cases of each property
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m property --cases 10000 --count-cases
+
 chaos: $(VENV)/.test ## kills, full disks, starved memory
 	$(BIN)/python -m pytest -q -m chaos
 

@@ -1,8 +1,8 @@
 """Fixtures for every test: one thread, fixed seeds, counted properties, the real data when it lies beside the project.
 
-`--certificate PATH` keeps what the tests showed about each operation; `--count-cases` prints how many cases each
-property passed; `--power` plants each property's own mutant and demands that the property fails; `--hypothesis-profile`
-takes one of the profiles below.
+`--certificate PATH` keeps what the tests showed about each operation. `--count-cases` prints how many cases each
+property passed, `--cases N` runs N of each, whatever it asks for itself, `--power` plants each property's own mutant
+and demands that the property fails. `--hypothesis-profile` takes one of the profiles below.
 """
 
 import functools
@@ -42,6 +42,7 @@ KILLED = pytest.StashKey[dict[str, str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--certificate", type=Path, help="write what was shown about each operation to this JSON file")
     parser.addoption("--count-cases", action="store_true", help="print how many cases each property passed")
+    parser.addoption("--cases", type=int, help="run this many cases of each property")
     parser.addoption("--power", action="store_true", help="run each property against the mutant that it must kill")
 
 
@@ -60,6 +61,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
     if item.config.getoption("--power"):
         return (yield from killing(item))
+    if item.config.getoption("--cases"):
+        asked = item.obj._hypothesis_internal_use_settings
+        item.obj._hypothesis_internal_use_settings = settings(asked, max_examples=item.config.getoption("--cases"))
     inner, cases = handle.inner_test, item.config.stash[CASES]
     cases[item.nodeid] = 0
     handle.inner_test = counted(inner, cases, item.nodeid)

@@ -518,8 +518,7 @@ def test_the_model_never_sees_the_next_token(seed, heads, time):
 
 
 @pytest.mark.property("attention", "rope")
-@pytest.mark.kills("model.llama", "cos, sin = self.rotary.of_documents(documents)",
-                   "n = tokens.shape[1]\n            cos, sin = (table[None, :n] for table in self.rotary.rows(n, tokens.device))")  # fmt: skip
+@pytest.mark.kills("model.llama", "documents=context.documents", "documents=None")
 @whole_model
 @given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=3), seed=seeds(), heads=models["heads"])
 def test_the_model_reads_a_packed_document_as_it_is_alone(seed, heads, lengths):
