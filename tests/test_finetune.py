@@ -207,7 +207,8 @@ def test_task_and_samples_are_measured_during_training(base, data, tmp_path):
     held_out = [record.held_out for record in records if record.held_out is not None]
     assert all(set(figures) == {"loss", "accuracy"} for figures in held_out)
     assert report.after.task == held_out[-1]["accuracy"]
-    assert sum("→" in line for line in said) == len(held_out)
+    for begin in ("  asked  … ", "  wanted   ", "  answer → "):
+        assert sum(line.startswith(begin) for line in said) == len(held_out)
 
 
 def test_bad_rows_stop_the_run_before_it_begins_or_are_set_aside(base, data, tmp_path):

@@ -111,3 +111,12 @@ def test_nothing_is_overwritten_unasked(folders: Path, capsys: pytest.CaptureFix
     base = str(folders / "base")
     assert main(["merge", base, str(folders / "adapter"), base, "--overwrite"]) == 2
     assert "OUT must be another folder than BASE and ADAPTER" in capsys.readouterr().err
+
+
+def test_an_adapter_may_be_named_by_its_checkpoint(folders: Path) -> None:
+    """As with every other command, the folder that holds the adapter's `model` folder will do."""
+    (folders / "checkpoint").mkdir()
+    (folders / "adapter").rename(folders / "checkpoint" / "model")
+    (folders / "checkpoint").rename(folders / "adapter")
+    assert merge(folders) == 0
+    assert (folders / "out" / "model.safetensors").is_file()

@@ -14,7 +14,7 @@ from entrenar.interop import save_model
 from entrenar.interop.hf_peft import load_adapter, read_base
 from entrenar.model import Llama
 from entrenar.peft import DEFAULT_ADAPTER, MergeReport, checked_merge, quantized_projections, unload, widen
-from entrenar.recipe import open_model
+from entrenar.recipe import model_folder, open_model
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROBE_SEED = 0
@@ -30,8 +30,9 @@ def run(words: Sequence[str]) -> int:
     if parsed.out.exists() and not parsed.overwrite:
         raise ConfigError(f"{parsed.out} exists already; give --overwrite or another folder")
     model, tokenizer = open_model(parsed.base, dtype=getattr(torch, parsed.dtype) if parsed.dtype else None)
-    load_adapter(parsed.adapter, model, is_other_base_allowed=parsed.other_base)
-    trained_over, is_quantized = read_base(parsed.adapter), next(quantized_projections(model), None) is not None
+    adapter = model_folder(parsed.adapter)
+    load_adapter(adapter, model, is_other_base_allowed=parsed.other_base)
+    trained_over, is_quantized = read_base(adapter), next(quantized_projections(model), None) is not None
     probe = _probe(model, tokenizer, parsed.probe, parsed.probe_tokens)
     report = checked_merge(model, DEFAULT_ADAPTER, probe, refuse_above=parsed.refuse_if)
     unload(model)
@@ -50,7 +51,7 @@ def _arguments() -> argparse.ArgumentParser:
         "merge", "Add an adapter to the weights of a base, in float32, and write a model folder of the base's dtype."
     )
     arguments.add_argument("base", type=Path, help="the base: a run, a checkpoint or a model folder")
-    arguments.add_argument("adapter", type=Path, help="an adapter folder in PEFT's format")
+    arguments.add_argument("adapter", type=Path, help="the adapter: a run, a checkpoint or a folder in PEFT's format")
     arguments.add_argument("out", type=Path, help="the model folder to write")
     arguments.add_argument("--dtype", choices=_DTYPES, help="dtype of the merged weights (default: the base's)")
     arguments.add_argument("--refuse-if", type=float, metavar="X", help="write nothing if a logit moves by more than X")

@@ -371,12 +371,18 @@ def _task_share(config: FinetuneConfig, parts: _Parts) -> float | None:
 def _samples(config: FinetuneConfig, parts: _Parts) -> list[str]:
     limit = parts.model.config.context_length
     examples = [example for example in parts.rows.held_out if 0 < example.answer_start < limit]
-    prompts = [question_of(example).prompt for example in examples[: config.task.sample_answers]]
+    questions = [question_of(example) for example in examples[: config.task.sample_answers]]
+    prompts = [question.prompt for question in questions]
+    lines = []
     answers = write_answers(parts.model, parts.tokenizer, prompts, config.task.max_answer_tokens)
-    return [
-        f"  … {parts.tokenizer.decode(prompt)[-60:]!r} → {answer.strip()!r:.120}"
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    for question, answer in zip(questions, answers, strict=True):
+        asked, wanted = (parts.tokenizer.decode(ids) for ids in (question.prompt, question.answer))
+        lines += [
+            f"  asked  … {asked[-80:]!r}",
+            f"  wanted   {wanted.strip()!r:.100}",
+            f"  answer → {answer.strip()!r:.100}",
+        ]
+    return lines
 
 
 def resumable_finetune_config(run_dir: Path, flags: Mapping[str, str]) -> FinetuneConfig:
