@@ -1,19 +1,28 @@
-"""`entrenar doctor`: what this machine has, what is installed, and whether gradients come out right here."""
+"""`entrenar doctor`: what this machine has, what is installed, and whether gradients come out right here.
 
+With `--numerics --config FILE` it compares, on that config and its data, every way a run may compute its gradient.
+"""
+
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from entrenar import __version__, ops
 from entrenar.cli import flags
-from entrenar.errors import EntrenarError, GateFailed
+from entrenar.errors import ConfigError, EntrenarError, GateFailed
 from entrenar.model import Llama, LlamaConfig
+from entrenar.recipe import Observer
+from entrenar.recipe.numerics import Numerics, compare_ways
 
 _EXTRAS = {
     "pyarrow": "parquet sources",
@@ -29,7 +38,15 @@ _ROUNDING, _STENCIL = 1e-12, 1e-6
 def run(words: Sequence[str]) -> int:
     """Print the report; return 0 if all is well, 1 if a gradient is wrong, 3 if the machine lacks something."""
     arguments = flags.parser("doctor", "Check the machine, the install, and that gradients are right on them.")
-    flags.parse(arguments, words)
+    arguments.add_argument("--numerics", action="store_true", help="compare every way to the gradient, on --config")
+    arguments.add_argument("--compiled", action="store_true", help="numerics: also through torch.compile")
+    arguments.add_argument("--json", action="store_true", help="numerics: print JSON")
+    flags.add_config_flags(arguments)
+    parsed = flags.parse(arguments, words)
+    if parsed.numerics:
+        return _numerics(parsed)
+    if parsed.json or parsed.compiled or flags.given_flags(parsed) or parsed.config:
+        raise ConfigError("--config, its flags, --compiled and --json belong to --numerics; add it, or leave them out")
     _print_rows("machine", _machine())
     _print_rows("install", _install())
     failed = _print_checks("gradients", _gradient_checks())
@@ -40,6 +57,33 @@ def run(words: Sequence[str]) -> int:
         return 3
     print("\nall well")
     return 0
+
+
+def _numerics(parsed: argparse.Namespace) -> int:
+    """Compare the ways of a config; return 0 if all give the same gradient."""
+    stage = Observer() if parsed.json else Observer(on_stage=lambda name: print(f"  … {name}", file=sys.stderr))
+    found = compare_ways(flags.config_of(parsed), with_compiler=parsed.compiled, observer=stage)
+    if parsed.json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        print(*_numerics_table(found), sep="\n")
+    differing = [f"{finding.way} (most in {finding.worst})" for finding in found.findings if finding.is_same is False]
+    if differing:
+        raise GateFailed(f"another gradient: {'; '.join(differing)}; do not train in these ways with this install")
+    return 0
+
+
+def _numerics_table(found: Numerics) -> Iterator[str]:
+    yield f"{found.parameters:,} parameters in {found.precision}, products in {found.compute_dtype}"
+    yield f"{found.rows} rows of {found.seq_len} tokens; the plain way is {found.rounding:.1e} off from float64"
+    yield ""
+    yield f"{'':<7}{'way':<42} {'in float64':>10}  in {found.precision}"
+    for finding in found.findings:
+        if finding.float64 is None or finding.own is None:
+            yield f"{'-':<7}{finding.way:<42} {finding.note}"
+            continue
+        own = "same bits" if finding.same_bits else f"{finding.own:.1e}"
+        yield f"{'same' if finding.is_same else 'OTHER':<7}{finding.way:<42} {finding.float64:>10.1e}  {own}"
 
 
 def _print_rows(title: str, rows: Iterator[tuple[str, str]]) -> None:

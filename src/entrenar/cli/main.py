@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": "put an adapter into the weights of its base, and say what that cost",
     "config": "print, validate, diff, or give the JSON schema of run configs",
     "quality": "what the tests notice (mutants) and reach (coverage), by risk",
+    "verify": "prove and measure the operations: one certificate for each",
     "doctor": "check the machine and the install",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}
