@@ -55,6 +55,19 @@ def test_every_format_and_dtype_of_the_trained_model_is_proved(tmp_path, stories
     )
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("version", [0, 1])
+def test_both_layouts_of_llama2c_are_proved(tmp_path, make_model, version, is_tied):
+    """The version that was asked for is written, with the head or without, and no weight changes."""
+    model = make_model(tie_word_embeddings=is_tied)
+    place = target(tmp_path, "llama2c", llama2c_version=version)
+    report = convert(Source(model, None, "hf"), place)
+    assert report.metrics["tensor_error"] == 0
+    assert llama2c.read_header(place.path / "model.bin").version == version
+    back = open_source(place.path).model.state_dict()
+    assert all(torch.equal(weight, back[name]) for name, weight in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "scaling",
     [

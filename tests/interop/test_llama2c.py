@@ -53,11 +53,12 @@ def test_both_versions_of_stories260k_are_one_model(shared_data):
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_what_is_written_equals_the_published_file(shared_data, tmp_path):
-    """Version 1 of the trained model, byte for byte."""
-    published = shared_data / "models/stories260K/stories260K_v1.bin"
+@pytest.mark.parametrize(("version", "name"), [(0, "stories260K.bin"), (1, "stories260K_v1.bin")])
+def test_what_is_written_equals_the_published_file(shared_data, tmp_path, version, name):
+    """Both versions of the trained model, byte for byte."""
+    published = shared_data / "models/stories260K" / name
     model = load_llama2c(published)
-    save_llama2c(tmp_path / "model.bin", model.config, model.state_dict())
+    save_llama2c(tmp_path / "model.bin", model.config, model.state_dict(), version=version)
     assert (tmp_path / "model.bin").read_bytes() == published.read_bytes()
 
 
@@ -81,18 +82,18 @@ def test_tok105_loss_is_near_the_published_one(shared_data):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize("is_quantized", [True, False])
-def test_a_foreign_forward_reads_what_is_written(tmp_path, make_model, input_ids, is_tied, is_quantized):
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_foreign_forward_reads_what_is_written(tmp_path, make_model, input_ids, is_tied, version):
     """The numpy forward of the tests, on our file, gives our logits (for Q8_0 those of the quantized weights)."""
     model = make_model(tie_word_embeddings=is_tied)
     path = tmp_path / "model.bin"
-    save_llama2c(path, model.config, model.state_dict(), is_quantized=is_quantized)
+    save_llama2c(path, model.config, model.state_dict(), version=version)
     back = load_llama2c(path)
     with torch.no_grad():
         ours, source = back(input_ids[:1])[0].numpy(), model(input_ids[:1])[0].numpy()
     theirs = llama2c_forward.logits(path, input_ids[0].tolist())
     assert np.abs(ours - theirs).max() < 1e-5
-    if is_quantized:
+    if version == 2:
         assert np.abs(ours - source).max() < 0.02 * np.abs(source).max()
     else:
         assert np.array_equal(ours, source)
@@ -120,7 +121,7 @@ def test_q8_0_is_within_half_a_step():
 def test_the_group_divides_both_widths(tmp_path, make_model):
     """A group that crossed a row would be read wrong by llama2.c's program."""
     model = make_model(intermediate_size=44)
-    save_llama2c(tmp_path / "model.bin", model.config, model.state_dict(), is_quantized=True)
+    save_llama2c(tmp_path / "model.bin", model.config, model.state_dict(), version=2)
     assert read_header(tmp_path / "model.bin").group_size == 4
 
 
@@ -170,7 +171,7 @@ def test_a_damaged_file_is_refused(tmp_path, make_model, damage):
     """File and field, before memory is taken."""
     model = make_model()
     path = tmp_path / "model.bin"
-    save_llama2c(path, model.config, model.state_dict())
+    save_llama2c(path, model.config, model.state_dict(), version=1)
     harm, message = DAMAGE[damage]
     path.write_bytes(harm(path.read_bytes()))
     with pytest.raises(FormatError, match=message) as caught:
@@ -182,7 +183,7 @@ def test_a_group_size_that_does_not_fit_is_refused(tmp_path, make_model):
     """Version 2 only."""
     model = make_model()
     path = tmp_path / "model.bin"
-    save_llama2c(path, model.config, model.state_dict(), is_quantized=True)
+    save_llama2c(path, model.config, model.state_dict(), version=2)
     content = path.read_bytes()
     for group, message in ((0, "group size > 0, got 0, 0"), (7, r"group size must divide dim and hidden_dim, got 7")):
         path.write_bytes(content[:37] + struct.pack("<i", group) + content[41:])
@@ -198,7 +199,7 @@ def test_any_change_of_bytes_gives_a_model_or_our_error(tmp_path, make_model, da
     path = tmp_path / "model.bin"
     if not path.exists():
         model = make_model(num_layers=1)
-        save_llama2c(path, model.config, model.state_dict(), is_quantized=True)
+        save_llama2c(path, model.config, model.state_dict(), version=2)
         (tmp_path / "good").write_bytes(path.read_bytes())
     content = bytearray((tmp_path / "good").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):

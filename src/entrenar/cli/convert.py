@@ -18,7 +18,8 @@ def run(words: Sequence[str]) -> int:
     path = recipe.model_folder(parsed.source) if _is_run(parsed.source) else parsed.source
     source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4")
     target = Target(
-        parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences
+        parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences,
+        parsed.llama2c_version,
     )  # fmt: skip
     report = convert(source, target, thresholds)
     print(f"{path} ({source.format}) -> {target.path} ({target.format} {target.dtype_for(source.model)})")
@@ -56,4 +57,7 @@ def _arguments() -> argparse.ArgumentParser:
         help="write though the tokenizer in the file gives some strings other ids",
     )
     arguments.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    arguments.add_argument(
+        "--llama2c-version", type=int, choices=(0, 1), default=0, help="layout of f32: 0 is what run.c reads (default)"
+    )
     return arguments

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -162,13 +162,18 @@ def _tokenizer_in(folder: Path) -> Tokenizer | None:
 
 @dataclass(frozen=True)
 class Target:
-    """Where to write what."""
+    """Where to write what.
+
+    Attributes:
+        llama2c_version: how float32 is laid out for llama2.c: 0 is what its program run.c reads.
+    """
 
     path: Path
     format: Format
     dtype: str | None = None
     can_overwrite: bool = False
     accepts_tokenizer_differences: bool = False
+    llama2c_version: Literal[0, 1] = 0
 
     def dtype_for(self, model: Llama) -> str:
         """Return the dtype to write, the model's own where none was asked for and the format has it.
@@ -232,7 +237,8 @@ def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
         if tokenizer is not None:
             tokenizer.save(place)
     else:
-        llama2c.save_llama2c(place / _MODEL_BIN, model.config, weights, is_quantized=dtype == "q8_0")
+        version = 2 if dtype == "q8_0" else target.llama2c_version
+        llama2c.save_llama2c(place / _MODEL_BIN, model.config, weights, version=version)
         if tokenizer is not None:
             (place / _TOKENIZER_BIN).write_bytes(tokenizer_bin(tokenizer, model.config.vocab_size))
 

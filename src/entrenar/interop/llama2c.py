@@ -3,14 +3,15 @@
 All numbers are little-endian. Seven int32 say dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len.
 
     version 0  the seven; then embedding, all attention norms, wq, wk, wv, wo, all MLP norms, w1, w2, w3, final norm,
-               two rotary tables that readers skip, and the head where vocab_size is negative
+               two rotary tables (cos and sin, which readers skip), and the head where vocab_size is negative
     version 1  "ak42", 1, the seven, one byte "head is the embedding", zeros up to byte 256; then all attention norms,
                all MLP norms, final norm, embedding, wq, wk, wv, wo, w1, w2, w3, head
     version 2  "ak42", 2, the seven, the byte, the group size; the order of version 1, the norms in float32, each other
                tensor of each layer as int8 numbers and then a float32 scale for each group
 
-w1 is the gate, w2 the way down, w3 the way up. Query and key rows are interleaved. What the files do not say is fixed
-in its program: eps 1e-5, theta 10000, no rotary scaling.
+w1 is the gate, w2 the way down, w3 the way up. Query and key rows are interleaved. Its program run.c reads version 0,
+runq.c version 2; version 1 is for others' programs. What the files do not say is fixed in its programs: eps 1e-5,
+theta 10000, no rotary scaling.
 """
 
 import math
@@ -18,7 +19,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -30,9 +31,11 @@ from entrenar.files import explained_disk_errors
 from entrenar.interop.assemble import assemble
 from entrenar.interop.rotary_rows import half_split, interleaved
 from entrenar.model import Llama, LlamaConfig
+from entrenar.model.rope_scaling import inverse_frequencies
 
+Version = Literal[0, 1, 2]
 MAGIC = b"24ka"  # 0x616b3432, written little-endian
-HEADER_BYTES = 256
+HEADER_BYTES, _HEADER_0_BYTES = 256, 28
 EPS, THETA = 1e-5, 10000.0
 _LARGEST_GROUP = 64
 _ATTENTION_NORM, _MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
@@ -61,10 +64,10 @@ def read_header(path: Path) -> Header:
         head = stream.read(HEADER_BYTES)
     size = path.stat().st_size
     if head[:4] != MAGIC:
-        if len(head) < 28:
-            raise FormatError(f"{path} is no llama2.c file: it has {len(head)} bytes, its header 28")
+        if len(head) < _HEADER_0_BYTES:
+            raise FormatError(f"{path} is no llama2.c file: it has {len(head)} bytes, its header {_HEADER_0_BYTES}")
         numbers = struct.unpack_from("<7i", head)
-        header = Header(0, _config(path, numbers, is_tied=numbers[5] > 0), 28)
+        header = Header(0, _config(path, numbers, is_tied=numbers[5] > 0), _HEADER_0_BYTES)
     else:
         if len(head) < HEADER_BYTES:
             raise FormatError(f"{path} ends in the middle of its header, after {len(head)} of {HEADER_BYTES} bytes")
@@ -163,33 +166,42 @@ def _read(stream: BinaryIO, shape: torch.Size, group_size: int) -> Tensor:
     return (numbers * scales[:, None]).view(shape)
 
 
-def save_llama2c(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor], *, is_quantized: bool = False) -> None:
-    """Write a file of version 1, or of version 2 where `is_quantized`; `weights` is a `Llama` state dict.
+def save_llama2c(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor], *, version: Version = 0) -> None:
+    """Write a file; `weights` is a `Llama` state dict.
 
     Raises:
         FormatError: llama2.c has no place for something in the config.
     """
     check_expressible(config)
-    group_size = group_size_of(config) if is_quantized else 0
-    header = Header(2 if is_quantized else 1, config, HEADER_BYTES, group_size)
-    numbers = (
-        config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.kv_heads,
-        config.vocab_size, config.max_seq_len,
-    )  # fmt: skip
-    head = MAGIC + struct.pack("<i7iB", header.version, *numbers, config.tie_word_embeddings)
-    if is_quantized:
-        head += struct.pack("<i", group_size)
+    group_size = group_size_of(config) if version == 2 else 0
+    header = Header(version, config, HEADER_BYTES if version else _HEADER_0_BYTES, group_size)
     with explained_disk_errors(path), path.open("wb") as stream:
-        stream.write(head.ljust(HEADER_BYTES, b"\0"))
+        stream.write(_header_bytes(header))
         for name, heads in _order(header):
             tensor = weights[name].detach().float().cpu()
             if heads:
                 tensor = interleaved(tensor, heads)
-            if is_quantized and not name.endswith("norm.weight"):
+            if version == 2 and not name.endswith("norm.weight"):
                 for part in quantize_q8_0(tensor, group_size):
                     stream.write(part.numpy().data)
             else:
                 stream.write(tensor.contiguous().numpy().data)
+            if version == 0 and name == _NORM:
+                frequencies, _ = inverse_frequencies(config, 0)
+                angles = torch.arange(config.max_seq_len)[:, None] * frequencies  # (P, K/2)
+                for table in (angles.cos(), angles.sin()):
+                    stream.write(table.numpy().data)
+
+
+def _header_bytes(header: Header) -> bytes:
+    config = header.config
+    numbers = (config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads, config.kv_heads)
+    if header.version == 0:
+        vocab_size = config.vocab_size if config.tie_word_embeddings else -config.vocab_size
+        return struct.pack("<7i", *numbers, vocab_size, config.max_seq_len)
+    head = MAGIC + struct.pack("<i5i", header.version, *numbers)
+    head += struct.pack("<2iB", config.vocab_size, config.max_seq_len, config.tie_word_embeddings)
+    return (head + struct.pack("<i", header.group_size)).ljust(HEADER_BYTES, b"\0")
 
 
 def group_size_of(config: LlamaConfig) -> int:

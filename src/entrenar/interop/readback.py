@@ -206,28 +206,25 @@ def _byte_level(tokens: Sequence[str], kinds: Sequence[int], merges: list[tuple[
 def read_llama2c_folder(folder: Path, config: LlamaConfig) -> Readback:
     """Read `model.bin` by counting offsets and `tokenizer.bin` as llama2.c's program does."""
     raw = np.fromfile(folder / "model.bin", np.uint8)
-    _, version, dim, hidden, layers, heads, kv_heads, vocab, _, tied, group = struct.unpack_from(
-        "<Ii7iBi", raw[:HEADER_BYTES].tobytes()
-    )
+    head = raw[:HEADER_BYTES].tobytes()
+    if head[:4] == b"24ka":
+        version, dim, hidden, layers, heads, kv_heads, vocab, length, tied, group = struct.unpack_from(
+            "<i7iBi", head, 4
+        )
+        at = HEADER_BYTES
+    else:
+        dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", head)
+        version, tied, group, at, vocab = 0, vocab > 0, 0, 28, abs(vocab)
     width = dim // heads
-    rows = {"q": dim, "k": kv_heads * width, "v": kv_heads * width, "o": dim}
-    order: list[tuple[str, tuple[int, ...]]] = [
-        (f"model.layers.{n}.input_layernorm.weight", (dim,)) for n in range(layers)
-    ]
-    order += [(f"model.layers.{n}.post_attention_layernorm.weight", (dim,)) for n in range(layers)]
-    order += [("model.norm.weight", (dim,)), ("model.embed_tokens.weight", (vocab, dim))]
-    for name, size in rows.items():
-        order += [(f"model.layers.{n}.self_attn.{name}_proj.weight", (size, dim)) for n in range(layers)]
-    for name, matrix in {"gate": (hidden, dim), "down": (dim, hidden), "up": (hidden, dim)}.items():
-        order += [(f"model.layers.{n}.mlp.{name}_proj.weight", matrix) for n in range(layers)]
-    order += [] if tied else [("lm_head.weight", (vocab, dim))]
     places: dict[str, tuple[int, tuple[int, ...], bool]] = {}
-    at = HEADER_BYTES
-    for name, sizes in order:
+    for name, sizes in _llama2c_order(version, (dim, hidden, layers, kv_heads * width, vocab), (length, width)):
         count = int(np.prod(sizes))
         is_quantized = version == 2 and len(sizes) == 2
         places[name] = (at, sizes, is_quantized)
         at += count + 4 * count // group if is_quantized else 4 * count
+    del places["rotary tables"]
+    if tied:
+        del places["lm_head.weight"]
 
     def weight(name: str) -> Array:
         start, sizes, is_quantized = places[name]
@@ -243,6 +240,26 @@ def read_llama2c_folder(folder: Path, config: LlamaConfig) -> Readback:
     frequencies, scale = _frequencies(config, 10000.0, width)
     shape = Shape(layers, heads, kv_heads, 1e-5, frequencies, scale, is_interleaved=True, is_tied=bool(tied))
     return Readback(frozenset(places), weight, shape, _bin_encoder(folder / "tokenizer.bin"))
+
+
+def _llama2c_order(
+    version: int, widths: tuple[int, int, int, int, int], tables: tuple[int, int]
+) -> list[tuple[str, tuple[int, ...]]]:
+    dim, hidden, layers, kv_dim, vocab = widths
+
+    def stack(name: str, *sizes: int) -> list[tuple[str, tuple[int, ...]]]:
+        return [(f"model.layers.{n}.{name}.weight", sizes) for n in range(layers)]
+
+    embedding, norm = [("model.embed_tokens.weight", (vocab, dim))], [("model.norm.weight", (dim,))]
+    norms = stack("input_layernorm", dim), stack("post_attention_layernorm", dim)
+    rows = {"q": dim, "k": kv_dim, "v": kv_dim, "o": dim}
+    attention = [entry for name, size in rows.items() for entry in stack(f"self_attn.{name}_proj", size, dim)]
+    matrices = {"gate": (hidden, dim), "down": (dim, hidden), "up": (hidden, dim)}
+    mlp = [entry for name, sizes in matrices.items() for entry in stack(f"mlp.{name}_proj", *sizes)]
+    last = [("rotary tables", tables if version == 0 else (0,)), ("lm_head.weight", (vocab, dim))]
+    if version == 0:
+        return [*embedding, *norms[0], *attention, *norms[1], *mlp, *norm, *last]
+    return [*norms[0], *norms[1], *norm, *embedding, *attention, *mlp, *last]
 
 
 def _bin_encoder(path: Path) -> Any:
