@@ -10,6 +10,7 @@ import torch
 from train_toy import in_child
 
 from entrenar.train.allocator import keep_freed_memory, return_freed_blocks
+from entrenar.train.oom import return_freed_memory
 
 BLOCK = 1 << 24
 
@@ -24,6 +25,7 @@ def _left_after_free(tell: Callable[[], bool], report: Path) -> int:
     def allocate() -> None:
         assert tell()
         gc.collect()
+        return_freed_memory()  # of the tests before this one
         before = _resident_bytes()
         blocks, pins = [], []
         for _ in range(8):

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from entrenar import ops
 from entrenar.errors import DataError, FormatError
 from entrenar.model.config import Checkpointing, LlamaConfig
 from entrenar.model.kv_cache import KVCache
+from entrenar.model.recompute import recomputed
 from entrenar.model.rope_scaling import RotaryTable
 from entrenar.model.streaming import LayerStream
 from entrenar.model.token_check import check_token_ids
@@ -138,11 +138,8 @@ class Block(nn.Module):
         works on each token by itself, so the others need only be seen.
         """
         x = _select(x, asked) + self.self_attn(self.input_layernorm(x), context, asked)
-        if context.checkpointing == "selective":
-            update: Tensor = checkpoint(self._mlp_half, x, use_reentrant=False)
-        else:
-            update = self._mlp_half(x)
-        return x + update
+        is_selective = context.checkpointing == "selective"
+        return x + (recomputed(self._mlp_half, x) if is_selective else self._mlp_half(x))
 
     def _mlp_half(self, x: Tensor) -> Tensor:
         out: Tensor = self.mlp(self.post_attention_layernorm(x))
@@ -190,7 +187,7 @@ def _run(block: nn.Module, x: Tensor, context: Context, asked: Tensor | None = N
     if stream is not None:
         stream.begin(layer)
     if context.checkpointing == "full":
-        out: Tensor = checkpoint(block, x, context, asked, use_reentrant=False)
+        out = recomputed(lambda x: cast(Tensor, block(x, context, asked)), x)
     else:
         out = block(x, context, asked)
     if stream is not None:

@@ -32,6 +32,9 @@ from entrenar.ops.first_order import refuse_double_backward
 from entrenar.ops.nf4_linear import QuantizedWeight, tiles
 from entrenar.ops.row_blocks import row_blocks
 
+# Numbers in a widened tile of a frozen head: small beside the head, and a product with it runs at full speed.
+_TILE = 1 << 22
+
 
 def reference_linear_cross_entropy(
     x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"], *, ignore_index: int = -100
@@ -70,7 +73,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     ) -> Tensor:
         """Compute the loss and, where they are wanted, dx and dW for an upstream gradient of one."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        head = _head_tiles(weight, compute_dtype)
+        head = _head_tiles(weight, compute_dtype, is_trained=ctx.needs_input_grad[1])
         loss = x.new_zeros((), dtype=wide)
         dx = x.new_empty(x.shape, dtype=wide) if ctx.needs_input_grad[0] else None
         dweight = x.new_zeros(weight.shape, dtype=wide) if ctx.needs_input_grad[1] else None
@@ -108,12 +111,22 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         return dx, dweight, None, None, None
 
 
-def _head_tiles(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
-    """Return what yields the head's rows: all at once, or those of a quantized one tile by tile."""
-    if isinstance(weight, Tensor):
+def _head_tiles(
+    weight: Tensor | QuantizedWeight, dtype: torch.dtype, *, is_trained: bool
+) -> Callable[[], Iterable[tuple[slice, Tensor]]]:
+    """Return what yields the head's rows in `dtype`.
+
+    All at once, if they are stored so or dW takes their size anyway; else tile by tile, widened each time: a frozen
+    head in two precisions would be the largest thing in memory.
+    """
+    if not isinstance(weight, Tensor):
+        return lambda: tiles(weight, dtype)
+    if weight.dtype == dtype or is_trained:
         whole = [(slice(None), weight.to(dtype))]
         return lambda: whole
-    return lambda: tiles(weight, dtype)
+    rows = max(1, _TILE // weight.shape[1])
+    pieces = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    return lambda: ((piece, weight[piece].to(dtype)) for piece in pieces)
 
 
 def write_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
