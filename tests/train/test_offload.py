@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,7 @@ from train_toy import fingerprint, in_child, run_toy
 
 from entrenar.errors import ConfigError, DiskFullError, MachineError
 from entrenar.train import offload
-from entrenar.train.allocator import return_freed_blocks
 from entrenar.train.offload import ActivationFile, ActivationStore, open_store
-from entrenar.train.oom import return_freed_memory
 from entrenar.train.settings import TrainConfig
 
 ROWS, WIDTH, LAYERS = 2048, 256, 12
@@ -101,42 +101,41 @@ def test_a_tape_that_lives_keeps_its_place(tmp_path: Path) -> None:
     store.close()
 
 
-def _peak_kb() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def _growth_of_peak(folder: Path, store_folder: Path | None) -> int:
-    """Return by how much a step raises the peak of resident memory, in a process of its own."""
-    module = Tower()
-    report = folder / "growth"
-
-    def step() -> None:
-        def loss(x: Tensor) -> Tensor:
-            return module(x).sum()
-
-        _gradients(module, lambda x: loss(x[:8]))
-        x = _input()
-        return_freed_blocks()
-        return_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; see proc(5)
-        before = _peak_kb()
-        used = loss if store_folder is None else _store(module, store_folder).around(loss)
-        used(x).backward()
-        report.write_text(str(_peak_kb() - before))
-        os._exit(0)  # without waiting for what threads of the parent left behind
-
-    assert in_child(step) == 0
-    return int(report.read_text()) * 1024
-
-
-def test_the_peak_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_falls(tmp_path: Path) -> None:
     """With a window of one state, the activations of twelve layers are not in memory together."""
-    monkeypatch.setattr(offload, "_BEHIND_BYTES", STATE_BYTES)
-    monkeypatch.setattr(offload, "_AHEAD_BYTES", STATE_BYTES)
-    kept = _growth_of_peak(tmp_path, None)
-    assert kept > LAYERS * STATE_BYTES
-    assert _growth_of_peak(tmp_path, tmp_path) < kept - (LAYERS - 6) * STATE_BYTES
+    script = _PEAKS.format(path=sys.path, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    away, kept = (int(word) for word in done.stdout.split())
+    assert kept > (LAYERS - 1) * STATE_BYTES
+    assert away < kept - (LAYERS - 4) * STATE_BYTES
+
+
+_PEAKS = """
+import sys
+from pathlib import Path
+sys.path[:] = {path!r}
+import torch
+torch.set_num_threads(1)
+from entrenar.train import offload, return_freed_blocks
+from test_offload import STATE_BYTES, Tower, _input, _store
+return_freed_blocks()
+offload._BEHIND_BYTES = offload._AHEAD_BYTES = STATE_BYTES
+module, x = Tower(), _input()
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def loss(x):
+    return module(x).sum()
+
+loss(x[:512]).backward()
+for way in (_store(module, Path({folder!r})).around(loss), loss):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; see proc(5)
+    before = status("VmRSS")
+    way(x).backward()
+    print(status("VmHWM") - before)
+"""
 
 
 def test_a_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
