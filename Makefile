@@ -53,6 +53,10 @@ finetune-demo: $(VENV)/.base ## teach the quickstart's model to write docstrings
 	@test -d runs/quickstart/checkpoints || $(MAKE) quickstart
 	$(BIN)/python examples/finetune_docstrings/make_rows.py --out corpora/docstrings
 	$(BIN)/entrenar finetune --config examples/finetune_docstrings/config.toml --overwrite
+	@printf '\nNext:\n  %s\n  %s\n  %s\n' \
+	  '$(BIN)/entrenar data show corpora/docstrings/train.jsonl --model runs/quickstart   what it was trained on, in color' \
+	  '$(BIN)/entrenar merge runs/quickstart runs/docstrings merged   one model of base and adapter' \
+	  'docs/finetune.md   your own rows, LoRA, and the cache of frozen layers'
 
 test: $(VENV)/.test ## run the tests, and record which lines and branches they reach
 	@$(BIN)/coverage erase
