@@ -7,8 +7,10 @@ from typing import get_args
 
 from entrenar import recipe
 from entrenar.cli import flags
-from entrenar.interop.convert import Target, Threshold, convert, open_source
+from entrenar.errors import ConfigError
+from entrenar.interop.convert import Target, Threshold, check_place, convert, open_source
 from entrenar.interop.rounding import Format
+from entrenar.recipe.bit_budget import round_to_budget
 
 
 def run(words: Sequence[str]) -> int:
@@ -16,15 +18,35 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     thresholds = [Threshold.parse(text) for text in parsed.refuse_if]
     path = recipe.model_folder(parsed.source) if _is_run(parsed.source) else parsed.source
-    source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4")
+    _check_budget(parsed)
+    source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4" and parsed.bits is None)
     target = Target(
         parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences,
         parsed.llama2c_version,
     )  # fmt: skip
+    lines: list[str] = []
+    if parsed.bits is not None:
+        check_place(target)
+        source, budget = round_to_budget(source, parsed.bits, parsed.calibration, print)
+        lines = budget.lines()
     report = convert(source, target, thresholds)
     print(f"{path} ({source.format}) -> {target.path} ({target.format} {target.dtype_for(source.model)})")
-    print("\n".join(report.lines()))
+    print("\n".join([*lines, *report.lines()]))
     return 0
+
+
+def _check_budget(parsed: argparse.Namespace) -> None:
+    if parsed.bits is None:
+        if parsed.calibration is not None:
+            raise ConfigError("--calibration has no effect without --bits; give a budget, or leave it out")
+    elif parsed.to != "nf4":
+        raise ConfigError(
+            f"--bits is a budget of nf4, got --to {parsed.to}; the other formats have widths of their own"
+        )
+    elif parsed.dtype is not None:
+        raise ConfigError(
+            "--dtype and --bits exclude each other: norms stay as they are stored, the rest has its budget"
+        )
 
 
 def _is_run(path: Path) -> bool:
@@ -42,6 +64,18 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("--to", choices=get_args(Format), required=True, help="format to write")
     arguments.add_argument(
         "--dtype", help="f32, f16, bf16, q8_0 or q4_0 (default: the source's); nf4: of what is not quantized"
+    )
+    arguments.add_argument(
+        "--bits",
+        type=float,
+        metavar="BITS",
+        help="nf4: most bits a weight may take, all included (scales, embedding, head, norms); each matrix gets 2 to 8",
+    )
+    arguments.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="TEXT",
+        help="--bits: a text like those the model is for (default: what the model itself writes)",
     )
     arguments.add_argument("--tokenizer", type=Path, help="tokenizer to take, instead of the source's")
     arguments.add_argument(

@@ -22,7 +22,7 @@ from entrenar.files import TEMPORARY_PREFIX, atomic_directory, fsync_directory, 
 from entrenar.interop import gguf_file, hf, llama2c, numpy_llama, readback
 from entrenar.interop.gguf import GGUFType, load_gguf, save_gguf
 from entrenar.interop.numpy_llama import Array
-from entrenar.interop.rounding import Format, bound_of
+from entrenar.interop.rounding import Format, bound_of, bound_of_rounded
 from entrenar.interop.safetensors_file import TensorReader
 from entrenar.interop.verify import Origin, Report, origin_of, verify
 from entrenar.model import Llama
@@ -39,10 +39,19 @@ _MODEL_BIN, _TOKENIZER_BIN = "model.bin", "tokenizer.bin"
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """A model whose matrices are in few bits, and how many a weight takes, all included."""
+
+    model: Llama
+    bits: float
+
+
+@dataclass(frozen=True)
 class Source:
     """A model and where it came from.
 
     Attributes:
+        rounded: the same model, its matrices rounded to a budget: what is written as nf4 then.
         folder: where its weights are read from one by one, if they are not in memory: the model is then without.
     """
 
@@ -50,6 +59,7 @@ class Source:
     tokenizer: Tokenizer | None
     format: Format
     folder: Path | None = None
+    rounded: Rounded | None = None
 
     def origin(self) -> Origin:
         """Return what a written file is compared with."""
@@ -190,14 +200,12 @@ class Target:
         return own if own in allowed else "f32"
 
 
-def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ()) -> Report:
-    """Write `source` to `target`, verified.
+def check_place(target: Target) -> None:
+    """Check that the target may be written.
 
     Raises:
-        GateFailed: the file is not what it should be, or over a threshold; nothing is left.
-        ConfigError, FormatError, DiskFullError, MachineError.
+        ConfigError: something is there that may not be replaced; FormatError: it is no model.
     """
-    dtype = target.dtype_for(source.model)
     is_used = target.path.is_file() or (target.path.is_dir() and any(target.path.iterdir()))
     if is_used and not target.can_overwrite:
         raise ConfigError(f"{target.path} exists; name another place or give --overwrite")
@@ -206,9 +214,22 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
         raise ConfigError(f"{target.path} is a {kind}, {target.format} is not; name another place")
     if is_used and target.path.is_dir():
         detect(target.path)  # only a model is replaced by one
+
+
+def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ()) -> Report:
+    """Write `source` to `target`, verified.
+
+    Raises:
+        GateFailed: the file is not what it should be, or over a threshold; nothing is left.
+        ConfigError, FormatError, DiskFullError, MachineError.
+    """
+    dtype = target.dtype_for(source.model)
+    check_place(target)
     with (_atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
         _write(source, place, target, dtype)
         bound = bound_of(dtype, target.format, source.model.config)
+        if source.rounded is not None:
+            bound = bound_of_rounded(source.rounded.model)
         report = verify(_read_back(place, target.format, source.model), source.origin(), source.tokenizer, bound)
         if report.differing_strings and not target.accepts_tokenizer_differences:
             differing = f"{len(report.differing_strings)} of {report.num_strings} strings"
@@ -224,7 +245,11 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
 def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
     model, tokenizer, origin = source.model, source.tokenizer, source.origin()
     if target.format == "nf4":
-        hf.save_quantized(place, model.config, ((name, origin.weight(name)) for name in origin.names), _DTYPES[dtype])
+        if source.rounded is not None:
+            hf.save_widths(place, source.rounded.model, source.rounded.bits)
+        else:
+            named = ((name, origin.weight(name)) for name in origin.names)
+            hf.save_quantized(place, model.config, named, _DTYPES[dtype])
         if tokenizer is not None:
             tokenizer.save(place)
         return

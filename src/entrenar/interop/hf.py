@@ -2,24 +2,25 @@
 
 Weight names are Hugging Face's own, so a tensor goes from file to parameter as it is. Loading is tensor by tensor into
 a model that was built without storage, so the peak is the model and one block of a tensor. Format: safetensors' README
-and the `model.safetensors.index.json` of transformers. Projections in four bits are laid out as `bnb` says.
+and the `model.safetensors.index.json` of transformers. Projections in four bits are laid out as `bnb` says,
+matrices of any width as `bits` does.
 """
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from entrenar.errors import FormatError
 from entrenar.files import TEMPORARY_PREFIX, read_json, write_json
-from entrenar.interop import bnb
+from entrenar.interop import bits, bnb
 from entrenar.interop.assemble import set_parameter
 from entrenar.interop.safetensors_file import Entry, TensorReader, read_header, write_tensors
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Nf4Weight, quantize_nf4
+from entrenar.ops import NfBitsWeight, QuantizedWeight, quantize_nf4
 from entrenar.peft import put_quantized, quantized_projections
 
 HEAD = "lm_head.weight"
@@ -46,12 +47,17 @@ def read_config(folder: Path) -> LlamaConfig:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Say whether a model folder's projections are in four bits.
+    """Say whether a model folder's projections are in four bits, or its matrices in some other few.
 
     Raises:
         FormatError: there is no model, or one in another quantization.
     """
-    return bnb.check_config(_config_values(folder), folder / "config.json")
+    values, path = _config_values(folder), folder / "config.json"
+    config = values.get(bnb.CONFIG_KEY)
+    if isinstance(config, dict) and config.get("quant_method") == bits.METHOD:
+        bits.check_config(config, path)
+        return True
+    return bnb.check_config(values, path)
 
 
 def _config_values(folder: Path) -> dict[str, Any]:
@@ -102,6 +108,23 @@ def save_quantized(
 
     _write_shards(folder, tensors(), max_shard_bytes)
     write_json(folder / "config.json", config.to_hf(dtype) | {bnb.CONFIG_KEY: bnb.quantization_config(dtype)})
+
+
+def save_widths(folder: Path, model: Llama, total_bits: float) -> None:
+    """Write a model whose matrices are held in few bits, as `bits` lays them out; the rest as it is."""
+    held: dict[str, NfBitsWeight] = {}
+    for name, module in quantized_projections(model):
+        held[name.removesuffix(".table")] = cast(NfBitsWeight, module.quantized)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in held.items():
+            yield from bits.pack(f"{name}.weight", weight).items()
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach().cpu().contiguous()
+
+    _write_shards(folder, tensors(), MAX_QUANTIZED_SHARD_BYTES)
+    announced = {bnb.CONFIG_KEY: bits.quantization_config(held, total_bits)}
+    write_json(folder / "config.json", model.config.to_hf(model.dtype) | announced)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
@@ -168,6 +191,8 @@ def load_model(
             path, entry = parts[""]
             set_parameter(model, name, reader.read(path, name, entry, dtype, device))
     if model.config.tie_word_embeddings and HEAD in places:
+        if not isinstance(model.head_weight, Tensor):
+            raise FormatError(f"{folder} holds {HEAD}, but config.json ties it to an embedding that is quantized")
         _check_tied(model, *places[HEAD][""])
     for _, projection in quantized_projections(model):
         projection.to(device)
@@ -176,14 +201,16 @@ def load_model(
 
 def _read_quantized(
     model: Llama, name: str, parts: Mapping[str, tuple[Path, Entry]], reader: TensorReader
-) -> Nf4Weight:
+) -> QuantizedWeight:
     def read(part: str) -> Tensor:
         path, entry = parts[part]
         return reader.read(path, f"{name}.{part}" if part else name, entry, entry.dtype)
 
     path = next(iter(parts.values()))[0]
-    weight = bnb.unpack(name, read, parts.keys(), path)
-    wanted = tuple(model.get_parameter(name).shape)
+    rows, width = model.get_parameter(name).shape
+    if parts.keys() & set(bits.PARTS):
+        return bits.unpack(name, read, parts.keys(), (rows, width), path)
+    weight, wanted = bnb.unpack(name, read, parts.keys(), path), (rows, width)
     if weight.shape != wanted:
         raise FormatError(f"{path}: tensor {name} has shape {weight.shape}, config.json asks for {wanted}")
     return weight
@@ -195,7 +222,7 @@ Places = dict[str, dict[str, tuple[Path, Entry]]]
 def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     """Return the model of a folder without storage, where each weight's parts lie, and whether it is quantized.
 
-    A plain weight is one part, ''; a quantized one has those of `bnb`.
+    A plain weight is one part, ''; a quantized one has those of `bnb` or `bits`.
 
     Raises:
         FormatError: a tensor is missing, misshapen, or not the architecture's.
@@ -204,7 +231,7 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     places: Places = {}
     for name, place in read_entries(folder, has_codes=is_packed).items():
         if not name.endswith(_DERIVED):
-            weight, part = bnb.weight_part(name) if is_packed else (name, "")
+            weight, part = _weight_part(name) if is_packed else (name, "")
             places.setdefault(weight, {})[part] = place
     if len(places) < config.num_layers:  # before a hostile config.json makes us build a billion layers
         raise FormatError(
@@ -225,6 +252,13 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     if missing:
         raise FormatError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} first")
     return model, places, is_packed
+
+
+def _weight_part(name: str) -> tuple[str, str]:
+    for part in bits.PARTS:
+        if name.endswith(f".weight.{part}"):
+            return name.removesuffix(f".{part}"), part
+    return bnb.weight_part(name)
 
 
 def widest_dtype(places: Places) -> torch.dtype:

@@ -80,7 +80,7 @@ class BaseIdentity:
 def identify_base(model: Llama, name: str | None = None) -> BaseIdentity:
     """Hash the model's base weights."""
     weights = plain_state(model)
-    dtype = str(next(iter(weights.values())).dtype)
+    dtype = str(model.dtype)
     is_quantized = next(quantized_projections(model), None) is not None
     return BaseIdentity(name, f"{_QUANTIZED}{dtype}" if is_quantized else dtype, fingerprint(weights))
 

@@ -22,7 +22,7 @@ from entrenar.interop.piece_encoder import PieceEncoder
 from entrenar.model import LlamaConfig
 from entrenar.model.rope_scaling import inverse_frequencies
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U8": "u1"}
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
         if state in places:
             shape = tuple(json.loads(part(state).tobytes())["shape"])
             return FileRows(shape, _nf4_numbers(lambda kind, *span: part(f"{name}{kind}", *span)))
+        if f"{name}.scales" in places:
+            return _bits_rows(places, name, part, written["quantization_config"])
         return FileRows(tuple(places[name][1]["shape"]), lambda start, stop: part(name, start, stop))
 
     frequencies, scale = _frequencies(config, written["rope_theta"], written["head_dim"])
@@ -129,6 +131,27 @@ def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:
         return values
 
     return numbers
+
+
+def _bits_rows(places: Mapping[str, Any], name: str, part: Callable[..., Array], config: Mapping[str, Any]) -> FileRows:
+    """Return a weight in planes of bits, by its definition in `interop.bits`."""
+    num_rows, bits, size = places[name][1]["shape"]
+    blocks = places[f"{name}.scales"][1]["shape"][1]
+    levels = np.array(config["levels"][str(bits)], np.float32)
+    tops = part(f"{name}.tops").reshape(-1, blocks)
+    width = config["matrices"][name.removesuffix(".weight")]["shape"][1]
+
+    def numbers(start: int, stop: int) -> Array:
+        first, last = start // width, stop // width
+        raw = part(name, first * bits * size, last * bits * size).reshape(-1, bits, size)
+        planes = np.unpackbits(raw, axis=2, bitorder="little")[:, :, :width]
+        codes = (planes * (1 << np.arange(bits))[:, None]).sum(1)
+        scales = part(f"{name}.scales", first * blocks, last * blocks).reshape(-1, blocks)
+        scales = scales * (tops[np.arange(first, last) // config["group_size"]] / np.float32(127))
+        values: Array = levels[codes] * scales[:, np.arange(width) // config["block_size"]]
+        return values.astype(np.float32)
+
+    return FileRows((num_rows, width), numbers)
 
 
 def read_gguf_file(path: Path, config: LlamaConfig) -> Readback:

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from entrenar.interop import bnb, llama2c
-from entrenar.model import LlamaConfig
+from entrenar.model import Llama, LlamaConfig
+from entrenar.ops import dequantize
+from entrenar.peft import quantized_projections
 
 Format = Literal["hf", "llama2c", "gguf", "nf4"]
+# Two orders of multiplying level, scale and top.
+_SAME_NUMBER = 1e-6
 # The name of a weight and the weight give the largest error of each of its rows' numbers.
 Bound = Callable[[str, Tensor], Callable[[slice], Tensor]]
 
@@ -41,6 +45,24 @@ def bound_of(dtype: str, kind: Format, config: LlamaConfig) -> Bound:
             return by_rows(weight, lambda rows: _of_numbers(rows, "f16"))
         size = llama2c.group_size_of(config) if kind == "llama2c" else _BLOCK
         return by_rows(weight, lambda rows: _of_steps(rows, size, dtype, has_half_scales=kind == "gguf"))
+
+    return bound
+
+
+def bound_of_rounded(model: Llama) -> Bound:
+    """Return the bound of a file that holds a model's matrices as they are rounded: what the rounding did, no more."""
+    held = {name.removesuffix(".table"): module.quantized for name, module in quantized_projections(model)}
+
+    def bound(name: str, weight: Tensor) -> Callable[[slice], Tensor]:
+        stored = held.get(name.removesuffix(".weight"))
+        if stored is None:
+            return lambda rows: torch.zeros_like(weight[rows], dtype=torch.float32)
+
+        def of_rows(rows: slice) -> Tensor:
+            numbers = dequantize(stored, torch.float32, rows)
+            return (numbers - weight[rows].float()).abs() + numbers.abs() * _SAME_NUMBER
+
+        return of_rows
 
     return bound
 

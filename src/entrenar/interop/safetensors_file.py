@@ -33,7 +33,7 @@ _EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
 }
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {"U8": torch.uint8}
+_CODES = {"U8": torch.uint8, "I8": torch.int8}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ weight was rounded they must agree. KL is KL(source ‖ file), in nats a token.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -198,7 +199,7 @@ def _float32_logits(model: Llama, input_ids: Tensor) -> Array:
     try:
         with torch.inference_mode():
             hidden = model.hidden(input_ids.to(model.model.embed_tokens.weight.device))
-            return (hidden @ model.head_weight.float().T).double().cpu().numpy()
+            return (hidden @ cast(Tensor, model.head_weight).float().T).double().cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,112 @@
+"""Weights of many widths in safetensors: a layout of our own, because no other has them.
+
+    weight            planes of bits (O, k, bytes)      weight.scales     a scale's code for each block (O, blocks)
+    weight.tops       the largest scale of 256 rows, for each block of a row
+
+`config.json` says so in `quantization_config`, with width and shape of each matrix and the levels of each width: a
+reader needs nothing else to know what the numbers are, level[code] · scale · top / 127 (`ops.nf_bits`). transformers
+does not read it, and says so.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.errors import FormatError
+from entrenar.ops import NfBitsWeight
+from entrenar.ops.nf_bits import BLOCK, GROUP, WIDTHS, nf_bits_levels
+
+METHOD, VERSION = "entrenar-nf-bits", 1
+PARTS = ("scales", "tops")
+# Levels computed by another machine's library may differ in the last bit.
+_SAME_LEVEL = 1e-6
+
+
+def quantization_config(weights: Mapping[str, NfBitsWeight], total_bits: float) -> dict[str, Any]:
+    """Return what `config.json` says of weights in this layout; `total_bits` is what a weight takes, all included."""
+    levels = {str(bits): nf_bits_levels(bits).tolist() for bits in sorted({weight.bits for weight in weights.values()})}
+    matrices = {name: {"bits": weight.bits, "shape": list(weight.shape)} for name, weight in weights.items()}
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "bits": round(total_bits, 4),
+        "block_size": BLOCK,
+        "group_size": GROUP,
+        "levels": levels,
+        "matrices": matrices,
+    }
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Check that weights announced in this layout mean what is read here.
+
+    Raises:
+        FormatError: another version, block, or table of levels.
+    """
+    for key, wanted in {"version": VERSION, "block_size": BLOCK, "group_size": GROUP}.items():
+        if config.get(key) != wanted:
+            raise FormatError(
+                f"{path}: quantization_config.{key} must be {wanted}, got {config.get(key)!r}; quantize the original "
+                "weights again with `entrenar convert --to nf4 --bits`"
+            )
+    levels = config.get("levels")
+    if not isinstance(levels, Mapping):
+        raise FormatError(f"{path}: quantization_config.levels must be a table from width to levels, got {levels!r}")
+    for width, table in levels.items():
+        wanted_levels = nf_bits_levels(int(width)).tolist() if width in map(str, WIDTHS) else []
+        if not _is_same(table, wanted_levels):
+            raise FormatError(
+                f"{path}: quantization_config.levels of {width} bits are another table: these codes mean other numbers "
+                "than are read here"
+            )
+
+
+def _is_same(table: Any, wanted: list[float]) -> bool:
+    if not wanted or not isinstance(table, list) or len(table) != len(wanted):
+        return False
+    return all(
+        isinstance(level, int | float) and abs(level - right) <= _SAME_LEVEL
+        for level, right in zip(table, wanted, strict=True)
+    )
+
+
+def pack(name: str, weight: NfBitsWeight) -> dict[str, Tensor]:
+    """Return the tensors of one weight by their names in the file."""
+    codes, scales, tops = (tensor.cpu().contiguous() for tensor in weight.tensors())
+    return {name: codes, f"{name}.scales": scales, f"{name}.tops": tops}
+
+
+def unpack(
+    name: str, read: Callable[[str], Tensor], parts: Set[str], shape: tuple[int, int], path: Path
+) -> NfBitsWeight:
+    """Put a weight of a known shape together; `read` returns the tensor of one of its `parts`.
+
+    Raises:
+        FormatError: it lacks a part, or a part is not as the shape asks.
+    """
+    place, (rows, width) = f"{path}: tensor {name}", shape
+    for part in sorted({"", *PARTS} - parts):
+        raise FormatError(f"{place} lacks its {part or 'codes'}; a weight of a width has codes, scales and tops")
+    codes, blocks = read(""), math.ceil(width / BLOCK)
+    bits = codes.shape[1] if codes.ndim == 3 else 0
+    if bits not in WIDTHS:
+        raise FormatError(f"{place} must be {WIDTHS[0]} to {WIDTHS[-1]} planes of bits, got shape {tuple(codes.shape)}")
+    return NfBitsWeight(
+        _checked(codes, torch.uint8, (rows, bits, math.ceil(width / 8)), place),
+        _checked(read("scales"), torch.int8, (rows, blocks), f"{place}.scales"),
+        _checked(read("tops"), torch.float32, (math.ceil(rows / GROUP), blocks), f"{place}.tops"),
+        shape,
+    )
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], place: str) -> Tensor:
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise FormatError(
+            f"{place} must hold {dtype} of shape {shape}, got {tensor.dtype} of {tuple(tensor.shape)}; the file is "
+            "damaged or of another model"
+        )
+    return tensor
