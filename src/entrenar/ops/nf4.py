@@ -34,6 +34,7 @@ BLOCK, NESTED_BLOCK = 64, 256
 _BINS = 65536
 # What is quantized at a time: a multiple of every block whose float32 temporaries stay small beside a weight.
 _CHUNK = 1 << 20
+_STRETCH = 1 << 17
 # Below this the reciprocal of a block's magnitude is infinite.
 _SMALLEST_MAGNITUDE = 1e-38
 
@@ -175,19 +176,25 @@ def dequantize_nf4(
     weight: Nf4Weight, dtype: torch.dtype = torch.float32, rows: slice | None = None
 ) -> Float[Tensor, "rows I"]:
     """Return some rows of the weight, computed in float32 and rounded once to `dtype`."""
-    start, stop, _ = (rows or slice(None)).indices(weight.shape[0])
+    begin, end, _ = (rows or slice(None)).indices(weight.shape[0])
     width = weight.shape[1]
-    first, last = start * width, max(start, stop) * width
+    first, last = begin * width, max(begin, end) * width
     first_block, last_block = first // BLOCK, -(-last // BLOCK)
     origin = first_block * BLOCK  # even, so a byte boundary
     table = torch.tensor(_pair_numbers(), device=weight.device)
     pairs = weight.codes[origin // 2 : -(-last // 2)]
-    levels = torch.index_select(table, 0, pairs.int()).view(torch.float32)[: last - origin]
+    levels = torch.empty(2 * len(pairs), dtype=torch.float32, device=weight.device)
     magnitudes = block_magnitudes(weight, first_block, last_block)
-    full = (last - origin) // BLOCK
-    levels[: full * BLOCK].view(-1, BLOCK).mul_(magnitudes[:full, None])  # (5)
-    levels[full * BLOCK :].mul_(magnitudes[full:])
-    return levels[first - origin :].view(-1, width).to(dtype)
+    # A stretch at a time, so that indices and levels are still in cache for the multiplication.
+    for start in range(0, len(levels), _STRETCH):
+        stretch = levels[start : start + _STRETCH]
+        codes = pairs[start // 2 : (start + _STRETCH) // 2].int()
+        torch.index_select(table, 0, codes, out=stretch.view(torch.int64))
+        scales = magnitudes[start // BLOCK : (start + _STRETCH) // BLOCK]
+        full = len(stretch) // BLOCK
+        stretch[: full * BLOCK].view(-1, BLOCK).mul_(scales[:full, None])  # (5)
+        stretch[full * BLOCK :].mul_(scales[full:])
+    return levels[first - origin : last - origin].view(-1, width).to(dtype)
 
 
 @functools.cache
@@ -199,9 +206,12 @@ def _pair_numbers() -> npt.NDArray[np.int64]:
 
 def block_magnitudes(weight: Nf4Weight, start: int, stop: int) -> Float[Tensor, " blocks"]:
     """Return the magnitudes of blocks `start` up to `stop`, by equation (4)."""
-    codes = weight.absmax[start:stop]
     if weight.nested_absmax is None or weight.offset is None:
-        return codes.float()
-    numbers = torch.index_select(dynamic_map(codes.device), 0, codes.int())
-    groups = torch.arange(start, stop, device=codes.device) // NESTED_BLOCK
-    return numbers.mul_(weight.nested_absmax[groups]).add_(weight.offset)
+        return weight.absmax[start:stop].float()
+    first_group, full = start // NESTED_BLOCK, (stop - start // NESTED_BLOCK * NESTED_BLOCK) // NESTED_BLOCK
+    origin = first_group * NESTED_BLOCK
+    numbers = torch.index_select(dynamic_map(weight.device), 0, weight.absmax[origin:stop].int())
+    nested = weight.nested_absmax[first_group:]
+    numbers[: full * NESTED_BLOCK].view(-1, NESTED_BLOCK).mul_(nested[:full, None])
+    numbers[full * NESTED_BLOCK :].mul_(nested[full : full + 1])
+    return numbers.add_(weight.offset)[start - origin :]

@@ -181,13 +181,15 @@ class Nf4LinearFunction(torch.autograd.Function):
 
 def _dx(dy: Tensor, weight: Sequence[Tensor], plan: _Plan) -> Tensor:
     """Return the sum of equation (4) over the tiles, in float32 or better."""
-    dx = dy.new_zeros(len(dy), plan.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))  # (N, I)
+    dx = None
     for columns, tile in plan.tiles(weight):
-        if tile.dtype == dx.dtype:
-            dx.addmm_(dy[:, columns], tile)  # (N, tile) @ (tile, I)
+        if dx is None:
+            dx = (dy[:, columns] @ tile).to(torch.promote_types(dy.dtype, torch.float32))  # (N, tile) @ (tile, I)
+        elif tile.dtype == dx.dtype:
+            dx.addmm_(dy[:, columns], tile)
         else:
             dx += dy[:, columns] @ tile
-    return dx
+    return dy.new_zeros(len(dy), plan.shape[1]) if dx is None else dx
 
 
 def nf4_linear(  # noqa: PLR0913  # lora_linear's, and the size of a tile
