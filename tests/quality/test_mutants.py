@@ -66,6 +66,7 @@ def test_an_operator_makes_its_slip(body, operator, before, after):
         "logger.info('%d', x + 1)",
         "z = f'{x + 1}'",
         "return isinstance(x, int)",
+        "super().__init__()",
         "return list(map(x, y, strict=True))",
     ],
 )

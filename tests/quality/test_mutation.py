@@ -95,6 +95,16 @@ def test_a_mutant_that_loops_is_no_kill(toy, monkeypatch):
     assert {verdict.status for verdict in again} == {"timeout"}
 
 
+def test_a_cached_result_does_not_shield_a_mutant(toy):
+    """What was computed and cached while tests were collected is computed again under the mutant."""
+    (toy / "toy.py").write_text("import functools\n\n@functools.cache\ndef table():\n    return 2 * 3\n")
+    (toy / "tests" / "test_toy.py").write_text(
+        "import pytest\nfrom toy import table\n\n"
+        "@pytest.mark.parametrize('n', [table()])\ndef test_table(n):\n    assert table() == 6\n"
+    )
+    assert set(statuses(mutate(Project(toy), [TOY])).values()) == {"killed"}
+
+
 def test_failing_tests_teach_nothing(toy):
     """If the unchanged code fails its tests, no mutant is tried."""
     (toy / "tests" / "test_toy.py").write_text("def test_wrong():\n    assert 1 == 2\n")

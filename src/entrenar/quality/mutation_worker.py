@@ -11,6 +11,7 @@ first parallel region, which would be taken for a mutant that loops.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -68,6 +69,7 @@ class Worker:
             return True
         for path in self.files:
             importlib.import_module(_module_name(path))
+        _forget_results()
         items = {item.nodeid: item for item in session.items}
         base = self._baseline(session)
         self._report({"kind": "baseline", "tests": len(items), **{k: base[k] for k in ("elapsed_s", "failures")}})
@@ -257,6 +259,13 @@ def _functions(files: dict[str, MutableFile]) -> dict[tuple[str, str, int], list
             code = thing.__code__
             found.setdefault((paths[code.co_filename], code.co_qualname, code.co_firstlineno), []).append(thing)
     return found
+
+
+def _forget_results() -> None:
+    """Empty every functools.cache: what the collection of the tests computed was computed without a mutant."""
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper:
+            thing.cache_clear()
 
 
 def _module_name(path: str) -> str:

@@ -25,7 +25,6 @@ from entrenar.ops.attention import reference_attention
 from entrenar.ops.rms_norm import reference_rms_norm
 from entrenar.ops.rope import reference_rope
 from entrenar.ops.swiglu import reference_swiglu
-from entrenar.recipe.models import empty_model
 from entrenar.recipe.pretrain import open_corpora
 from entrenar.recipe.run import Observer, choose_device, settle_compute_dtype, use_machine
 
@@ -106,7 +105,9 @@ def compare_ways(config: RunConfig, *, with_compiler: bool = False, observer: Ob
 
 
 def _model(config: RunConfig, dtype: torch.dtype, compute_dtype: str | None, device: torch.device) -> Llama:
-    model = empty_model(config.model, device)
+    with torch.device("meta"):
+        model = Llama(config.model)
+    model.to_empty(device=device)
     model.init_weights(torch.Generator().manual_seed(config.train.seed))
     model.to(dtype)
     model.set_compute_dtype(None if compute_dtype is None else getattr(torch, compute_dtype))
