@@ -1,0 +1,257 @@
+"""Folders of mixed widths read back as they were rounded, meet their budget, and foreign numbers are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from entrenar.cli.main import main
+from entrenar.data import train_bpe
+from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
+from entrenar.interop import hf, rounding
+from entrenar.interop.convert import Source, Target, convert, open_source
+from entrenar.interop.readback import read_hf_folder
+from entrenar.ops import NfBitsWeight
+from entrenar.peft import quantized_projections, widen
+from entrenar.recipe.bit_budget import calibration_rows, quantize_to_budget, round_to_budget
+
+TEXT = "the cat sat on the mat and the dog lay by the door while it rained all day long " * 60
+Q = "model.layers.0.self_attn.q_proj.weight"
+WIDE = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 76}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe([TEXT], 280)
+
+
+@pytest.fixture
+def source(make_model, tokenizer) -> Source:
+    return Source(make_model(vocab_size=300, tie_word_embeddings=False, **WIDE), tokenizer, "hf")
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(source, text, tmp_path) -> Path:
+    rounded, _ = round_to_budget(source, 4.2, text, lambda _: None)
+    convert(rounded, Target(tmp_path / "out", "nf4"))
+    return tmp_path / "out"
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def edit(path: Path, **changes: object) -> None:
+    values = json.loads(path.read_text())
+    values["quantization_config"] |= changes
+    path.write_text(json.dumps(values))
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    weights = load_file(folder / "model.safetensors") | changes
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_folder_reads_back_as_it_was_rounded(make_model, tokenizer, text, tmp_path, input_ids, is_tied):
+    """Logits of the loaded folder are those of the rounded model bit for bit, and its bits meet the budget."""
+    model = make_model(vocab_size=300, tie_word_embeddings=is_tied, **WIDE)
+    rounded, budget = round_to_budget(Source(model, tokenizer, "hf"), 4.2, text, silent)
+    report = convert(rounded, Target(tmp_path / "out", "nf4"))
+    loaded = hf.load_model(tmp_path / "out")
+    assert rounded.rounded is not None
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids), rounded.rounded.model(input_ids))
+        assert not torch.equal(loaded(input_ids), model(input_ids))  # the source is left as it was
+    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert 8 * sum(tensor.nbytes for tensor in tensors) / budget.numbers == budget.bits <= 4.2
+    assert budget.numbers == sum(parameter.numel() for parameter in model.parameters())
+    assert set(budget.widths) == {n for n, p in model.named_modules() if getattr(p, "weight", torch.ones(1)).ndim == 2}
+    assert 0 < report.kl < 0.1
+
+
+def test_the_numpy_reader_agrees_with_the_weights_in_use(folder, source):
+    """Bits, scales and tops, read without torch, are the numbers that the model multiplies by."""
+    model = hf.load_model(folder)
+    widen(model)
+    written = read_hf_folder(folder, source.model.config)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(written.weight(name)[:]), weight.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_damaged_scale_is_found_before_the_folder_gets_its_name(source, text, tmp_path, monkeypatch):
+    """A number beyond what the rounding did to it fails the conversion, and nothing is left."""
+    rounded, _ = round_to_budget(source, 4.2, text, silent)
+    pack = hf.bits.pack
+
+    def damaged(name: str, weight: NfBitsWeight) -> dict[str, torch.Tensor]:
+        tensors = pack(name, weight)
+        if name == Q:
+            tensors[f"{Q}.scales"] = tensors[f"{Q}.scales"].roll(1, 0)
+        return tensors
+
+    monkeypatch.setattr(hf.bits, "pack", damaged)
+    with pytest.raises(GateFailed, match=f"{Q} differs by .* more than its rounding"):
+        convert(rounded, Target(tmp_path / "out", "nf4"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bound_of_a_rounded_model_allows_what_its_rounding_did_and_no_more(source, text):
+    """Norms may not change at all, matrices by their own rounding."""
+    rounded, _ = round_to_budget(source, 4.2, text, silent)
+    assert rounded.rounded is not None
+    model, weight = rounded.rounded.model, source.model.get_parameter(Q).detach()
+    bound = rounding.bound_of_rounded(model)
+    allowed = bound(Q, weight)(slice(2, 9))
+    widen(model)
+    torch.testing.assert_close(allowed, (model.get_parameter(Q) - weight).abs()[2:9], rtol=1e-5, atol=1e-6)
+    assert not bound("model.norm.weight", torch.ones(64))(slice(0, 3)).any()
+
+
+@pytest.mark.parametrize("bits", [3.0, 5.0])
+def test_more_bits_raise_the_loss_less(source, text, bits):
+    """The estimate falls with the budget, and no budget is left unused by more than the smallest step."""
+    rows = calibration_rows(source.model, source.tokenizer, text)
+    budget = quantize_to_budget(source.model, rows, bits, silent)
+    held = dict(quantized_projections(source.model))
+    assert {weight.quantized.bits for weight in held.values()} == set(budget.widths.values())
+    assert bits - 0.2 < budget.bits <= bits
+    assert budget.expected_rise < (0.05 if bits == 5.0 else 1.0)
+    assert budget.lines()[0].startswith(f"budget        {budget.bits:.3f} bits a weight")
+
+
+def test_an_unreachable_budget_says_the_least_possible(source, text):
+    """The figure in the message is one that can be met."""
+    rows = calibration_rows(source.model, source.tokenizer, text)
+    with pytest.raises(ConfigError, match=r"--bits must be >= 2\.\d+ for this model, got 2\b") as raised:
+        quantize_to_budget(source.model, rows, 2.0, silent)
+    least = float(str(raised.value).split(">= ")[1].split()[0])
+    assert quantize_to_budget(source.model, rows, least, silent).bits <= least
+    assert {held.quantized.bits for _, held in quantized_projections(source.model)} == {2}
+
+
+def test_without_a_text_the_model_writes_its_own(source):
+    """Rows of the wanted shape, all of them the model's tokens, the same each time."""
+    rows = calibration_rows(source.model, source.tokenizer, None)
+    assert rows.shape == (32, 64)
+    assert int(rows.max()) < 300
+    assert torch.equal(rows, calibration_rows(source.model, source.tokenizer, None))
+
+
+def test_rows_of_a_text_are_spread_over_it(source, text):
+    """The first and the last row are the text's beginning and end."""
+    ids = source.tokenizer.encode(TEXT)
+    rows = calibration_rows(source.model, source.tokenizer, text)
+    assert rows[0].tolist() == ids[:64]
+    assert rows[-1].tolist() == ids[-64:]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"short", r"must have at least \d+ tokens, got \d+"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read")],
+)
+def test_a_text_that_cannot_be_used_is_named(source, tmp_path, content, message):
+    """Too short, no text at all, or not there."""
+    path = tmp_path / "some.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        calibration_rows(source.model, source.tokenizer, path)
+
+
+def test_a_model_without_a_tokenizer_cannot_be_calibrated(source):
+    """The message names the flag that brings one."""
+    with pytest.raises(DataError, match=r"needs a tokenizer .*--tokenizer"):
+        round_to_budget(Source(source.model, None, "hf"), 4.0, None, silent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version must be 1, got 2"),
+        ({"block_size": 32}, "block_size must be 64, got 32"),
+        ({"levels": None}, "levels must be a table"),
+        ({"levels": {"4": [0.0] * 16}}, "levels of 4 bits are another table"),
+        ({"levels": {"4": ["a"] * 16}}, "levels of 4 bits are another table"),
+        ({"levels": {"9": [0.0]}}, "levels of 9 bits are another table"),
+        ({"quant_method": "gptq"}, "quant_method must be 'bitsandbytes', got 'gptq'"),
+    ],
+)
+def test_other_versions_and_code_books_are_refused(folder, changes, message):
+    """The message names file and key."""
+    edit(folder / "config.json", **changes)
+    with pytest.raises(FormatError, match=message):
+        hf.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (".scales", lambda t: t[:-1], "scales must hold torch.int8 of shape"),
+        (".tops", lambda t: t[:, :0], "tops must hold torch.float32 of shape"),
+        (".tops", lambda t: t.half(), "tops must hold torch.float32 of shape"),
+        ("", lambda t: t[:, :, :-1].contiguous(), "must hold torch.uint8 of shape"),
+        ("", lambda t: t[:, :1].contiguous(), "must be 2 to 8 planes of bits"),
+        ("", lambda t: t.flatten(), "must be 2 to 8 planes of bits"),
+        (".tops", lambda _: None, "lacks its tops"),
+        ("", lambda _: None, "lacks its codes"),
+    ],
+)
+def test_truncated_parts_are_refused(folder, part, change, message):
+    """The message names the tensor, what it must be and what it is."""
+    name = f"{Q}{part}"
+    rewrite(folder, **{name: change(load_file(folder / "model.safetensors")[name])})
+    with pytest.raises(FormatError, match=message):
+        hf.load_model(folder)
+
+
+def test_a_tied_head_in_the_file_of_a_quantized_embedding_is_refused(make_model, tokenizer, text, tmp_path):
+    """One of the two would be ignored in silence."""
+    model = make_model(vocab_size=300, tie_word_embeddings=True, **WIDE)
+    rounded, _ = round_to_budget(Source(model, tokenizer, "hf"), 5.0, text, silent)
+    convert(rounded, Target(tmp_path / "out", "nf4"))
+    rewrite(tmp_path / "out", **{"lm_head.weight": torch.zeros(300, 64)})
+    with pytest.raises(FormatError, match="ties it to an embedding that is quantized"):
+        hf.load_model(tmp_path / "out")
+
+
+def test_the_command_writes_a_folder_that_opens_and_converts_back(source, text, tmp_path, capsys):
+    """Its report says bits and widths; the folder converts to plain weights."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    plain.mkdir()
+    hf.save_model(plain, source.model.config, dict(source.model.named_parameters()))
+    source.tokenizer.save(plain)
+    words = ["convert", str(plain), str(out), "--to", "nf4", "--bits", "4.2", "--calibration", str(text)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "bits a weight" in said
+    assert "expected to rise by" in said
+    back = open_source(out)
+    assert back.model.get_parameter(Q).shape == (64, 64)
+    assert main(["convert", str(out), str(tmp_path / "back"), "--to", "hf"]) == 0
+    assert main(words) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--to", "hf", "--bits", "4"], "--bits is a budget of nf4, got --to hf"),
+        (["--to", "nf4", "--calibration", "x"], "--calibration has no effect without --bits"),
+        (["--to", "nf4", "--bits", "4", "--dtype", "f32"], "--dtype and --bits exclude each other"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, message):
+    """Nothing is read before the flags are right."""
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["convert", str(tmp_path), str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
