@@ -1,0 +1,67 @@
+"""Every example runs, to its end, on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from entrenar.data import train_bpe
+from entrenar.model import Llama, LlamaConfig
+from entrenar.recipe import write_model_folder
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ROWS = [{"prompt": f"say {word}", "completion": f" {word}!"} for word in ("tea", "sea", "pea", "bee")] * 4
+
+# What each is called with; MODEL, ROWS and OUT stand for a tiny model, a file of rows and a place to write to.
+ADAPTER = ["--model", "MODEL", "--data", "ROWS", "--out", "OUT", "--steps", "2"]
+CALLS = {
+    "finetune_docstrings/make_rows.py": ["--out", "OUT"],
+    "llama2/finetune_lora.py": ADAPTER,
+    "llama2/finetune_qlora.py": ADAPTER,
+    "llama2/memory_benchmarks.py": ["--seq-len", "16", "--only", "QLoRA"],
+}
+# A word of what each prints when it is done.
+SAYS = {"llama2/finetune_lora.py": "reads back with logits that differ by", "llama2/memory_benchmarks.py": "QLoRA bf16"}
+
+
+def examples() -> list[str]:
+    return sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny model with its tokenizer, and rows."""
+    folder = tmp_path_factory.mktemp("examples")
+    tokenizer = train_bpe([json.dumps(row) for row in ROWS], 300)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128,
+        max_seq_len=64,
+    )  # fmt: skip
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    write_model_folder(folder / "model", model, dict(model.named_parameters()), tokenizer)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return {"MODEL": str(folder / "model"), "ROWS": str(folder / "rows.jsonl")}
+
+
+def test_every_example_has_a_call() -> None:
+    """An example that nobody runs is found."""
+    assert [name for name in examples() if name not in CALLS] == []
+
+
+@pytest.mark.parametrize("name", examples())
+def test_an_example_runs_to_its_end(name: str, places: dict[str, str], tmp_path: Path) -> None:
+    """Called as its first lines say, it ends without an error and without a warning."""
+    here = places | {"OUT": str(tmp_path / "out")}
+    words = [here.get(word, word) for word in CALLS[name]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *words],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert SAYS.get(name, "") in done.stdout
