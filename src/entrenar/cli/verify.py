@@ -125,32 +125,17 @@ def _rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
         yield "gradient checked", f"{method}: {figures['cases']} cases{worst}"
     for dtype, figures in certificate["error"].items():
         if "worst_roundings" in figures:
-            yield (
-                f"error in {dtype}",
-                (
-                    f"{figures['worst_roundings']:.2f} roundings (bound {figures['bound']:g}), {figures['least_sqnr_db']:g} dB"
-                ),
-            )
+            bound = f"(bound {figures['bound']:g}), {figures['least_sqnr_db']:g} dB"
+            yield f"error in {dtype}", f"{figures['worst_roundings']:.2f} roundings {bound}"
         else:
             yield "error", f"{dtype}: {figures['worst_relative']:.1e}"
     properties = certificate["properties"]
     yield "properties", f"{properties['count']} held in {properties['cases']} cases"
     yield "wrong backwards", f"{certificate['wrong_backwards_refused']} planted, all refused"
-    mutants = certificate["mutants"]
-    yield (
-        "mutants",
-        (
-            mutants
-            if mutants == NOT_MEASURED
-            else f"{mutants['killed']} killed, {mutants['survived']} survived ({mutants['score']:g} %)"
-        ),
-    )
-    covered = certificate["coverage"]
-    yield (
-        "coverage",
-        (
-            covered
-            if covered == NOT_MEASURED
-            else f"{covered['line']:g} % of lines, {covered['branch']:g} % of branches"
-        ),
-    )
+    mutants, covered = certificate["mutants"], certificate["coverage"]
+    if mutants != NOT_MEASURED:
+        mutants = f"{mutants['killed']} killed, {mutants['survived']} survived ({mutants['score']:g} %)"
+    if covered != NOT_MEASURED:
+        covered = f"{covered['line']:g} % of lines, {covered['branch']:g} % of branches"
+    yield "mutants", mutants
+    yield "coverage", covered
