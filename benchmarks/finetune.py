@@ -1,7 +1,8 @@
 """Fine-tuning, side by side in turns: ours against peft, adapters over a cached trunk against full, packing on and off.
 
     python benchmarks/finetune.py peft    --data alpaca.json --tokenizer DIR     LoRA here and in peft + transformers
-    python benchmarks/finetune.py speed   --data alpaca.json --model DIR         full, LoRA, LoRA over a cached trunk
+    python benchmarks/finetune.py step    --data alpaca.json --model DIR         full against LoRA on all layers
+    python benchmarks/finetune.py trunk   --data rows.jsonl --model DIR          full against LoRA over a cached trunk
     python benchmarks/finetune.py layout  --data alpaca.json --tokenizer DIR     packing, and the head on answers only
 
 Each worker makes one pass over the same examples in a round and then measures the same held-out examples; only the
@@ -25,7 +26,8 @@ import turns
 
 PARTS = {
     "peft": ("lora", "peft"),
-    "speed": ("full", "lora", "cached"),
+    "step": ("full", "lora"),
+    "trunk": ("full", "cached"),
     "layout": ("packed", "padded", "all_targets"),
 }
 WARMUP_STEPS = 2
@@ -145,10 +147,10 @@ def serve_ours(work: Workload, mode: str) -> None:
 
 
 def _steps_of_all_rounds(work: Workload, train: Sequence[Any], batching: str) -> Iterator[float]:
-    """Yield what the learning rate of each step is multiplied by: in `speed` it falls in a line to a tenth."""
+    """Yield what the learning rate of each step is multiplied by: over a trunk, it falls in a line to a tenth."""
     from entrenar.data import SftLoader
 
-    if work.part != "speed":
+    if work.part != "trunk":
         return repeat(1.0)
     epoch = SftLoader(train, batch_size=work.batch_size, seq_len=work.seq_len, seed=0, batching=batching)
     total = epoch.batches_per_epoch * work.rounds
@@ -273,8 +275,10 @@ def summarize(work: Workload, answers: dict[str, list[dict[str, Any]]]) -> dict[
         result["speed_over_peft"] = round(rate["lora"] / rate["peft"], 3)
         result["held_out_over_peft"] = round(ours / theirs, 5)
         result["added_peak_over_peft"] = round(_added(answers["lora"]) / _added(answers["peft"]), 3)
-    elif work.part == "speed":
-        result |= _speed(answers)
+    elif work.part == "step":
+        result["step_gain_at_equal_tokens"] = round(turns.median_ratio(*_epochs(answers, "full", "lora")), 2)
+    elif work.part == "trunk":
+        result |= _trunk(answers)
     else:
         result["packing_gain"] = round(rate["packed"] / rate["padded"], 3)
         result["answers_only_gain"] = round(rate["packed"] / rate["all_targets"], 3)
@@ -284,23 +288,23 @@ def summarize(work: Workload, answers: dict[str, list[dict[str, Any]]]) -> dict[
     return result
 
 
-def _speed(answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return D3's three figures, each against full fine-tuning: step, filled epoch, time to its best loss."""
-    epochs = {name: [one["epoch_s"] for one in some] for name, some in answers.items()}
+def _epochs(answers: dict[str, list[dict[str, Any]]], *names: str) -> list[list[float]]:
+    """Return the time of every epoch but the first, which warms up or fills a cache."""
+    return [[answer["epoch_s"] for answer in answers[name][1:]] for name in names]
+
+
+def _trunk(answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return what a cached trunk gains against full fine-tuning: a filled epoch, and the time to full's best loss."""
     best = min(one["held_out_loss"] for one in answers["full"])
+    full_until = _time_until(answers["full"], best)
+    assert full_until is not None
     answers = answers | {"cached, filled before": _as_if_filled(answers["cached"])}
     until = {name: _time_until(some, 1.01 * best) for name, some in answers.items()}
-    full_until = until["full"]
-    assert full_until is not None
     return {
-        "step_gain_at_equal_tokens": {
-            name: round(statistics.median(epochs["full"]) / statistics.median(epochs[name]), 2)
-            for name in ("lora", "cached")
-        },
-        "first_epoch_s": {name: round(some[0], 2) for name, some in epochs.items()},
-        "filled_epoch_gain": round(turns.median_ratio(epochs["full"][1:], epochs["cached"][1:]), 2),
-        "best_full_loss": best,
+        "filled_epoch_gain": round(turns.median_ratio(*_epochs(answers, "full", "cached")), 2),
+        "first_epoch_s": {name: round(some[0]["epoch_s"], 2) for name, some in answers.items()},
         "best_loss": {name: min(one["held_out_loss"] for one in some) for name, some in answers.items()},
+        "seconds_of_full_to_its_best": full_until,
         "seconds_to_within_1_percent": until,
         "time_to_quality_gain": {
             name: None if some is None else round(full_until / some, 2) for name, some in until.items()
@@ -351,7 +355,7 @@ def main() -> None:
     arguments.add_argument("--held-out", type=int, default=32)
     arguments.add_argument("--batch-size", type=int, default=4)
     arguments.add_argument("--seq-len", type=int, default=256)
-    arguments.add_argument("--rounds", type=int, help="epochs (default: 2; speed: 10)")
+    arguments.add_argument("--rounds", type=int, help="epochs (default: 2; trunk: 10)")
     arguments.add_argument("--rank", type=int, default=8)
     arguments.add_argument("--top", type=int, default=2, help="layers with adapters over the cached trunk")
     arguments.add_argument("--targets", default="q_proj,v_proj")
@@ -389,7 +393,7 @@ def _workload(parsed: argparse.Namespace) -> Workload:
 
     values = {name: getattr(parsed, name) for name in Workload.__annotations__ if hasattr(parsed, name)}
     values["batching"] = "grouped" if parsed.part == "peft" else "packed"
-    values["rounds"] = parsed.rounds or (10 if parsed.part == "speed" else 2)
+    values["rounds"] = parsed.rounds or (10 if parsed.part == "trunk" else 2)
     values["model"] = str(model_folder(Path(parsed.model))) if parsed.model else ""
     if parsed.quick:
         values |= {"examples": 12, "held_out": 4, "seq_len": 256, "rounds": 3, "threads": 1}

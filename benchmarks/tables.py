@@ -73,16 +73,16 @@ def ops() -> str:
 
 def finetune() -> str:
     """LoRA against peft, and the gains of cache, packing and answers only."""
-    parts = {part: result(f"finetune_{part}") for part in ("peft", "speed", "layout")}
+    parts = {part: result(f"finetune_{part}") for part in ("peft", "step", "trunk", "layout")}
     places = {
         "LoRA here against peft and transformers, tokens/s": ("peft", "speed_over_peft"),
         "the same, added memory": ("peft", "added_peak_over_peft"),
         "the same, held-out loss": ("peft", "held_out_over_peft"),
-        "a step of LoRA on all layers against full, equal tokens": ("speed", "step_gain_at_equal_tokens", "lora"),
-        "an epoch over the filled trunk cache against full": ("speed", "filled_epoch_gain"),
-        "time to full's best held-out loss, cache filled in the run": ("speed", "time_to_quality_gain", "cached"),
-        "the same, cache filled by an earlier run": ("speed", "time_to_quality_gain", "cached, filled before"),
-        "the same, LoRA on all layers": ("speed", "time_to_quality_gain", "lora"),
+        "a step of LoRA on all layers against full, equal tokens": ("step", "step_gain_at_equal_tokens"),
+        "an epoch over the filled trunk cache against full": ("trunk", "filled_epoch_gain"),
+        "time to full's best held-out loss, cache filled in the run": ("trunk", "time_to_quality_gain", "cached"),
+        "the same, cache filled by an earlier run": ("trunk", "time_to_quality_gain", "cached, filled before"),
+        "the same, full counted until it is within 1 % itself": ("trunk", "time_to_quality_gain", "full"),
         "packing against one example a row, tokens/s": ("layout", "packing_gain"),
         "targets on answers only against all tokens, tokens/s": ("layout", "answers_only_gain"),
     }
@@ -103,7 +103,7 @@ def setting(measured: dict[str, Any]) -> str:
     """Say on what and when a part of fine-tuning was measured."""
     work = measured["workload"]
     words = [f"{work['examples']} rows", f"{work['rounds']} epochs", f"rank {work['rank']}"]
-    if work["part"] == "speed":
+    if work["part"] == "trunk":
         words += [f"top:{work['top']} of {work['targets']}", f"learning rate {work['lr']}", f"full's {work['full_lr']}"]
     words += [f"{work.get('clock', 'wall')} time of {work['threads']} threads", measured["cpu"].split(",")[0]]
     return ", ".join([*words, measured["date"]])
@@ -147,8 +147,44 @@ def falls() -> str:
     return rows(["seed", *(f"step {step}" for step in steps), "falls each time"], lines)
 
 
+def qlora() -> str:
+    """QLoRA against peft over bitsandbytes, a step of the 124m preset, and its held-out loss against LoRA's."""
+    measured, quality = result("qlora_step"), result("qlora_quality")
+    if measured is None:
+        return "not measured\n"
+    names = {
+        "qlora": "QLoRA here",
+        "lora": "LoRA here, bfloat16 base",
+        "peft_bfloat16": "peft + bitsandbytes, products in bfloat16",
+        "peft_float32": "peft + bitsandbytes, products in float32",
+    }
+    speed, added = measured["tokens_per_s"], measured["added_peak_bytes"]
+    lines = [
+        [
+            label,
+            f"{speed[name]:.0f}",
+            f"{speed['qlora'] / speed[name]:.2f} ×",
+            f"{added[name] / 1e9:.2f} GB",
+            f"{added['qlora'] / added[name]:.2f} ×",
+        ]
+        for name, label in names.items()
+    ]
+    header = ["", "tokens/s", "QLoRA here against it", "added peak memory", "QLoRA here against it"]
+    work = measured["workload"]
+    note = f"\n{work['clock']} time of {work['threads']} threads, {measured['cpu'].split(',')[0]}, {measured['date']}.\n"
+    if quality is not None:
+        steps = quality["workload"]["steps"] * quality["workload"]["rounds"]
+        before, after = quality["held_out_before"], {name: some[-1] for name, some in quality["held_out_loss"].items()}
+        note += (
+            f"\nHeld-out loss of {quality['workload']['model']} on rows of alpaca, {steps} steps of the same rows: LoRA "
+            f"{before['lora']:.4f} → {after['lora']:.4f}, QLoRA {before['qlora']:.4f} → {after['qlora']:.4f}, "
+            f"**{quality['qlora_over_lora']:.4f} ×**.\n"
+        )
+    return rows(header, lines) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
+    "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls, "qlora": qlora,
 }  # fmt: skip
 
 

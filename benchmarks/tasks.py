@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -44,9 +44,9 @@ class TaskPlan:
 
 
 PLANS = {
-    "sst2": TaskPlan(train_rows=2000, questions=872, epochs=3, lr=1e-3, metric="accuracy"),
-    "scan": TaskPlan(train_rows=2000, questions=200, epochs=4, lr=2e-3, metric="exact_match"),
-    "docstrings": TaskPlan(train_rows=500, questions=200, epochs=2, lr=1e-3, metric="token_accuracy"),
+    "sst2": TaskPlan(train_rows=1500, questions=872, epochs=2, lr=2e-3, metric="accuracy"),
+    "docstrings": TaskPlan(train_rows=300, questions=100, epochs=2, lr=2e-3, metric="token_accuracy"),
+    "scan": TaskPlan(train_rows=1000, questions=200, epochs=4, lr=2e-3, metric="exact_match"),
 }
 
 
@@ -166,9 +166,8 @@ def prepare_rows(task: str, sources: Path, plan: TaskPlan, folder: Path) -> dict
     }
 
 
-def quality(model: Path, sources: Path, tasks: Sequence[str], threads: int) -> dict[str, Any]:
-    """Answer every task's questions by the three models."""
-    found: dict[str, Any] = {}
+def quality(model: Path, sources: Path, tasks: Sequence[str], threads: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Answer every task's questions by the three models; yield what came of each task."""
     for task in tasks:
         plan = PLANS[task]
         train = {"epochs": plan.epochs, "threads": threads}
@@ -178,9 +177,8 @@ def quality(model: Path, sources: Path, tasks: Sequence[str], threads: int) -> d
             for name in ("tuned", "shuffled"):
                 report = tune(model, files[name], Path(folder), plan.lr, train=train)
                 scores[name] = scores_of(report.folder, files["questions"], plan)
-        found[task] = {"plan": asdict(plan), **compared(scores), "raw": scores}
         print(task, compared(scores), file=sys.stderr, flush=True)
-    return found
+        yield task, {"plan": asdict(plan), **compared(scores), "raw": scores}
 
 
 def compared(scores: dict[str, list[float]]) -> dict[str, Any]:
@@ -203,7 +201,8 @@ def falls(model: Path, seeds: Sequence[int], steps: int, every: int, threads: in
         files = prepare_rows("docstrings", folder, PLANS["docstrings"], folder)
         for seed in seeds:
             train = {"max_steps": steps, "eval_every": every, "seed": seed, "threads": threads}
-            report = tune(model, files["tuned"], folder, 1e-3, train=train, sft={"eval_data": files["questions"]})
+            sft = {"eval_data": files["questions"], "batch_size": 4, "max_eval_examples": 50}
+            report = tune(model, files["tuned"], folder, 1e-3, train=train, sft=sft)
             records = map(json.loads, (report.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
             assert report.before is not None
             losses[str(seed)] = [report.before.held_out.loss]
@@ -222,18 +221,21 @@ def main() -> None:
     arguments.add_argument("--tasks", default=",".join(PLANS), help="which tasks, with commas between")
     arguments.add_argument("--source", type=Path, help="rows: the file to convert")
     arguments.add_argument("--out", type=Path, help="rows: the jsonl file to write")
-    arguments.add_argument("--steps", type=int, default=60)
-    arguments.add_argument("--every", type=int, default=10)
+    arguments.add_argument("--steps", type=int, default=40)
+    arguments.add_argument("--every", type=int, default=8)
     arguments.add_argument("--threads", type=int, default=2)
     parsed = arguments.parse_args()
     if parsed.part == "rows":
         write_rows(parsed.out, convert(parsed.tasks, parsed.source))
         return
-    if parsed.part == "quality":
-        measured = quality(parsed.model, parsed.sources, parsed.tasks.split(","), parsed.threads)
-    else:
-        measured = falls(parsed.model, (0, 1, 2), parsed.steps, parsed.every, parsed.threads)
-    print(turns.write_result(f"tasks_{parsed.part}", {**turns.machine(), "base": describe(parsed.model), **measured}))
+    result = {**turns.machine(), "base": describe(parsed.model)}
+    if parsed.part == "falls":
+        result |= falls(parsed.model, (0, 1, 2), parsed.steps, parsed.every, parsed.threads)
+        turns.write_result("tasks_falls", result)
+        return
+    for task, measured in quality(parsed.model, parsed.sources, parsed.tasks.split(","), parsed.threads):
+        result[task] = measured
+        turns.write_result("tasks_quality", result)
 
 
 def describe(model: Path) -> str:
