@@ -33,6 +33,7 @@ def _change_manifest(folder: Path, path: str, value: Any) -> None:
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.corpus", "first * self._dtype.itemsize)", "0 * self._dtype.itemsize)")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(st.data())
 def test_windows_cross_shards_unseen(corpus: Corpus, data: st.DataObject):

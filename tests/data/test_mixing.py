@@ -8,6 +8,7 @@ from entrenar.data.mixing import draw, integer_weights
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.mixing", "_, corpus = min(due)", "_, corpus = max(due)")
 @given(st.lists(st.integers(1, 1 << 20), min_size=1, max_size=6), st.integers(1, 300))
 def test_no_corpus_strays_by_a_whole_sample(weights: list[int], length: int):
     """After any number of draws, |drawn - share| < 1 for every corpus."""
@@ -19,6 +20,7 @@ def test_no_corpus_strays_by_a_whole_sample(weights: list[int], length: int):
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.mixing", "counts[corpus] += 1", "counts[corpus] += 0")
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=5))
 def test_whole_weights_are_met_exactly_after_their_sum(weights: list[int]):
     """Weights that are window counts give every window of every corpus once."""
@@ -27,6 +29,7 @@ def test_whole_weights_are_met_exactly_after_their_sum(weights: list[int]):
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.mixing", "sum(weights), list(drawn)", "sum(weights), [0] * len(drawn)")
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(0, 100), st.integers(1, 100))
 def test_drawing_in_two_parts_equals_drawing_at_once(weights: list[int], first: int, second: int):
     """The counts are the whole state."""

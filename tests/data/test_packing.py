@@ -9,6 +9,7 @@ from entrenar.errors import DataError
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.packing", "left = room - length", "left = room - length + (room > length)")
 @given(st.integers(1, 200).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=60))))
 def test_each_example_comes_once_and_no_row_is_over_capacity(case):
     """Every index is in one row, and no row holds more than the capacity."""
@@ -19,6 +20,7 @@ def test_each_example_comes_once_and_no_row_is_over_capacity(case):
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.packing", "(fitting & -fitting).bit_length()", "fitting.bit_length()")
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
 def test_each_example_goes_where_it_leaves_least(lengths):
     """The rows are those of the definition: longest first, each into the fullest row that still has room."""

@@ -38,6 +38,7 @@ def documents_of(corpus: Corpus, split: Any, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.shards", "data = part.tobytes()", "data = part[::-1].tobytes()")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(
     st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), min_size=1, max_size=8, unique=True),

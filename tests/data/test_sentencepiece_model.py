@@ -61,6 +61,7 @@ LIKELY = st.lists(st.sampled_from(["the", "cat", " ", "  ", "\n", "a", "at", "é
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.tokenizer", "before + found.ids + after", "before + found.ids[::-1] + after")
 @given(LIKELY | st.text(st.characters(exclude_categories=("Cs",)), max_size=30))
 def test_ids_equal_sentencepiece(pairs: list[tuple[Tokenizer, sentencepiece.SentencePieceProcessor]], text: str):
     """For every string, with and without byte fallback, dummy prefix and squeezed whitespace."""
@@ -69,6 +70,7 @@ def test_ids_equal_sentencepiece(pairs: list[tuple[Tokenizer, sentencepiece.Sent
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.token_bytes", 'return content.removeprefix(b" ")', "return content")
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁"), max_size=40))
 def test_byte_fallback_round_trips(pairs: list[tuple[Tokenizer, sentencepiece.SentencePieceProcessor]], text: str):
     """A model like LLaMA's gives every string back (but U+2581, which it writes for a space)."""

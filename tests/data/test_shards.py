@@ -12,6 +12,7 @@ from entrenar.files import sha256_file
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.shards", "self._stream.write(data)", "self._stream.write(data[::-1])")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(st.lists(st.integers(0, 12), max_size=5), st.integers(2, 10))
 def test_shards_hold_the_ids_in_order_however_they_come(tmp_path: Path, lengths: list[int], shard_tokens: int):

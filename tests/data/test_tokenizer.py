@@ -29,6 +29,7 @@ HARD_STRINGS = [
 
 
 @pytest.mark.property
+@pytest.mark.kills("data.tokenizer", "before + found.ids + after", "before + found.ids[:-1] + after")
 @given(TEXT)
 def test_round_trip_is_exact_for_every_string(tokenizer: Tokenizer, text: str):
     """decode(encode(text)) is text, for any Unicode text."""
@@ -42,6 +43,11 @@ def test_round_trip_of_hard_strings(tokenizer: Tokenizer, text: str):
 
 
 @pytest.mark.property
+@pytest.mark.kills(
+    "data.tokenizer",
+    "self._special_backend if allow_special else self._backend",
+    "self._special_backend",
+)
 @given(st.lists(TEXT | st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "<|", "|>", "eos"]), max_size=6))
 def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, parts: list[str]):
     """Whatever a user types, no control id appears unless `allow_special` is set."""

@@ -35,6 +35,7 @@ OPTIONS = {
 
 
 @pytest.mark.property
+@pytest.mark.kills("infer.sampling", "kept.topk(min(top_k, kept", "kept.topk(min(top_k + 1, kept")
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), **OPTIONS)
 def test_distribution_equals_transformers(
@@ -53,6 +54,7 @@ def test_distribution_equals_transformers(
 
 
 @pytest.mark.property
+@pytest.mark.kills("infer.sampling", "mass_before >= top_p", "mass_before + probabilities >= top_p")
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), top_p=st.floats(0.01, 0.999))
 def test_top_p_keeps_the_smallest_sufficient_set(seed: int, top_p: float) -> None:
@@ -86,6 +88,7 @@ def test_small_temperature_is_greedy(temperature: float) -> None:
 
 
 @pytest.mark.property
+@pytest.mark.kills("infer.sampling", "place.clamp(max=tokens.shape[-1] - 1)", "(place * 0 + tokens.shape[-1] - 1)")
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), **OPTIONS)
 def test_draws_stay_in_the_allowed_set(

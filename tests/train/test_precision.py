@@ -22,6 +22,11 @@ def _join(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.property
+@pytest.mark.kills(
+    "train.precision",
+    "master_bits.add_(_HALF_WEIGHT_STEP).bitwise_right_shift_(16)",
+    "master_bits.bitwise_right_shift_(16)",
+)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=64))
 def test_every_bit_of_the_master_comes_back(patterns: list[int]) -> None:
     """Splitting and joining returns the same 32 bits, for every pattern: subnormals, infinities and NaN too."""

@@ -25,6 +25,7 @@ def configs() -> st.SearchStrategy[ScheduleConfig]:
 
 
 @pytest.mark.property
+@pytest.mark.kills("train.schedule", "(1.0 - config.min_lr_ratio) * shape", "1.0 * shape")
 @given(configs(), st.integers(1, 300), st.integers(1, 400))
 def test_the_multiplier_is_positive_until_the_end_and_at_most_one(
     config: ScheduleConfig, step: int, total: int
@@ -37,6 +38,7 @@ def test_the_multiplier_is_positive_until_the_end_and_at_most_one(
 
 
 @pytest.mark.property
+@pytest.mark.kills("train.schedule", "return step / config.warmup_steps", "return (step + 1) / config.warmup_steps")
 @given(configs(), st.integers(2, 200))
 def test_it_climbs_then_never_rises(config: ScheduleConfig, total: int) -> None:
     """Up to the warm-up's last step it rises strictly; from there on it never does."""
@@ -48,6 +50,11 @@ def test_it_climbs_then_never_rises(config: ScheduleConfig, total: int) -> None:
 
 
 @pytest.mark.property
+@pytest.mark.kills(
+    "train.schedule",
+    "max(0.0, 1.0 - (1.0 - progress) / config.wsd_decay_ratio)",
+    "float(progress > 0.5)",
+)
 @given(configs(), st.integers(200, 2000))
 def test_it_has_no_jumps(config: ScheduleConfig, total: int) -> None:
     """Neighbouring steps differ by no more than the steepest of warm-up, cosine and the wsd decay."""
@@ -73,7 +80,9 @@ def test_midpoints_by_hand() -> None:
     for shape in ("cosine", "linear"):
         assert lr_multiplier(ScheduleConfig(schedule=shape, min_lr_ratio=0.0), 51, 101) == pytest.approx(0.5)
     assert lr_multiplier(ScheduleConfig(schedule="cosine", min_lr_ratio=0.0), 26, 101) == pytest.approx(0.8535533906)
+    assert lr_multiplier(ScheduleConfig(schedule="linear", min_lr_ratio=0.0), 26, 101) == pytest.approx(0.75)
     wsd = ScheduleConfig(schedule="wsd", min_lr_ratio=0.0)
+    assert lr_multiplier(wsd, 86, 101) == pytest.approx(0.75)
     assert lr_multiplier(wsd, 80, 101) == 1.0
     assert lr_multiplier(wsd, 91, 101) == pytest.approx(0.5)
 
