@@ -57,13 +57,14 @@ class Cell:
 
 def cells() -> Iterator[tuple[str, Cell]]:
     """Yield name and settings of each cell."""
-    for preset in ("124m", "1b"):
+    for preset, steps in (("124m", STEPS), ("1b", 2)):
         for method in ("full", "lora", "qlora"):
             for precision in ("float32", "bfloat16"):
-                yield f"matrix {preset} {method} {precision}", Cell(preset, method, precision)
-        full = Cell(preset, "full", "bfloat16", optimizer="adamw8bit")
+                yield f"matrix {preset} {method} {precision}", Cell(preset, method, precision, steps=steps)
+        full = Cell(preset, "full", "bfloat16", optimizer="adamw8bit", steps=steps)
         yield f"matrix {preset} full8bit bfloat16", full
-        yield f"matrix {preset} qlora-streamed bfloat16", Cell(preset, "qlora", "bfloat16", stream_base=True)
+        streamed = Cell(preset, "qlora", "bfloat16", stream_base=True, steps=steps)
+        yield f"matrix {preset} qlora-streamed bfloat16", streamed
     plain = Cell("124m", "qlora", "bfloat16", checkpointing="none", freed_memory="keep")
     yield "lever 124m nothing", plain
     yield "lever 124m freed_memory=return", replace(plain, freed_memory="return")
@@ -78,6 +79,7 @@ def cells() -> Iterator[tuple[str, Cell]]:
     yield "lever 124m long nothing", replace(plain, freed_memory="return", seq_len=2048, steps=1)
     yield "lever 124m long offload=disk", replace(everything, checkpointing="none", seq_len=2048, steps=1)
     yield "lever 124m long full+disk", replace(everything, seq_len=2048, steps=1)
+    yield "matrix 7b lora float32", Cell("7b", "lora", "float32", steps=1)
     yield "matrix 7b qlora bfloat16", Cell("7b", "qlora", "bfloat16", steps=1)
     yield "matrix 7b qlora-streamed bfloat16", Cell("7b", "qlora", "bfloat16", steps=1, stream_base=True)
 
@@ -89,7 +91,7 @@ def needed_bytes(cell: Cell, parameters: int) -> int:
         return parameters * ((8 if cell.precision == "float32" else 6) + state)
     if cell.method == "lora":
         return parameters * (4 if cell.precision == "float32" else 2)
-    return parameters * 0  # mapped, so that it fits anywhere
+    return 0  # mapped: it fits anywhere
 
 
 class Sampler:

@@ -33,7 +33,7 @@ from entrenar.ops.nf4_linear import QuantizedWeight, tiles
 from entrenar.ops.row_blocks import row_blocks
 
 # Numbers in a widened tile of a frozen head: small beside the head, and a product with it runs at full speed.
-_TILE = 1 << 22
+_TILE = 1 << 21
 
 
 def reference_linear_cross_entropy(

@@ -16,7 +16,7 @@ import platform
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
-RETURNED_FROM = 1 << 20
+RETURNED_FROM = 1 << 17
 _MOST_MAPPINGS = 1 << 16
 _NEVER = 2**31 - 1
 
