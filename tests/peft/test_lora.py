@@ -377,3 +377,60 @@ def test_saved_module_must_be_one_weight() -> None:
     """A module with a bias cannot be kept as one tensor."""
     with pytest.raises(ConfigError, match=r"^modules_to_save takes modules that are one weight, got one with "):
         SavedModule(torch.nn.Linear(2, 2))
+
+
+def test_a_second_adapter_shares_the_wrapper_of_the_first() -> None:
+    """Wrappers hold several adapters; they do not hold each other."""
+    model = adapted(VARIANTS["plain"])
+    add_adapter(model, VARIANTS["everywhere"], torch.Generator(), "second")
+    assert not any(isinstance(wrapper.base_layer, LoraLinear) for _, wrapper in wrappers(model))
+
+
+def test_an_adapter_that_is_only_held_asks_for_no_gradient() -> None:
+    """What is added beside the one in use is frozen, copies of whole modules too."""
+    model = adapted(VARIANTS["plain"])
+    before = sum(parameter.requires_grad for parameter in model.parameters())
+    add_adapter(model, VARIANTS["saved"], torch.Generator(), "second")
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == before
+
+
+def test_unmerging_what_is_not_merged_changes_nothing() -> None:
+    """A base that was never replaced stays, for projections and for whole modules."""
+    model = adapted(VARIANTS["saved"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    unmerge(model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_merged_base_stays_frozen() -> None:
+    """Putting another weight in its place does not begin to train it."""
+    model = adapted(VARIANTS["saved"])
+    merge(model)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith("base_layer.weight"))
+
+
+def test_a_saved_module_is_in_the_mode_of_its_base() -> None:
+    """Wrapping does not put a model that is evaluated back into training."""
+    assert not SavedModule(torch.nn.Embedding(3, 2).eval()).training
+    assert SavedModule(torch.nn.Embedding(3, 2).train()).training
+
+
+def test_pissa_keeps_its_start_as_constants_that_move_with_the_module() -> None:
+    """The subtracted start is no part of the graph and follows the module to another dtype."""
+    model = adapted(PISSA["pissa"])
+    low = next(wrapper for _, wrapper in wrappers(model)).adapters["default"]
+    low.start_from(low.lora_A, low.lora_B)
+    assert {"start_a", "start_b"} <= {name for name, _ in low.named_buffers()}
+    assert not low.start_a.requires_grad
+    assert not low.start_b.requires_grad
+    assert low.double().start_b.dtype == torch.float64
+
+
+def test_a_model_without_storage_draws_nothing() -> None:
+    """On the meta device an adapter takes its shape alone: no random number is spent, no matrix taken apart."""
+    with torch.device("meta"):
+        model = Llama(CONFIG)
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    from_base(model, VARIANTS["plain"], generator)
+    assert torch.equal(generator.get_state(), before)

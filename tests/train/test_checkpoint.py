@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from train_toy import write_model
 
 from entrenar.errors import CheckpointError, DiskFullError
@@ -261,3 +262,22 @@ def test_a_removed_checkpoint_is_gone_at_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         checkpoint.remove(path)
     assert not list_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "error", "told"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", DiskFullError, "no space left"),
+        ("Error while serializing: header too large", SafetensorError, "header too large"),
+    ],
+)
+def test_a_disk_error_inside_safetensors_is_told_as_one(tmp_path: Path, sentence: str, error: type, told: str) -> None:
+    """The number of the system's error is read from the sentence; another fault of the library stays what it is."""
+
+    def failing(_folder: Path, _weights: object) -> None:
+        raise SafetensorError(sentence)
+
+    with pytest.raises(error, match=told):
+        checkpoint.write(
+            tmp_path / "step-00000001", _snapshot(1), failing, staged=lambda: None, before_commit=lambda: None
+        )

@@ -34,7 +34,7 @@ _DROPPED_METHODS = {"transpose", "t", "detach", "abs", "neg", "flip", "roll", "c
 _DROPPED_FUNCTIONS = {"sorted", "reversed", "abs"}
 _DROPPED_KEYWORDS = {"keepdim", "dim", "alpha", "beta", "is_causal", "reverse", "key", "initial"}
 _ORDERED = {"matmul", "mm", "bmm", "sub", "div", "zip"}
-_LOGGERS = {"log", "logger", "logging", "warnings"}
+_LOGGERS = {"log", "_log", "logger", "logging", "warnings"}
 
 
 @dataclass(frozen=True)
