@@ -2,8 +2,8 @@
 
     python benchmarks/bit_budget.py NAME MODEL TEXT [--tokenizer FILE] [--calibration TEXT]
 
-Each variant gets the same first adapter, the same batches and the same held-out rows of TEXT (a text file, or a JSON list
-of rows whose texts are joined). Storage is counted from the tensors that the base holds. Figures are added to
+Each variant gets the same first adapter, the same batches and the same held-out rows of TEXT (a text file, or a JSON
+list of rows whose texts are joined). Storage is counted from the tensors that the base holds. Figures are added to
 benchmarks/results/bit_budget.json under NAME. Calibration is on the training rows' own text unless another is given.
 """
 
@@ -122,9 +122,7 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
         "tokens_a_step": parsed.batch_size * (length - 1),
         "held_out_targets": held_out[:, 1:].numel(),
         "lr": parsed.lr,
-        "below_bfloat16": {
-            name: 1 - found["storage_bytes"] / base["storage_bytes"] for name, found in figures.items()
-        },
+        "below_bfloat16": {name: 1 - found["storage_bytes"] / base["storage_bytes"] for name, found in figures.items()},
         "loss_over_lora": {name: found["loss_after"] / base["loss_after"] for name, found in figures.items()},
         "variants": figures,
     }

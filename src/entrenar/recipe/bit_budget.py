@@ -50,7 +50,8 @@ class Budget:
         widths: bits of a code, by the name of the matrix.
         size_bytes: all weights as they are stored now, norms included.
         numbers: how many weights there are.
-        expected_rise: the estimated rise of the loss of a calibration token, in nats.
+        expected_rise: the estimated rise of the loss of a calibration token, in nats, were each weight rounded to the
+            nearest: moving errors to later columns takes a part of it away.
     """
 
     widths: Mapping[str, int]
@@ -71,7 +72,7 @@ class Budget:
             f"budget        {self.bits:.3f} bits a weight, {self.size_bytes:,} bytes for {self.numbers:,} weights",
             "widths        " + ", ".join(f"{counts[bits]} of {bits} bits" for bits in sorted(counts)),
             f"              {', '.join(outside)} bits",
-            f"loss          expected to rise by {self.expected_rise:.3g} nats a token",
+            f"loss          expected to rise by {self.expected_rise:.3g} nats a token by rounding to the nearest",
         ]
 
 
