@@ -82,7 +82,7 @@ def finetune() -> str:
         "an epoch over the filled trunk cache against full": ("trunk", "filled_epoch_gain"),
         "time to full's best held-out loss, cache filled in the run": ("trunk", "time_to_quality_gain", "cached"),
         "the same, cache filled by an earlier run": ("trunk", "time_to_quality_gain", "cached, filled before"),
-        "the same, full counted until it is within 1 % itself": ("trunk", "time_to_quality_gain", "full"),
+        "full itself, until within 1 % of its best": ("trunk", "time_to_quality_gain", "full"),
         "packing against one example a row, tokens/s": ("layout", "packing_gain"),
         "targets on answers only against all tokens, tokens/s": ("layout", "answers_only_gain"),
     }
@@ -171,20 +171,102 @@ def qlora() -> str:
     ]
     header = ["", "tokens/s", "QLoRA here against it", "added peak memory", "QLoRA here against it"]
     work = measured["workload"]
-    note = f"\n{work['clock']} time of {work['threads']} threads, {measured['cpu'].split(',')[0]}, {measured['date']}.\n"
+    note = f"\n{work['clock']} time, threads: {work['threads']}; {measured['cpu'].split(',')[0]}; {measured['date']}\n"
     if quality is not None:
         steps = quality["workload"]["steps"] * quality["workload"]["rounds"]
         before, after = quality["held_out_before"], {name: some[-1] for name, some in quality["held_out_loss"].items()}
         note += (
-            f"\nHeld-out loss of {quality['workload']['model']} on rows of alpaca, {steps} steps of the same rows: LoRA "
+            f"\nHeld-out loss of {quality['workload']['model']} after {steps} steps on the same alpaca rows: LoRA "
             f"{before['lora']:.4f} → {after['lora']:.4f}, QLoRA {before['qlora']:.4f} → {after['qlora']:.4f}, "
             f"**{quality['qlora_over_lora']:.4f} ×**.\n"
         )
     return rows(header, lines) + note
 
 
+def memory() -> str:
+    """What training takes: method, precision and size, then the levers."""
+    report = result("memory")
+    if report is None:
+        return "not measured\n"
+    lines = []
+    for name, cell in report["cells"].items():
+        if "added_peak_bytes" not in cell:
+            least = cell.get("needs_at_least_bytes")
+            fate = "failed" if least is None else f"does not fit: weights and state alone {least / 1e9:.1f}"
+            lines.append([name, "", fate, "", "", ""])
+            continue
+        figures = [cell[kind] / 1e6 for kind in ("base_bytes", "added_peak_bytes")]
+        parts = [cell[f"most_added_{kind}_bytes"] / 1e6 for kind in ("anonymous", "file")]
+        speed = f"{cell['tokens_per_s']:.0f} (load {cell['load_average']})"
+        lines.append([name, f"{figures[0]:,.0f}", f"**{figures[1]:,.0f}**", *(f"{part:,.0f}" for part in parts), speed])
+    header = ["cell", "weights, MB", "added peak, MB", "anonymous", "of files", "tokens/s"]
+    note = f"\n{report['cpu']}; torch {report['torch']}; {report['date']}; `python benchmarks/memory.py`\n"
+    return rows(header, lines) + note + _reduction(report["cells"])
+
+
+def _reduction(cells: dict[str, Any]) -> str:
+    """Say how far each QLoRA lies below LoRA in float32, by the peaks that were added."""
+    said = []
+    for preset in ("124m", "1b", "7b"):
+        lora = cells.get(f"matrix {preset} lora float32", {})
+        whole = lora.get("added_peak_bytes", lora.get("needs_at_least_bytes"))
+        for name in ("qlora bfloat16", "qlora-streamed bfloat16"):
+            part = cells.get(f"matrix {preset} {name}", {}).get("added_peak_bytes")
+            if whole and part:
+                bound = "" if "added_peak_bytes" in lora else " (of its weights alone)"
+                said.append(f"{preset} {name.split()[0]} {1 - part / whole:.1%}{bound}")
+    return "\nBelow LoRA in float32: " + "; ".join(said) + ".\n" if said else ""
+
+
+def bit_budget() -> str:
+    """A base in bfloat16, in NF4 and at a budget of bits, before and after the same LoRA steps."""
+    report = result("bit_budget") or {}
+    lines = [
+        [
+            f"{name}, {figures['weights']:,} weights" if variant == "bfloat16" else "",
+            {"bfloat16": "bfloat16", "nf4": "NF4", "budget": f"budget of {figures['bits']:g}"}[variant],
+            f"{found['bits_per_weight']:.2f}",
+            f"{figures['below_bfloat16'][variant]:.1%}",
+            f"{found['loss_before']:.4f}",
+            f"{found['loss_after']:.4f}",
+            f"{figures['loss_over_lora'][variant]:.4f}",
+        ]
+        for name, figures in sorted(report.items(), key=lambda item: -item[1]["weights"])
+        for variant in ("bfloat16", "nf4", "budget")
+        for found in [figures["variants"][variant]]
+    ]
+    header = ["model", "base", "bits a weight", "below", "held-out loss", "after the steps", "/ LoRA"]
+    notes = [
+        f"{name}: {figures['steps']} steps of {figures['tokens_a_step']:,} tokens of {figures['text']}, "
+        f"{figures['held_out_targets']:,} held-out targets"
+        for name, figures in sorted(report.items(), key=lambda item: -item[1]["weights"])
+    ]
+    return rows(header, lines) + "\n" + "; ".join(notes) + "; `python benchmarks/bit_budget.py`\n"
+
+
+def test_data() -> str:
+    """What drawing a tensor whole gains over drawing it number by number."""
+    measured = result("test_data")
+    if measured is None:
+        return "not measured\n"
+
+    def gain(found: list[float] | None) -> str:
+        return "refused by hypothesis" if found is None else f"**{found[0]} ×** ({found[1]} … {found[2]})"
+
+    lines = [
+        [shape, str(figures["ms"]["whole"]), gain(figures["gain"].get("arrays")),
+         gain(figures["gain"].get("element by element"))]
+        for shape, figures in measured["shapes"].items()
+    ]  # fmt: skip
+    note = f"\nProcessor time, medians of {measured['rounds']} turns with 95 % bootstrap intervals; {measured['cpu']}; "
+    header = ["shape", "whole, ms", "gain over hypothesis' arrays", "gain over each number drawn"]
+    return rows(header, lines) + note + f"{measured['date']}; `python benchmarks/test_data.py`\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls, "qlora": qlora,
+    "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
+    "bit_budget": bit_budget, "qlora": qlora,
+    "memory": memory, "test_data": test_data,
 }  # fmt: skip
 
 
