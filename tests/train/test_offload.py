@@ -119,7 +119,7 @@ torch.set_num_threads(1)
 from entrenar.train import offload, return_freed_blocks
 from test_offload import STATE_BYTES, Tower, _input, _store
 return_freed_blocks()
-offload._BEHIND_BYTES = offload._AHEAD_BYTES = STATE_BYTES
+offload.BEHIND_BYTES = offload._AHEAD_BYTES = STATE_BYTES
 module, x = Tower(), _input()
 
 def status(name):
@@ -140,7 +140,7 @@ for way in (_store(module, Path({folder!r})).around(loss), loss):
 
 def test_a_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, moments and losses of a run with its activations on disk are those of one without."""
-    monkeypatch.setattr(offload, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     run_toy(tmp_path / "kept", grad_accum_steps=2)
     run_toy(tmp_path / "away", grad_accum_steps=2, offload="disk")
     assert fingerprint(tmp_path / "away") == fingerprint(tmp_path / "kept")

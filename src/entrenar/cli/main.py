@@ -23,6 +23,7 @@ COMMANDS = {
     "config": "print, validate, diff, or give the JSON schema of run configs",
     "quality": "what the tests notice (mutants) and reach (coverage), by risk",
     "verify": "prove and measure the operations: one certificate for each",
+    "plan": "parameters, memory, time and disk of a run before it is run, and what to change if it does not fit",
     "doctor": "check the machine and the install",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}

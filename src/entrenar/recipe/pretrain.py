@@ -29,7 +29,7 @@ from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model
 from entrenar.model import Llama
 from entrenar.ops import Documents
-from entrenar.recipe.models import write_model_folder
+from entrenar.recipe.models import give_storage, write_model_folder
 from entrenar.recipe.run import (
     CONFIG_FILE,
     Observer,
@@ -178,7 +178,7 @@ def _build_model(
     own = config.model.model_dump(exclude_unset=True)
     with torch.device("meta"):
         model = Llama(config.model.model_copy(update={key: v for key, v in tokens.items() if own.get(key) is None}))
-    model.to_empty(device=device)
+    give_storage(model, device)
     if checkpoint is None:
         model.init_weights(torch.Generator().manual_seed(config.train.seed))
     model.set_compute_dtype(getattr(torch, config.compute_dtype))

@@ -33,9 +33,9 @@ from entrenar.files import explained_disk_errors
 from entrenar.train.settings import TrainConfig
 
 # Smaller ones would cost a request each and save nothing.
-_LEAST_BYTES = 1 << 18
+LEAST_BYTES = 1 << 18
 # What may wait to be written, and what is read before it is asked for: a few activations of a large layer.
-_BEHIND_BYTES = 1 << 26
+BEHIND_BYTES = 1 << 26
 _AHEAD_BYTES = 1 << 26
 _GROWTH_BYTES = 1 << 28
 
@@ -178,7 +178,7 @@ class ActivationStore:
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         storage = tensor.untyped_storage()
         is_part = tensor.numel() * tensor.element_size() < storage.nbytes()
-        if storage.nbytes() < _LEAST_BYTES or is_part or storage.data_ptr() in self._kept:
+        if storage.nbytes() < LEAST_BYTES or is_part or storage.data_ptr() in self._kept:
             return tensor
         stored = self._stored(storage)
         stored.uses += 1
@@ -209,7 +209,7 @@ class ActivationStore:
     def _write_behind(self, stored: _Stored, file: ActivationFile) -> None:
         stored.written = self._writer.submit(_write, stored, file)
         self._behind.append(stored)
-        while sum(one.size for one in self._behind) > _BEHIND_BYTES:
+        while sum(one.size for one in self._behind) > BEHIND_BYTES:
             written = self._behind.popleft().written
             if written is not None:
                 written.result()

@@ -1,0 +1,151 @@
+"""`entrenar plan --config FILE`: what a run takes and whether it fits, before anything is loaded."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from entrenar.cli import flags
+from entrenar.cli.progress import duration, quantity
+from entrenar.config import AnyConfig, FinetuneConfig, RunConfig, Source, load_config, load_finetune_config
+from entrenar.errors import GateFailed
+from entrenar.recipe.fit import Advice, Change, advise
+from entrenar.recipe.plan import RunPlan, plan_run
+from entrenar.scale import Room, parse_bytes, room, status_bytes
+
+_OF_FINETUNING = ("--model", "--method", "--data")
+
+
+def run(words: Sequence[str]) -> int:
+    """Print the plan; return 0 if the run fits, 1 if it does not."""
+    kind = _kind(words)
+    parsed = flags.parse(_arguments(kind), words, kind)
+    limit = Room(parse_bytes(parsed.memory), "--memory") if parsed.memory else None
+    read = partial(_read, kind, parsed.config, flags.given_flags(parsed, kind))
+    config = read({})
+    planned = plan_run(config)
+    limit = limit or room()
+    fits = planned.step.peak_bytes <= limit.size_bytes
+    if not parsed.json:
+        print("\n".join(lines(planned, config)))
+        print(f"memory       {_gb(limit.size_bytes)} ({limit.limit}): {'it fits' if fits else 'it does NOT fit'}")
+    advice = None if fits else advise(read, planned, limit.size_bytes, lambda change: _show(change, parsed.json))
+    if parsed.json:
+        print(json.dumps(_as_json(planned, limit, advice), indent=2))
+    if advice is None:
+        return 0
+    if not advice.fits:
+        least = (advice.changes[-1].plan if advice.changes else planned).step.peak_bytes
+        raise GateFailed(
+            f"a peak of at most {_gb(limit.size_bytes)} is not possible: the least is {_gb(least)}"
+            + (f", with {_words(advice.flags)}" if advice.changes else "")
+            + "; choose a smaller model or a larger machine"
+        )
+    if not parsed.json:
+        last = advice.changes[-1].plan
+        print(f"it fits with {_words(advice.flags)}\n  peak {_gb(last.step.peak_bytes)}, {_step(last)} a step")
+    return 1
+
+
+def measured(planned: RunPlan) -> str:
+    """Say after a run what was planned and what the kernel measured."""
+    peak, plan = status_bytes("VmHWM"), planned.step.peak_bytes
+    return f"  memory            planned peak {_gb(plan)}, measured {_gb(peak)} ({plan / peak - 1:+.1%})"
+
+
+def lines(planned: RunPlan, config: AnyConfig) -> list[str]:
+    """Return a plan as text."""
+    step = planned.step
+    share = 1 - step.trained_parameters / planned.parameters
+    trained = f"{step.trained_parameters:,} trained ({share:.2%} fewer)" if share > 0 else "all trained"
+    rows = [
+        f"run          {config.run_dir}",
+        f"parameters   {planned.parameters:,}, {trained}",
+        f"peak         {_gb(step.peak_bytes)}, {_gb(step.added_bytes)} over imports",
+        f"  {'imports':<14}{_gb(step.imports_bytes):>10}",
+        f"  {'kernels':<14}{_gb(step.kernels_bytes):>10}",
+        *(f"  {kind:<14}{_gb(size):>10}" for kind, size in sorted(step.tensors.items(), key=lambda item: -item[1])),
+    ]
+    if step.allocator_bytes is not None:
+        rows.append(f"  {'allocator':<14}{_gb(step.allocator_bytes):>10}")
+    spent = f"{planned.needed_flops:.3g} needed, {step.flops:.3g} spent"
+    rows += [
+        f"step         {planned.tokens:,} tokens, {spent} FLOPs, about {_step(planned)}"
+        f" ({quantity(planned.tokens / step.step_s)} tokens/s)",
+        f"disk         {_gb(planned.disk_bytes)} at most: {planned.kept_checkpoints} checkpoints of "
+        f"{_gb(step.checkpoint_bytes)}" + (f", {_gb(planned.cache_bytes)} of caches" if planned.cache_bytes else ""),
+    ]
+    return rows
+
+
+def _arguments(kind: type[BaseModel]) -> argparse.ArgumentParser:
+    arguments = flags.parser(
+        "plan",
+        "Say what a run takes: memory by kind, arithmetic, disk, time; and what to change if it does not fit.\n\n"
+        "  entrenar plan --preset 124m --batch-size 8\n"
+        "  entrenar plan --model DIR --data rows.jsonl --method lora --memory 6GB",
+    )
+    arguments.add_argument("--memory", metavar="SIZE", help="plan for a machine with this much, such as 6GB")
+    arguments.add_argument("--json", action="store_true", help="print the plan as JSON")
+    flags.add_config_flags(arguments, kind)
+    return arguments
+
+
+def _kind(words: Sequence[str]) -> type[RunConfig] | type[FinetuneConfig]:
+    """Say whether a pre-training or a fine-tuning run is planned: by its flags, else by what its file holds."""
+    if any(word.partition("=")[0] in _OF_FINETUNING for word in words):
+        return FinetuneConfig
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    values = Source.read(early.parse_known_args(list(words))[0].config).values
+    return FinetuneConfig if isinstance(values.get("model"), str) or "sft" in values else RunConfig
+
+
+def _read(kind: type[BaseModel], file: Path | None, given: Mapping[str, str], changed: Mapping[str, str]) -> AnyConfig:
+    read = load_finetune_config if kind is FinetuneConfig else load_config
+    return read(file, {**given, **changed})
+
+
+def _show(change: Change, is_json: bool) -> None:  # noqa: FBT001 - a callback's last word
+    if not is_json:
+        print(f"  {_words(change.flags):<44} peak {_gb(change.plan.step.peak_bytes)}, {_step(change.plan)} a step")
+        sys.stdout.flush()
+
+
+def _words(changed: Mapping[str, str]) -> str:
+    return " ".join(f"--{key.rpartition('.')[2].replace('_', '-')} {value}" for key, value in changed.items())
+
+
+def _step(planned: RunPlan) -> str:
+    seconds = planned.step.step_s
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g}s"
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.0f} MB"
+
+
+def _as_json(planned: RunPlan, limit: Room, advice: Advice | None) -> dict[str, Any]:
+    fits = planned.step.peak_bytes <= limit.size_bytes
+    result = {"limit_bytes": limit.size_bytes, "limit": limit.limit, "fits": fits, **_figures(planned)}
+    if advice is not None:
+        changes = [{"flags": dict(change.flags), **_figures(change.plan)} for change in advice.changes]
+        result["advice"] = {"fits": advice.fits, "flags": advice.flags, "changes": changes}
+    return result
+
+
+def _figures(planned: RunPlan) -> dict[str, Any]:
+    step = planned.step
+    return {
+        "parameters": planned.parameters, "trained_parameters": step.trained_parameters,
+        "peak_bytes": step.peak_bytes, "added_bytes": step.added_bytes, "imports_bytes": step.imports_bytes,
+        "kernels_bytes": step.kernels_bytes, "tensors_bytes": dict(step.tensors),
+        "allocator_bytes": step.allocator_bytes, "needed_flops": planned.needed_flops, "spent_flops": step.flops,
+        "tokens": planned.tokens, "step_s": step.step_s, "checkpoint_bytes": step.checkpoint_bytes,
+        "disk_bytes": planned.disk_bytes,
+    }  # fmt: skip

@@ -1,0 +1,261 @@
+"""Plan a run from its config: the same parts as in the run, put together without a byte of weights or data.
+
+config -> shapes of the weights -> adapter -> loss -> batches of full rows -> rehearsal of one step
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
+from entrenar.data import Batch
+from entrenar.interop.assemble import set_parameter
+from entrenar.interop.bnb import is_quantized
+from entrenar.interop.hf import open_folder, read_config
+from entrenar.model import Llama, LlamaConfig
+from entrenar.ops import Nf4Weight
+from entrenar.ops.nf4 import BLOCK, NESTED_BLOCK
+from entrenar.peft import LoraLinear, from_base, put_quantized, wrappers
+from entrenar.recipe.models import give_storage, model_folder
+from entrenar.recipe.pretrain import batch_loss
+from entrenar.recipe.run import keeps_freed_memory, settle_compute_dtype, use_machine
+from entrenar.scale import Calibration, Ledger, Plan, Scene, calibrate, go_through, measure_rates, plan
+from entrenar.train import build_optimizer
+from entrenar.train.allocator import RETURNED_FROM
+from entrenar.train.offload import BEHIND_BYTES, LEAST_BYTES
+
+_CPU = torch.device("cpu")
+# What a packed row is made of, on an average: it decides how attention is cut up, hardly how much it takes.
+_DOCUMENTS_OF_A_ROW = 4
+_MOST_REHEARSED = 2
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run of a config takes.
+
+    Attributes:
+        step: memory, and time of a whole optimizer step with all its micro-batches.
+        parameters: of the base; the trained ones are in `step`.
+        needed_flops: what the model needs for a step (`LlamaConfig.flops_per_token`), whoever computes it.
+        tokens: of a step.
+        kept_checkpoints: how many the run keeps at most, the one being written included.
+        cache_bytes: what a trunk cache and a file of activations may take on the disk.
+    """
+
+    step: Plan
+    parameters: int
+    needed_flops: int
+    tokens: int
+    kept_checkpoints: int
+    cache_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the run writes at most, metrics and logs apart."""
+        return self.kept_checkpoints * self.step.checkpoint_bytes + self.cache_bytes
+
+
+def plan_run(config: AnyConfig, calibration: Calibration | None = None) -> RunPlan:
+    """Return what a run of `config` will take on this machine's CPU; nothing large is allocated.
+
+    Sets threads, allocator and seeds as the run does. Without a calibration the machine is measured, by a step of no
+    size and two products.
+
+    Raises:
+        ConfigError, DataError, FormatError: the config asks for a model that is not there.
+    """
+    use_machine(config)
+    config = cast(AnyConfig, settle_compute_dtype(cast(RunConfig, config), _CPU, None))
+    dtype = getattr(torch, config.compute_dtype)
+    if calibration is None:
+        calibration = calibrate(lambda: _smallest_step(config), dtype)
+    else:
+        calibration = replace(calibration, rates=measure_rates(dtype))
+    architecture = config.model if isinstance(config, RunConfig) else read_config(model_folder(config.model))
+    rows, length = batch_shape(config, architecture)
+    accumulated = config.train.grad_accum_steps
+    rehearsed = min(accumulated, _MOST_REHEARSED)
+
+    begun = skeleton(config)
+
+    def build(ledger: Ledger) -> Scene:
+        mapped = give_shapes(config, begun, ledger)
+        batch = full_rows(rows, length, architecture.vocab_size, has_documents=has_documents_in(config))
+        return scene_of(config, begun.model, [batch] * rehearsed, mapped)
+
+    step = plan(build, calibration, None if keeps_freed_memory(config) else RETURNED_FROM)
+    times = accumulated / rehearsed
+    tokens = rows * length * accumulated
+    return RunPlan(
+        step=replace(step, flops=round(step.flops * times), step_s=step.step_s * times),
+        parameters=architecture.parameter_count(),
+        needed_flops=architecture.flops_per_token(length) * tokens,
+        tokens=tokens,
+        kept_checkpoints=config.checkpoint.keep_last + config.checkpoint.keep_best + 1,
+        cache_bytes=_cache_bytes(config),
+    )
+
+
+def _cache_bytes(config: AnyConfig) -> int:
+    is_cached = isinstance(config, FinetuneConfig) and config.trunk.cache_trunk
+    budgets = [config.trunk.trunk_budget_gb] if isinstance(config, FinetuneConfig) and is_cached else []
+    budgets += [config.train.offload_budget_gb] if config.train.offload == "disk" else []
+    return int(sum(budgets) * 1e9)
+
+
+def batch_shape(config: AnyConfig, architecture: LlamaConfig) -> tuple[int, int]:
+    """Return rows and length of a micro-batch."""
+    data = config.data if isinstance(config, RunConfig) else config.sft
+    return data.batch_size, min(data.seq_len, architecture.context_length)
+
+
+def has_documents_in(config: AnyConfig) -> bool:
+    """Say whether rows hold several documents."""
+    return config.data.mask_documents if isinstance(config, RunConfig) else config.sft.batching == "packed"
+
+
+def full_rows(rows: int, length: int, vocab_size: int, *, has_documents: bool) -> Batch:
+    """Return a batch with no padding and a target everywhere: no batch of that shape takes more."""
+    ids = torch.arange(rows * length).view(rows, length) % vocab_size
+    documents = torch.arange(length) * min(_DOCUMENTS_OF_A_ROW, length) // length
+    return Batch(ids, ids, documents.int().expand(rows, length).contiguous() if has_documents else None, None)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model that has no weights in the run either, and where in a folder they will come from.
+
+    Attributes:
+        dtypes: of the parts of each weight in the folder, a plain one has one part; empty for a new model.
+    """
+
+    model: Llama
+    dtypes: Mapping[str, Sequence[torch.dtype]]
+
+
+def skeleton(config: AnyConfig) -> Skeleton:
+    """Return the model of a config as the run has it before there are weights."""
+    if isinstance(config, FinetuneConfig):
+        model, places, _ = open_folder(model_folder(config.model))
+        return Skeleton(model, {name: [part[1].dtype for part in parts.values()] for name, parts in places.items()})
+    with torch.device("meta"):
+        return Skeleton(Llama(config.model), {})
+
+
+def give_shapes(config: AnyConfig, begun: Skeleton, ledger: Ledger) -> list[Tensor]:
+    """Give a model its weights without their bytes, as the run does; return those that stay in a mapped file."""
+    if isinstance(config, RunConfig):
+        give_storage(begun.model, _CPU)
+        begun.model.init_weights(torch.Generator())
+        return []
+    mapped = _load_shapes(config, begun, ledger)
+    if config.method != "full":
+        from_base(begun.model, config.lora, torch.Generator())
+        _put_principal_parts(begun.model, config)
+    return mapped
+
+
+def storage_dtype(config: FinetuneConfig) -> torch.dtype | None:
+    """Return what weights are loaded as, None for what they are in the file; see `finetune`."""
+    if config.train.precision == "float32":
+        return torch.float32
+    return None if config.method == "full" else torch.bfloat16
+
+
+def _load_shapes(config: FinetuneConfig, begun: Skeleton, ledger: Ledger) -> list[Tensor]:
+    plain = [parts[0] for parts in begun.dtypes.values() if len(parts) == 1]
+    dtype = storage_dtype(config) or functools.reduce(torch.promote_types, plain)
+    model = begun.model
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    mapped: list[Tensor] = []
+
+    def bytes_of(shape: Sequence[int], held_as: torch.dtype, *, is_mapped: bool) -> Tensor:
+        with ledger.mapped() if is_mapped else nullcontext():
+            tensor = torch.empty(tuple(shape), dtype=held_as, device="meta")
+        mapped.extend([tensor] if is_mapped else [])
+        return tensor
+
+    for name, (rows, *columns) in wanted.items():
+        is_packed = len(begun.dtypes[name]) > 1
+        if config.method == "qlora" and is_quantized(name):
+            codes, blocks = -(-rows * columns[0] // 2), -(-rows * columns[0] // BLOCK)
+            weight = Nf4Weight(
+                bytes_of((codes,), torch.uint8, is_mapped=is_packed),
+                bytes_of((blocks,), torch.uint8, is_mapped=is_packed),
+                bytes_of((-(-blocks // NESTED_BLOCK),), torch.float32, is_mapped=is_packed),
+                torch.zeros((), device="meta"),
+                (rows, columns[0]),
+            )
+            put_quantized(model, name.removesuffix(".weight"), weight, dtype)
+        else:
+            is_mapped = begun.dtypes[name][0] == dtype
+            set_parameter(model, name, bytes_of((rows, *columns), dtype, is_mapped=is_mapped))
+    return mapped
+
+
+def _put_principal_parts(model: Llama, config: FinetuneConfig) -> None:
+    """Give PiSSA's adapters what they begin at, which takes the weights' numbers to compute, not to plan."""
+    if config.lora.lora_init != "pissa":
+        return
+    for _, module in wrappers(model):
+        if isinstance(module, LoraLinear) and module.active is not None:
+            adapter = module.adapter(module.active)
+            adapter.start_from(adapter.lora_A.detach(), adapter.lora_B.detach())
+
+
+def scene_of(config: AnyConfig, model: Llama, batches: list[Batch], mapped: list[Tensor]) -> Scene:
+    """Put a model, with bytes or without, into training as the recipes do."""
+    model.set_compute_dtype(getattr(torch, config.compute_dtype))
+    model.train()
+    model.checkpointing = config.train.checkpointing
+    loss = batch_loss(model, _CPU, is_compiled=False)
+    if config.train.offload == "disk":
+        loss = _offloaded(model, loss)
+    return Scene(model, loss, batches, config.optim, config.train.precision, mapped)
+
+
+def _offloaded(model: Llama, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    """Return a loss whose tape lets large activations go and gets them back, as `train.offload` does with a file."""
+
+    def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], torch.dtype]:
+        is_kept = not tensor.is_meta or tensor.nbytes < LEAST_BYTES or tensor.untyped_storage()._cdata in own
+        if not is_kept:
+            behind.append(tensor.detach())
+            while sum(one.nbytes for one in behind) > BEHIND_BYTES:
+                behind.popleft()
+        return tensor if is_kept else (tensor.shape, tensor.stride(), tensor.dtype)
+
+    def unpack(saved: Tensor | tuple[torch.Size, tuple[int, ...], torch.dtype]) -> Tensor:
+        behind.clear()
+        if isinstance(saved, Tensor):
+            return saved
+        shape, stride, dtype = saved
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    behind: deque[Tensor] = deque()
+
+    def offloaded(batch: Batch) -> Tensor:
+        with saved_tensors_hooks(pack, unpack):
+            return loss(batch)
+
+    return offloaded
+
+
+def _smallest_step(config: AnyConfig) -> None:
+    """Train a model of no size for a step, so that kernels and libraries are there."""
+    model = Llama(LlamaConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=128))
+    model.init_weights(torch.Generator().manual_seed(0))
+    if isinstance(config, FinetuneConfig) and config.method != "full":
+        from_base(model, config.lora.model_copy(update={"layers": "all", "lora_dropout": 0.0}), torch.Generator())
+    scene = scene_of(config, model, [full_rows(2, 64, 64, has_documents=has_documents_in(config))], [])
+    optimizer = build_optimizer(model.named_parameters(), scene.optim, scene.precision)
+    go_through(scene, optimizer, Ledger())

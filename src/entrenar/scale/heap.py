@@ -1,0 +1,84 @@
+"""The room that the allocator needs beside what is asked of it, found out by asking it.
+
+glibc's heap has holes: a block is freed, something small is put in its place, and the next block of the same size goes
+elsewhere. In a training step this is 10 to 30 % of the tensors' bytes, and it depends on the order of all requests,
+small ones too. So the order is not modelled but gone through: each tensor without bytes takes a block of its size from
+the real heap, which is never touched and so costs no memory, among the small objects that a step makes anyway. What
+all blocks covered together, at one time or another, is what a run would have written to and so would hold, as long as
+the allocator is told to keep what is freed. Where it is told to return large blocks, each is a mapping of whole pages
+that is gone when it is freed, and only the small ones are gone through (`train.allocator`).
+"""
+
+import ctypes
+import platform
+from array import array
+
+_ALIGNMENT = 64  # torch's own, c10/core/alignment.h
+_PAGE = 4096
+_CAPACITY = 1 << 18  # what is noted lies in one piece from the start, or it would take holes itself
+
+
+class Heap:
+    """Blocks of glibc's main heap that are taken and never touched.
+
+    Attributes:
+        is_there: whether this is glibc and it had room for every block so far; nothing else can be asked.
+        returned_from: blocks of this size or more are returned when they are freed; None where all are kept.
+    """
+
+    def __init__(self, returned_from: int | None = None) -> None:
+        self.returned_from = returned_from
+        self._mapped = self._most_mapped = 0
+        self.is_there = platform.libc_ver()[0] == "glibc"
+        self._starts, self._ends = array("Q", bytes(8 * _CAPACITY)), array("Q", bytes(8 * _CAPACITY))
+        self._count = 0
+        if not self.is_there:
+            return
+        libc = ctypes.CDLL(None)
+        self._free, self._take = libc.free, libc.posix_memalign
+        self._free.argtypes = [ctypes.c_void_p]
+        self._take.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        self._address = ctypes.c_void_p()
+        self._place = ctypes.byref(self._address)
+
+    @property
+    def covered_bytes(self) -> int:
+        """The most that was held: what kept blocks ever covered, and the returned ones when they were most."""
+        covered, reached = self._most_mapped, 0
+        for start, end in sorted(zip(self._starts[: self._count], self._ends, strict=False)):
+            covered += max(end - max(start, reached), 0)
+            reached = max(reached, end)
+        return covered
+
+    def take(self, size_bytes: int) -> int:
+        """Take a block and return its address; 0 for one that is only counted, or not to be had."""
+        if not self.is_there or size_bytes == 0:
+            return 0
+        if self._is_mapping(size_bytes):
+            self._mapped += _pages(size_bytes)
+            self._most_mapped = max(self._most_mapped, self._mapped)
+            return 0
+        if self._take(self._place, _ALIGNMENT, size_bytes) != 0:
+            self.is_there = False
+            return 0
+        address = int(self._address.value or 0)
+        if self._count == len(self._starts):
+            self._starts.append(0)
+            self._ends.append(0)
+        self._starts[self._count], self._ends[self._count] = address, address + size_bytes
+        self._count += 1
+        return address
+
+    def give_back(self, address: int, size_bytes: int) -> None:
+        """Free a block that was taken."""
+        if address:
+            self._free(address)
+        elif self.is_there and self._is_mapping(size_bytes):
+            self._mapped -= _pages(size_bytes)
+
+    def _is_mapping(self, size_bytes: int) -> bool:
+        return self.returned_from is not None and size_bytes >= self.returned_from
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-(size_bytes + _ALIGNMENT) // _PAGE) * _PAGE

@@ -1,0 +1,76 @@
+"""`entrenar plan` says what a run takes, and what to change if it does not fit."""
+
+import json
+import re
+
+import pytest
+
+from entrenar.cli.main import main
+from entrenar.model import LlamaConfig
+
+SMALL = ["plan", "--preset", "tiny", "--num-layers", "2", "--seq-len", "128", "--compute-dtype", "float32"]
+
+
+def plan(capsys, *words):
+    code = main([*SMALL, *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_run_that_fits_is_described(capsys):
+    """Parameters, bytes by kind, arithmetic, disk and the limit are printed; the exit code is 0."""
+    code, out, _ = plan(capsys, "--memory", "64GB")
+    count = LlamaConfig.preset("tiny", num_layers=2).parameter_count()
+    assert code == 0
+    assert f"parameters   {count:,}, all trained" in out
+    for word in ("imports", "kernels", "weights", "optimizer", "activations", "temporaries", "FLOPs", "checkpoints"):
+        assert word in out
+    assert "64.00 GB (--memory): it fits" in out
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_made_to_fit(capsys):
+    """The suggested flags are planned themselves, and with them the run fits."""
+    _, out, _ = plan(capsys, "--json", "--batch-size", "64", "--memory", "64GB")
+    whole = json.loads(out)["peak_bytes"]
+    limit = int(0.8 * whole)
+    code, out, _ = plan(capsys, "--json", "--batch-size", "64", "--memory", str(limit))
+    report = json.loads(out)
+    assert (code, report["fits"], report["advice"]["fits"]) == (1, False, True)
+    changes = report["advice"]["changes"]
+    assert changes[-1]["peak_bytes"] <= limit < report["peak_bytes"]
+    words = [word for key, value in report["advice"]["flags"].items()
+             for word in (f"--{key.rpartition('.')[2].replace('_', '-')}", value)]  # fmt: skip
+    code, out, _ = plan(capsys, "--json", "--batch-size", "64", *words, "--memory", str(int(1.05 * limit)))
+    assert (code, json.loads(out)["fits"]) == (0, True)
+
+
+@pytest.mark.slow
+def test_an_impossible_machine_is_told_the_least(capsys):
+    """No change fits into 1 MB: the least possible is named and how."""
+    code, _, err = plan(capsys, "--memory", "1MB")
+    assert code == 1
+    assert re.search(r"GateFailed: a peak of at most 1 MB is not possible: the least is \d+ MB, with --", err)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "lots"], "memory must be an amount above 0 such as 6GB or 512MiB, got 'lots'"),
+        (["--batch-size", "0", "--lr", "-1"], "data.batch_size"),
+        (["--no-such-flag", "1"], "--no-such-flag is not a flag of entrenar plan"),
+    ],
+)
+def test_faults_are_told_and_nothing_is_planned(capsys, words, message):
+    """Faults of flags and config are user errors, all at once."""
+    code, out, err = plan(capsys, *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert ("optim.lr" in err) == ("--lr" in words)
+
+
+def test_a_fine_tuning_run_needs_its_model(capsys, tmp_path):
+    """A model flag means fine-tuning, and a missing model is named."""
+    code = main(["plan", "--model", str(tmp_path / "gone"), "--data", "rows.jsonl"])
+    assert code == 2
+    assert "gone" in capsys.readouterr().err
