@@ -238,6 +238,12 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(CHART)
 
 
+def in_order(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results in the order of the cells, those of other folders last."""
+    names = [name for name, _ in cells() if name in results]
+    return {name: results[name] for name in [*names, *(name for name in results if name not in names)]}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--cells", default="124m,1b", help="words, one of which a cell's name must hold")
@@ -264,8 +270,8 @@ def main() -> None:
             report["cells"][name] = measure(cell, parsed.place) | {
                 "load_average": Path("/proc/loadavg").read_text()[:4]
             }
-            turns.write_result("memory", {**turns.machine(), "cells": report["cells"]})
-    draw(report["cells"])
+            turns.write_result("memory", {**turns.machine(), "cells": in_order(report["cells"])})
+    draw(in_order(report["cells"]))
     if parsed.clean:
         shutil.rmtree(parsed.place, ignore_errors=True)
 
