@@ -263,30 +263,10 @@ def test_data() -> str:
     return rows(header, lines) + note + f"{measured['date']}; `python benchmarks/test_data.py`\n"
 
 
-def test_data() -> str:
-    """What drawing a tensor whole gains over drawing it number by number."""
-    measured = result("test_data")
-    if measured is None:
-        return "not measured\n"
-
-    def gain(found: list[float] | None) -> str:
-        return "refused by hypothesis" if found is None else f"**{found[0]} ×** ({found[1]} … {found[2]})"
-
-    lines = [
-        [shape, str(figures["ms"]["whole"]), gain(figures["gain"].get("arrays")),
-         gain(figures["gain"].get("element by element"))]
-        for shape, figures in measured["shapes"].items()
-    ]  # fmt: skip
-    note = f"\nProcessor time, medians of {measured['rounds']} turns with 95 % bootstrap intervals; {measured['cpu']}; "
-    header = ["shape", "whole, ms", "gain over hypothesis' arrays", "gain over each number drawn"]
-    return rows(header, lines) + note + f"{measured['date']}; `python benchmarks/test_data.py`\n"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": bit_budget, "qlora": qlora,
     "memory": memory, "test_data": test_data,
-    "test_data": test_data,
 }  # fmt: skip
 
 

@@ -201,8 +201,8 @@ def falls(model: Path, seeds: Sequence[int], steps: int, every: int, threads: in
         files = prepare_rows("docstrings", folder, PLANS["docstrings"], folder)
         for seed in seeds:
             train = {"max_steps": steps, "eval_every": every, "seed": seed, "threads": threads}
-            sft = {"eval_data": files["questions"], "batch_size": 4, "max_eval_examples": 50}
-            report = tune(model, files["tuned"], folder, 1e-3, train=train, sft=sft)
+            sft = {"eval_data": files["questions"], "batch_size": 8}
+            report = tune(model, files["tuned"], folder, 5e-4, train=train, sft=sft)
             records = map(json.loads, (report.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
             assert report.before is not None
             losses[str(seed)] = [report.before.held_out.loss]
