@@ -7,9 +7,11 @@ from pathlib import Path
 
 from entrenar import recipe
 from entrenar.cli import flags
+from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, duration
 from entrenar.cli.train import ENDS, describe
 from entrenar.config import FinetuneConfig, load_finetune_config
+from entrenar.recipe.plan import plan_run
 
 
 def run(words: Sequence[str]) -> int:
@@ -17,6 +19,9 @@ def run(words: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
     parsed = flags.parse(_arguments(), words, FinetuneConfig)
     config = _config(parsed.config, flags.given_flags(parsed, FinetuneConfig), is_resuming=parsed.resume)
+    planned = plan_run(config) if parsed.plan else None
+    if planned is not None:
+        print("\n".join(lines(planned, config)), flush=True)
     view = TrainingView(config.train.epochs)
     if parsed.resume:
         print("[entrenar: Loading checkpoint...]")
@@ -28,6 +33,8 @@ def run(words: Sequence[str]) -> int:
         observer=view.observer(),
     )
     _print_report(report, config)
+    if planned is not None:
+        print(measured(planned))
     return 0
 
 
@@ -45,6 +52,7 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--allow-config-changes", action="store_true", help="resume although the config is not the one it began with"
     )
+    arguments.add_argument("--plan", action="store_true", help="plan first, and say at the end how the peak compares")
     flags.add_config_flags(arguments, FinetuneConfig)
     return arguments
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from entrenar import recipe
 from entrenar.cli import flags
+from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, duration
 from entrenar.config import RunConfig, load_config
 from entrenar.infer import Evaluation
+from entrenar.recipe.plan import plan_run
 
 ENDS = {
     "steps": "all steps done",
@@ -27,6 +29,9 @@ def run(words: Sequence[str]) -> int:
     config = _config(parsed.config, flags.given_flags(parsed), is_resuming=parsed.resume)
     if parsed.dry_run:
         return _dry_run(config, parsed)
+    planned = plan_run(config) if parsed.plan else None
+    if planned is not None:
+        print("\n".join(lines(planned, config)), flush=True)
     view = TrainingView(config.train.epochs)
     if parsed.resume:
         print("[entrenar: Loading checkpoint...]")
@@ -38,6 +43,8 @@ def run(words: Sequence[str]) -> int:
         observer=view.observer(),
     )
     _print_report(report)
+    if planned is not None:
+        print(measured(planned))
     return 0
 
 
@@ -49,6 +56,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--allow-config-changes", action="store_true", help="resume although the config is not the one it began with"
     )
     arguments.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
+    arguments.add_argument("--plan", action="store_true", help="plan first, and say at the end how the peak compares")
     flags.add_config_flags(arguments)
     return arguments
 
