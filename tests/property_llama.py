@@ -19,6 +19,7 @@ from entrenar.model import KVCache, Llama, LlamaConfig
 from entrenar.ops.attention import derived_attention
 from entrenar.peft import LoraConfig, from_base, merge, unmerge
 
+from .mutants import changed, source_of
 from .strategies import normal, seeds
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -550,8 +551,8 @@ def test_decoding_with_a_cache_is_reading_at_once(seed, heads, time, cut):
 @pytest.mark.property("attention", "swiglu", "rms_norm")
 @pytest.mark.kills(
     "model.llama",
-    "checkpoint(self._mlp_half, x, use_reentrant=False)",
-    "checkpoint(self._mlp_half, x.detach(), use_reentrant=False)",
+    "recomputed(self._mlp_half, x)",
+    "recomputed(self._mlp_half, x.detach())",
 )
 @whole_model
 @given(kind=st.sampled_from(["selective", "full"]), **models)
@@ -656,3 +657,12 @@ def test_a_draw_never_leaves_the_likeliest(seed, vocab, top_k):
     drawn = draw(*candidates(scores, top_k=top_k), torch.Generator().manual_seed(seed))
     least = scores.topk(min(top_k, vocab)).values[:, -1]
     assert (scores.gather(-1, drawn[:, None])[:, 0] >= least).all()
+
+
+def test_every_property_names_a_mutant_of_its_source(request):
+    """At least 25 properties stand here; each one that was collected names a text that its source has once."""
+    collected = [item for item in request.session.items if item.get_closest_marker("property")]
+    assert sum(hasattr(value, "hypothesis") for value in globals().values()) >= 25
+    for item in collected:
+        module, old, new = item.get_closest_marker("kills").args
+        assert changed(source_of(f"entrenar.{module}"), old, new), item.name
