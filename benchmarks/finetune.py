@@ -196,7 +196,7 @@ def serve_peft(work: Workload) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(mean)
+        return float(mean.detach())
 
     def evaluate() -> float:
         from entrenar.data.sft_loader import make_batch

@@ -99,7 +99,8 @@ def test_quality_asks_three_models(base: Path, tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).write_text("\n".join([good, bad] * 24))
     plan = tasks.TaskPlan(train_rows=48, questions=20, epochs=40, lr=1e-2, metric="accuracy")
     monkeypatch.setitem(tasks.PLANS, "sst2", plan)
-    found = tasks.quality(base, tmp_path, ["sst2"], threads=1)["sst2"]
+    [(task, found)] = tasks.quality(base, tmp_path, ["sst2"], threads=1)
+    assert task == "sst2"
     assert found["questions"] == 20
     assert found["score"]["tuned"][0] == 1.0
     assert found["score"]["base"][0] < 1.0
