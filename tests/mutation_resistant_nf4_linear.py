@@ -28,7 +28,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     ),
     "off by one in the tile": ("dx.addmm_(dy[:, columns], tile)", "dx.addmm_(dy.roll(1, 1)[:, columns], tile)"),
     "off by one in the last tile": (
-        "range(0, self.shape[0], self.tile_rows)", "range(0, self.shape[0] - 1, self.tile_rows)"),
+        "range(0, num_rows, size)", "range(0, num_rows - 1, size)"),
     "sign of the branch": ("branch = dlow @ lora_a.to(wide)", "branch = -dlow @ lora_a.to(wide)"),
     "mask missing in dx": ("branch if kept is None else branch.mul_(kept)", "branch"),
     "mask missing in dA": ("(rows if kept is None else rows * kept)).to(lora_a.dtype)", "rows).to(lora_a.dtype)"),

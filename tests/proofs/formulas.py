@@ -6,7 +6,7 @@ backward, and the output by definition where that is not the forward's own text.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def symbolic_module(op: str, symbols: Symbols, *changes: tuple[str, str]) -> Mod
     module = mutant(f"entrenar.ops.{op}", *changes)
     torch = torch_of(symbols)
     module.torch = torch
+    module.Tensor = Sym
     module.refuse_double_backward = lambda _: None
     module.silu = lambda x: x * torch.sigmoid(x)
     module.linear = lambda x, weight: x @ weight.mT
@@ -194,15 +195,16 @@ def lora_linear(
 
 
 def nf4_linear(rows: int, inputs: int, outputs: int, rank: int, tile: int, *, drops: bool = True) -> Build:
-    """The linear part: for any levels and scales, which `dequantize_nf4` multiplies, a tile at a time."""
+    """The linear part: for any levels and scales, which `dequantize` multiplies, a tile at a time."""
 
     def build(module: ModuleType, symbols: Symbols) -> Formula:
-        module.dequantize_nf4 = lambda weight, _, tile_rows: weight.codes[tile_rows]
+        module.dequantize = lambda weight, _, tile_rows: weight.codes[tile_rows]
         shapes = {"x": (rows, inputs), "a": (rank, inputs), "b": (outputs, rank)}
         x, a, b = tensors = [variables(symbols, name, *shape) for name, shape in shapes.items()]
         weight = variables(symbols, "w", outputs, inputs)
         kept = variables(symbols, "kept", rows, inputs) if drops else None
-        plan = module._Plan(SCALE, "exact", tile, (outputs, inputs))
+        stored = lambda codes, *_: SimpleNamespace(codes=codes, shape=codes.shape)  # noqa: E731
+        plan = module._Plan(SCALE, "exact", tile, (outputs, inputs), stored)
         y, backward = taped(module.Nf4LinearFunction, *tensors, kept, plan, weight, None, None, None)
         dropped = x.array * kept.array if drops else x.array
         definition = x.array @ weight.array.T + SCALE * (dropped @ (b.array @ a.array).T)

@@ -100,7 +100,7 @@ TWINS: dict[str, tuple[str, str, str]] = {
         "N2 I2 O4 R2, tiles of 3", "dx.addmm_(dy[:, columns], tile)", "dx.addmm_(dy[:, : tile.shape[0]], tile)"),
     "nf4_linear: last tile missing": (
         "N2 I2 O4 R2, tiles of 3",
-        "range(0, self.shape[0], self.tile_rows)", "range(0, self.tile_rows, self.tile_rows)"),
+        "range(0, num_rows, size)", "range(0, size, size)"),
     "linear_cross_entropy: one-hot not subtracted": (
         "N2 D2 V3, formulas", "torch.exp(logits - logsumexp) - one_hot", "torch.exp(logits - logsumexp)"),
     "linear_cross_entropy: upstream gradient ignored": (
