@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from entrenar.errors import ConfigError, FormatError, GateFailed
-from entrenar.quality.mutation import Project, Verdict, mutate, read_verdicts, write_verdicts
+from entrenar.quality.mutation import Project, Verdict, merged, mutate, read_verdicts, write_verdicts
 from entrenar.quality.risk import Component
 
 from .conftest import BETTER, TESTS  # isort: skip
@@ -163,3 +163,11 @@ def test_the_package_needs_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "[]"
+
+
+def test_new_verdicts_take_the_place_of_old_ones():
+    """What an interrupted run found is put among what was known, mutant by mutant."""
+    old = Verdict("a.py", 3, "f", "never", "if x:", "if x", "if False", 1, "survived")
+    other = Verdict("a.py", 4, "f", "never", "if y:", "if y", "if False", 1, "killed")
+    new = Verdict("a.py", 5, "f", "never", "if x:", "if x", "if False", 1, "killed")
+    assert merged([old, other], [new]) == [new, other]

@@ -67,7 +67,7 @@ def test_a_good_score_with_argued_survivors_passes():
     [
         ([KILLED, SURVIVED], [ARGUED], r"^a\.py: mutation score 50\.00 %, at least 60 % wanted$"),
         ([KILLED] * 20 + [SURVIVED], [], r"^a\.py:5: survived: if z: \(if z → if False\); kill it, or argue it"),
-        ([KILLED] * 20 + [TIMEOUT], [], r"^a\.py: 1 timeouts and 0 errors are 4\.8 % without a verdict, at most 2 %"),
+        ([KILLED] * 20 + [TIMEOUT], [], r"^a: 1 timeouts and 0 errors are 4\.8 % without a verdict, at most 2 %"),
         ([KILLED], [ARGUED], r"^equivalents\.toml: no survivor is f: if z: → if False; delete it$"),
         ([], [], r"^a\.py: no mutant was tried; was the file moved\?$"),
         (

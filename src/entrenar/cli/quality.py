@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from entrenar.errors import ConfigError
@@ -94,12 +94,16 @@ def _run(
     project = mutation.Project(root)
     until = math.inf if parsed.minutes is None else time.time() + 60 * parsed.minutes
     found: list[mutation.Verdict] = []
-    for batch in _batches(components, parsed.jobs):
-        found += mutation.mutate(project, batch, known, jobs=parsed.jobs, until=until, on_verdict=_tick)
+    fresh: list[mutation.Verdict] = []  # also those of a component that was interrupted
+    try:
+        for batch in _batches(components, parsed.jobs):
+            found += mutation.mutate(project, batch, known, jobs=parsed.jobs, until=until, on_verdict=_ticking(fresh))
+    finally:
         done = {verdict.file for verdict in found}
-        everything = [verdict for verdict in before if verdict.file not in done] + found
+        rest = mutation.merged(before, fresh)
+        everything = [verdict for verdict in rest if verdict.file not in done] + found
         mutation.write_verdicts(root / _RESULTS, everything, mutation_report.summary(everything, argued))
-    print(file=sys.stderr)
+        print(file=sys.stderr)
     return found
 
 
@@ -107,8 +111,12 @@ def _batches(components: Sequence[Component], size: int) -> list[Sequence[Compon
     return [components[start : start + size] for start in range(0, len(components), size)]
 
 
-def _tick(verdict: mutation.Verdict) -> None:
-    print({"killed": ".", "survived": "S"}.get(verdict.status, "?"), end="", file=sys.stderr, flush=True)
+def _ticking(kept: list[mutation.Verdict]) -> Callable[[mutation.Verdict], None]:
+    def tick(verdict: mutation.Verdict) -> None:
+        kept.append(verdict)
+        print({"killed": ".", "survived": "S"}.get(verdict.status, "?"), end="", file=sys.stderr, flush=True)
+
+    return tick
 
 
 def _known(before: list[mutation.Verdict], components: Sequence[Component]) -> list[mutation.Verdict]:

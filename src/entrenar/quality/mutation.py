@@ -23,8 +23,6 @@ from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.quality.mutants import OPERATORS_VERSION, MutableFile, Mutant
 from entrenar.quality.risk import Component
 
-# What is tried in one process without a pause; starting it costs one run of the tests.
-_CONTROL_LIMIT_S = 600
 LEAST_LIMIT_S = 5
 _DEFAULT_SELECTION = "not slow and not chaos and not fuzz and not gpu"
 
@@ -169,7 +167,6 @@ def _work(
         "until": until,
         "tests": tests,
         "select": _DEFAULT_SELECTION,
-        "control_limit_s": _CONTROL_LIMIT_S,
         "least_limit_s": LEAST_LIMIT_S,
     }
     here = str(Path(__file__).parents[2])
@@ -207,6 +204,12 @@ def _demand_sound(component: Component, record: dict[str, Any]) -> None:
         raise GateFailed(
             f"{component.name}: a mutant that changes nothing came out as {record}; verdicts would be wrong"
         )
+
+
+def merged(before: Sequence[Verdict], found: Sequence[Verdict]) -> list[Verdict]:
+    """Return all verdicts, those of `found` in the place of older ones on the same mutants."""
+    verdicts = {(verdict.file, _name(verdict)): verdict for verdict in [*before, *found]}
+    return list(verdicts.values())
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict], summary: dict[str, Any]) -> None:

@@ -176,9 +176,12 @@ def demand_score(verdicts: Sequence[Verdict], components: Sequence[Component], a
     """
     faults: list[str] = []
     for component in components:
+        own: list[Verdict] = []
         for pattern in component.files:
             found = [verdict for verdict in verdicts if fnmatch.fnmatch(verdict.file, pattern)]
-            faults += _faults(pattern, found, component.mutation)
+            faults += _too_low(pattern, found, component.mutation)
+            own += found
+        faults += _undecided(component.name, own)
     faults += [
         f"{v.file}:{v.line}: survived: {v.code} ({v.original} → {v.mutated}); kill it, or argue it in equivalents.toml"
         for v in verdicts
@@ -196,15 +199,19 @@ def demand_score(verdicts: Sequence[Verdict], components: Sequence[Component], a
         raise GateFailed("\n".join(faults))
 
 
-def _faults(pattern: str, found: Sequence[Verdict], floor: float | None) -> Iterator[str]:
+def _too_low(pattern: str, found: Sequence[Verdict], floor: float | None) -> Iterator[str]:
     if not found:
         yield f"{pattern}: no mutant was tried; was the file moved?"
         return
     counts = score(found)
     if floor is not None and counts.percent < floor:
         yield f"{pattern}: mutation score {counts.percent:.2f} %, at least {floor:g} % wanted"
+
+
+def _undecided(name: str, found: Sequence[Verdict]) -> Iterator[str]:
+    counts = score(found)
     if counts.percent_without_verdict > MOST_WITHOUT_VERDICT:
         yield (
-            f"{pattern}: {counts.timeouts} timeouts and {counts.errors} errors are "
+            f"{name}: {counts.timeouts} timeouts and {counts.errors} errors are "
             f"{counts.percent_without_verdict:.1f} % without a verdict, at most {MOST_WITHOUT_VERDICT:g} % may be"
         )

@@ -32,7 +32,7 @@ from _pytest.runner import runtestprotocol
 
 from entrenar.quality.mutants import MutableFile, Site
 
-_LIMIT_FACTOR = 10
+_LIMIT_FACTOR, _WALL_FACTOR = 10, 30  # the second for machines that have other work
 
 
 class Worker:
@@ -84,7 +84,8 @@ class Worker:
         functions = _functions(self.files)
         gc.collect()
         gc.freeze()
-        control = _fork([_control], _control.__code__, list(items.values()), self.job["control_limit_s"])
+        everything = list(items.values())
+        control = _fork([_control], _control.__code__, everything, self._limits(everything, base["seconds"]))
         self._report({"kind": "control", **control})
         if control["status"] != "survived":
             return True
@@ -132,8 +133,7 @@ class Worker:
         if tests:
             targets = functions.get((mutant.path, site.outer_function, site.outer_line), [])
             code = file.code_with(site)
-            limit_s = int(_LIMIT_FACTOR * sum(seconds[test.nodeid] for test in tests)) + self.job["least_limit_s"]
-            record |= _fork(targets, code, tests, limit_s)
+            record |= _fork(targets, code, tests, self._limits(tests, seconds))
         else:
             record |= {"status": "survived", "reason": "no test reaches it"}
         if record["status"] == "killed":
@@ -141,6 +141,10 @@ class Worker:
             self.kills[key] = self.kills.get(key, 0) + 1
         record["tests"] = sorted({test.nodeid.partition("::")[0] for test in tests})
         self._report(record)
+
+    def _limits(self, tests: Sequence[pytest.Item], seconds: dict[str, float]) -> list[int]:
+        """Return the CPU time that each test may take: many times what it takes on the unchanged code."""
+        return [int(_LIMIT_FACTOR * seconds[test.nodeid]) + int(self.job["least_limit_s"]) for test in tests]
 
     def _report(self, record: dict[str, Any]) -> None:
         self.results.write(json.dumps(record) + "\n")
@@ -189,9 +193,9 @@ def _first_failure(item: pytest.Item, following: pytest.Item | None) -> dict[str
 
 
 def _fork(
-    targets: Sequence[Callable[..., Any]], code: types.CodeType, tests: Sequence[pytest.Item], limit_s: int
+    targets: Sequence[Callable[..., Any]], code: types.CodeType, tests: Sequence[pytest.Item], limits_s: Sequence[int]
 ) -> dict[str, Any]:
-    """Run the tests against the mutated function in a child that the kernel stops after `limit_s` of CPU time."""
+    """Run the tests against the mutated function in a child that the kernel stops when a test exceeds its CPU time."""
     if not targets:
         return {"status": "error", "reason": "the function is made anew at each call and cannot be exchanged"}
     reading, writing = os.pipe()
@@ -199,14 +203,12 @@ def _fork(
     if child == 0:
         with _ending_here():
             os.close(reading)
-            resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 1))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(4 * limit_s + 20)
             os.setsid()
             _quieten()
             for function in targets:
                 function.__code__ = code
-            os.write(writing, json.dumps(_verdict(tests)).encode())
+            os.write(writing, json.dumps(_verdict(tests, limits_s)).encode())
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         answer = pipe.read()
@@ -236,10 +238,12 @@ def _outcome(answer: bytes, status: int) -> dict[str, Any]:
     return {"status": "error", "reason": f"the tests ended with status {status} and no verdict"}
 
 
-def _verdict(tests: Sequence[pytest.Item]) -> dict[str, Any]:
+def _verdict(tests: Sequence[pytest.Item], limits_s: Sequence[int]) -> dict[str, Any]:
     folder = tempfile.mkdtemp(prefix="mutant-")
     tests[0].config._tmp_path_factory._basetemp = Path(folder)  # type: ignore[attr-defined]
-    for item, following in _pairs(tests):
+    for (item, following), limit_s in zip(_pairs(tests), limits_s, strict=True):
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + limit_s, resource.RLIM_INFINITY))
+        signal.alarm(_WALL_FACTOR * limit_s)
         failed = _first_failure(item, following)
         if failed:
             return {"status": "killed", **failed}
