@@ -145,8 +145,10 @@ def main() -> None:
     parsed = arguments.parse_args()
     torch.set_num_threads(parsed.threads)
     path = turns.RESULTS / "bit_budget.json"
+    measured = measure(parsed)
+    # Read only now: another run may have added its figures meanwhile.
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    result[parsed.name] = measure(parsed)
+    result[parsed.name] = measured
     turns.write_result("bit_budget", result)
     print(json.dumps({key: value for key, value in result[parsed.name].items() if key != "variants"}, indent=2))
 
