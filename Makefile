@@ -16,7 +16,7 @@ BASE ?= origin/main
 
 .PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
   tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-llama fuzz fuzz-smoke chaos proofs \
-  certificates
+  certificates certificates-check
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -113,6 +113,7 @@ coverage-diff: $(VENV)/.tier3 ## the lines changed since BASE must be covered; a
 
 mutation: $(VENV)/.test ## plant mutants in the critical files; only what changed runs again (MUTATION=--fresh: all)
 	$(ONE_THREAD) $(BIN)/entrenar quality mutate --failures-only --fail-on-threshold $(MUTATION)
+	@$(BIN)/python benchmarks/tables.py
 
 mutation-llama: mutation
 
@@ -133,6 +134,9 @@ property-10k: $(VENV)/.test ## 10,000 counted cases of each property
 
 chaos: $(VENV)/.test ## kills, full disks, starved memory
 	$(BIN)/python -m pytest -q -m chaos
+
+certificates-check: $(VENV)/.test ## nothing that the committed certificates show may be lost
+	$(ONE_THREAD) $(BIN)/entrenar verify ops --against quality/certificates.json
 
 certificates: $(VENV)/.test ## what is proved and measured of each operation, written to quality/certificates.json
 	$(ONE_THREAD) $(BIN)/entrenar verify ops --out quality/certificates.json

@@ -263,10 +263,43 @@ def test_data() -> str:
     return rows(header, lines) + note + f"{measured['date']}; `python benchmarks/test_data.py`\n"
 
 
+def mutation() -> str:
+    path = ROOT / "quality" / "results" / "mutation.json"
+    if not path.is_file():
+        return "not measured\n"
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    whole = {"all": {key: value for key, value in measured.items() if key not in ("files", "mutants")}}
+    lines = [
+        [
+            f"`{name.removeprefix('src/entrenar/')}`", str(row["total_mutants"]), str(row["killed"]),
+            f"{row['survived']} ({row['survived_but_argued']})", str(row["timeouts"] + row["errors"]),
+            f"{row['mutation_score']:.1f} %", f"{row['strict_score']:.1f} %",
+        ]
+        for name, row in sorted(measured["files"].items()) + list(whole.items())
+    ]  # fmt: skip
+    header = ["file", "mutants", "killed", "survived (argued)", "no verdict", "score", "strict score"]
+    return rows(header, lines)
+
+
+def tiers() -> str:
+    measured = result("tiers")
+    if measured is None:
+        return "not measured\n"
+    figures = [f"{point}_{figure}" for figure in ("wall_s", "cpu_s") for point in ("median", "p95")]
+    lines = []
+    for tier, kinds in measured["tiers"].items():
+        for kind, run in kinds.items():
+            loads = [each["load"] for each in run["runs"]]
+            seconds = [f"{run[figure]:.2f} s" for figure in figures]
+            lines.append([f"`make {tier}`, {kind}", *seconds, f"{min(loads):g} to {max(loads):g}"])
+    header = ["", "wall, median", "wall, p95", "CPU, median", "CPU, p95", "load of the machine"]
+    return rows(header, lines) + f"\n{measured['cpu']}, {measured['date']}; ten runs each.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": bit_budget, "qlora": qlora,
-    "memory": memory, "test_data": test_data,
+    "memory": memory, "test_data": test_data, "mutation": mutation, "tiers": tiers,
 }  # fmt: skip
 
 
