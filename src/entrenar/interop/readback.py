@@ -113,6 +113,7 @@ def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:
     """Return a reader of a span of numbers, from codes and scales by their definition in bitsandbytes."""
     state = json.loads(part(".quant_state.bitsandbytes__nf4").tobytes())
     levels, block = part(".quant_map"), state["blocksize"]
+    pairs = np.stack((np.repeat(levels, 16), np.tile(levels, 16)), axis=1)  # of each byte, the high half first
 
     def magnitudes(start: int, stop: int) -> Array:
         scales = part(".absmax", start, stop)
@@ -124,10 +125,8 @@ def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:
 
     def numbers(start: int, stop: int) -> Array:
         codes = part("", start // 2, -(-stop // 2))
-        pairs = np.stack((levels[codes >> 4], levels[codes & 15]), axis=1).reshape(-1)
-        places = np.arange(start, stop)
-        scales = magnitudes(start // block, -(-stop // block))
-        values: Array = pairs[start % 2 :][: stop - start] * scales[places // block - start // block]
+        scales = np.repeat(magnitudes(start // block, -(-stop // block)), block)[start % block :]
+        values: Array = pairs[codes].reshape(-1)[start % 2 :][: stop - start] * scales[: stop - start]
         return values
 
     return numbers
