@@ -1,11 +1,13 @@
 """`entrenar data`: what is trained is seen, and every row of no use is named by file and line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from entrenar.cli.main import main
 from entrenar.data import train_bpe
+from entrenar.model import LlamaConfig
 
 
 @pytest.fixture
@@ -48,6 +50,20 @@ def test_check_names_every_fault_and_answers_with_2(model, file, capsys, tmp_pat
     said = capsys.readouterr().out
     assert f"{clean}:2: duplicate: the same tokens as {clean}:1" in said
     assert f"{clean}:3: too_long: " in said
+
+
+def test_rows_are_held_to_the_context_of_the_model(model, tmp_path, capsys):
+    """What training leaves out for its length is told before; a length that is given wins."""
+    config = LlamaConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=64, max_seq_len=5)
+    (Path(model) / "config.json").write_text(json.dumps(config.to_hf()))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the cat"}\n{"text": "the cat sat on the mat"}\n')
+    assert main(["data", "check", str(rows), "--model", model]) == 0
+    said = capsys.readouterr().out
+    assert f"{rows}:2: too_long: " in said
+    assert "1 rows longer than seq_len = 5 left out" in said
+    assert main(["data", "check", str(rows), "--model", model, "--seq-len", "9"]) == 0
+    assert "2 of 2 rows" in capsys.readouterr().out
 
 
 def test_own_templates_read_a_table(model, tmp_path, capsys):

@@ -13,6 +13,7 @@ from entrenar.cli import flags
 from entrenar.config import options
 from entrenar.data import Example, SftConfig, SftRows, Tokenizer, read_examples, write_quarantine
 from entrenar.errors import ConfigError, DataError
+from entrenar.interop import read_config
 
 _TRAINED_STYLE = "bold green"
 _USED = ("columns", "prompt_template", "completion_template", "prompt_format", "train_on", "long_rows", "seq_len")
@@ -21,8 +22,8 @@ _USED = ("columns", "prompt_template", "completion_template", "prompt_format", "
 def run(words: Sequence[str]) -> int:
     """Show or check; return the exit code."""
     parsed = flags.parse(_arguments(), words, SftConfig)
-    config = _config(parsed)
-    tokenizer = _tokenizer(parsed.model)
+    tokenizer, context = _tokenizer(parsed.model)
+    config = _config(parsed, context)
     rows = read_examples(config.data, tokenizer, config)
     if parsed.action == "show":
         return _show(rows, tokenizer, parsed.rows)
@@ -49,8 +50,10 @@ def _arguments() -> argparse.ArgumentParser:
     return arguments
 
 
-def _config(parsed: argparse.Namespace) -> SftConfig:
+def _config(parsed: argparse.Namespace, context: int | None) -> SftConfig:
     given = {key: value for key, value in vars(parsed).items() if key in _USED}
+    if context is not None and "seq_len" not in given:
+        given["seq_len"] = min(context, SftConfig.model_fields["seq_len"].default)
     if "columns" in given:
         given["columns"] = given["columns"].split(",")
     try:
@@ -60,11 +63,14 @@ def _config(parsed: argparse.Namespace) -> SftConfig:
         raise ConfigError("\n".join(faults)) from error
 
 
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.load(path)
-    except DataError:
-        return Tokenizer.load(recipe.model_folder(path))
+def _tokenizer(path: Path) -> tuple[Tokenizer, int | None]:
+    """Return a tokenizer, and the context of the model that is with it: training keeps rows to that length."""
+    if not (path / "config.json").is_file():
+        try:
+            return Tokenizer.load(path), None
+        except DataError:
+            path = recipe.model_folder(path)
+    return Tokenizer.load(path), read_config(path).context_length
 
 
 def _show(rows: SftRows, tokenizer: Tokenizer, count: int) -> int:
