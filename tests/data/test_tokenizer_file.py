@@ -82,6 +82,19 @@ def test_a_merge_that_spells_a_control_token_is_refused(folder: Path):
         Tokenizer.load(folder)
 
 
+def test_control_tokens_that_readers_would_number_anew_are_refused(folder: Path):
+    """Outside of the vocabulary they are numbered on from it by every reader, whatever the file says."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        del content["model"]["vocab"][token["content"]]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        FormatError, match=r"added_tokens gives '<\|bos\|>' the id 0, but its readers number it \d+, on"
+    ):
+        Tokenizer.load(folder)
+
+
 def test_files_that_are_no_json_objects_are_refused(folder: Path):
     """Broken JSON, deep nesting, lists, repeated keys, and companions that are not what they should be."""
     file = folder / "tokenizer.json"

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,22 @@ def test_ids_stay(pairs, text):
     """Every string has the ids it had."""
     for original, restated in pairs:
         assert restated.encode(text) == original.encode(text)
+
+
+def test_control_tokens_keep_their_ids(pairs, tmp_path):
+    """Before the vocabulary or behind it, for us and for who reads the saved file: no text shows where they are."""
+    for original, restated in pairs:
+        restated.save(tmp_path)
+        saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for token in original.content["added_tokens"]:
+            assert restated.id_of(token["content"]) == saved.token_to_id(token["content"]) == token["id"]
+        assert Tokenizer.load(tmp_path).hash == restated.hash
+
+
+def test_a_tokenizer_made_here_stays_the_same_to_a_corpus(pairs):
+    """A corpus knows its tokenizer by the hash: a model that went through another format still fits it."""
+    original, restated = pairs[2]
+    assert restated.hash == original.hash
 
 
 def test_kinds_and_scores_of_llama2(shared_data):

@@ -10,6 +10,7 @@ import torch
 from entrenar.cli.main import main
 from entrenar.data import Tokenizer, train_bpe
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
+from entrenar.files import read_json, write_json
 from entrenar.interop import convert as convert_module
 from entrenar.interop import gguf, llama2c
 from entrenar.interop.convert import Source, Target, Threshold, convert, detect, open_source
@@ -155,6 +156,38 @@ def test_wrong_scores_are_found(tmp_path, stories, monkeypatch):
         convert(stories, target(tmp_path, "gguf", "f32"))
 
 
+@pytest.mark.parametrize(("kind", "message"), [("gguf", "bos is 2 in the file, 1"), ("hf", "eos is 1 in the file, 2")])
+def test_a_wrong_token_at_the_end_of_a_text_is_found(tmp_path, stories, monkeypatch, kind, message):
+    """Every text has its ids, but the model would begin it with another token, or never stop."""
+    honest, save = gguf.vocabulary_metadata, Tokenizer.save
+
+    def other_name(self, folder):
+        save(self, folder)
+        write_json(folder / "tokenizer_config.json", self.config | {"bos_token": "<s>", "eos_token": "<s>"})
+
+    monkeypatch.setattr(gguf, "vocabulary_metadata", lambda *a: honest(*a) | {"tokenizer.ggml.bos_token_id": 2})
+    monkeypatch.setattr(Tokenizer, "save", other_name)
+    with pytest.raises(GateFailed, match=f"the token {message} in the tokenizer; nothing was written"):
+        convert(stories, target(tmp_path, kind, "f32"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_moved_control_tokens_are_found(tmp_path, stories, monkeypatch):
+    """No text becomes one, so no text shows it."""
+    save = Tokenizer.save
+
+    def moved(self, folder):
+        save(self, folder)
+        content = read_json(folder / "tokenizer.json")
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "</s>"]
+        del content["model"]["vocab"]["</s>"]
+        write_json(folder / "tokenizer.json", content)
+
+    monkeypatch.setattr(Tokenizer, "save", moved)
+    with pytest.raises(GateFailed, match="the token '</s>' is None in the file, 2 in the tokenizer"):
+        convert(stories, target(tmp_path, "hf", "f32"))
+
+
 @pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
 def test_weights_out_of_the_bounds_of_rounding_are_found(tmp_path, stories, monkeypatch, dtype):
     """A weight that is a little too large is more than rounding."""
@@ -262,6 +295,9 @@ def test_formats_are_told_by_content(tmp_path, shared_data):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(FormatError, match=r"pytorch_model\.bin is a pickle, which can run code .*save_pretrained$"):
         detect(tmp_path / "pytorch_model.bin")
+    part = shared_data / "models/stories260K_hf/model.safetensors"
+    with pytest.raises(FormatError, match=r"is a part of a Hugging Face folder; give the folder, .*stories260K_hf$"):
+        detect(part)
 
 
 def test_the_tokenizer_beside_a_model_is_found(tmp_path, shared_data):

@@ -103,6 +103,13 @@ class TokenizerFile:
             backend = tokenizers.Tokenizer.from_str(json.dumps(self.content))
         except Exception as error:  # tokenizers raises bare Exception
             raise FormatError(f"{self._place} is not a usable tokenizer.json: {error}") from error
+        for index, token in self.added.items():
+            if (found := backend.token_to_id(token)) != index:
+                self._refuse(
+                    "added_tokens",
+                    f"gives {token!r} the id {index}, but its readers number it {found}, on from "
+                    "the vocabulary; put it into model.vocab too",
+                )
         backend.encode_special_tokens = encode_special_tokens
         return backend
 

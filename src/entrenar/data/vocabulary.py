@@ -196,11 +196,20 @@ def _pieces_json(vocabulary: Vocabulary, place: str) -> dict[str, Any]:
 def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """Restate a vocabulary of the bytes family in the layout of `tokenizer.json`."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
+    added: list[dict[str, Any]] = [
         {"id": index, "content": token, **plain, "special": kind == CONTROL}
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     ]
+    vocab = {
+        token: index
+        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
+        if kind == NORMAL
+    }
+    # `tokenizers` numbers added tokens on from the vocabulary, whatever the file says, unless they are part of it.
+    is_behind = [token["id"] for token in added] == list(range(len(vocab), len(vocab) + len(added)))
+    if not is_behind:
+        vocab |= {token["content"]: token["id"] for token in added}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"Regex": _PATTERNS[vocabulary.pattern or "llama3"]}
     return {
@@ -217,7 +226,7 @@ def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
             ],
         },
         "post_processor": _bos_template(vocabulary),
-        "decoder": {**byte_level, "use_regex": True},
+        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},  # as `tokenizers` and LLaMA 3 have it
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -226,13 +235,9 @@ def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # LLaMA 3's rule: a word that is a token is that token, whatever its merges say.
-            "ignore_merges": vocabulary.pattern == "llama3",
-            "vocab": {
-                token: index
-                for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
-                if kind == NORMAL
-            },
+            # LLaMA 3's rule: a word that is a token is that token, whatever its merges say. No control token must be.
+            "ignore_merges": vocabulary.pattern == "llama3" and is_behind,
+            "vocab": vocab,
             "merges": [list(merge) for merge in vocabulary.merges],
         },
     }

@@ -35,7 +35,7 @@ _ALLOWED: dict[Format, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
     "nf4": ("f32", "f16", "bf16"),
 }
-_MODEL_BIN, _TOKENIZER_BIN = "model.bin", "tokenizer.bin"
+MODEL_BIN, _TOKENIZER_BIN = "model.bin", "tokenizer.bin"
 
 
 @dataclass(frozen=True)
@@ -111,20 +111,22 @@ def detect(path: Path) -> Format:
     if path.is_dir():
         if (path / "config.json").is_file():
             return "hf"
-        if (path / _MODEL_BIN).is_file():
+        if (path / MODEL_BIN).is_file():
             return "llama2c"
-        raise FormatError(f"{path} is no model folder: it has neither config.json nor {_MODEL_BIN}")
+        raise FormatError(f"{path} is no model folder: it has neither config.json nor {MODEL_BIN}")
     if not path.is_file():
         raise DataError(f"no model at {path}: give a Hugging Face folder, a .gguf or a llama2.c .bin")
     with path.open("rb") as stream:
-        magic = stream.read(4)
+        head = stream.read(10)
     # a pickle begins with 80 and its protocol, then an opcode; a llama2.c file of dim 128 with 80 00 00 00
-    if magic[:2] == b"PK" or (magic[:1] == b"\x80" and magic[2:3] != b"\0"):
+    if head[:2] == b"PK" or (head[:1] == b"\x80" and head[2:3] != b"\0"):
         raise FormatError(
             f"{path} is a pickle, which can run code when it is read; convert it where you trust it, "
             "with transformers' save_pretrained"
         )
-    return "gguf" if magic == gguf_file.MAGIC else "llama2c"
+    if head[8:] == b'{"':
+        raise FormatError(f"{path} is a part of a Hugging Face folder; give the folder, {path.parent}")
+    return "gguf" if head[:4] == gguf_file.MAGIC else "llama2c"
 
 
 def open_source(path: Path, tokenizer: Path | None = None, *, is_streamed: bool = False) -> Source:
@@ -147,7 +149,7 @@ def open_source(path: Path, tokenizer: Path | None = None, *, is_streamed: bool 
         model = hf.load_model(path)
         widen(model)
         return Source(model, found or _tokenizer_in(path), kind)
-    file = path / _MODEL_BIN if path.is_dir() else path
+    file = path / MODEL_BIN if path.is_dir() else path
     return Source(llama2c.load_llama2c(file), found or _tokenizer_in(file.parent), kind)
 
 
@@ -263,7 +265,7 @@ def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
             tokenizer.save(place)
     else:
         version = 2 if dtype == "q8_0" else target.llama2c_version
-        llama2c.save_llama2c(place / _MODEL_BIN, model.config, weights, version=version)
+        llama2c.save_llama2c(place / MODEL_BIN, model.config, weights, version=version)
         if tokenizer is not None:
             (place / _TOKENIZER_BIN).write_bytes(tokenizer_bin(tokenizer, model.config.vocab_size))
 

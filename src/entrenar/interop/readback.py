@@ -8,7 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from entrenar.model import LlamaConfig
 from entrenar.model.rope_scaling import inverse_frequencies
 
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U8": "u1", "I8": "i1"}
+
+_ROLES = ("bos", "eos")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,16 @@ class Readback:
 
     Attributes:
         encode: the tokenizer in the file, None where it holds none.
+        id_of: the id of a token by its name, where the file has names.
+        roles: which tokens begin and end a text, where the file says so.
     """
 
     names: frozenset[str]
     weight: Weights
     shape: Shape
     encode: Any = None
+    id_of: Callable[[str], int | None] | None = None
+    roles: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def _frequencies(config: LlamaConfig, theta: float, width: int) -> tuple[Array, float]:
@@ -99,14 +105,17 @@ def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
         written["num_hidden_layers"], written["num_attention_heads"], written["num_key_value_heads"],
         written["rms_norm_eps"], frequencies, scale, is_interleaved=False, is_tied=written["tie_word_embeddings"],
     )  # fmt: skip
-    encode = None
+    encode, id_of, roles = None, None, {}
     if (folder / "tokenizer.json").is_file():
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         backend.encode_special_tokens = True
         encode = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+        id_of = backend.token_to_id
+        said = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        roles = {role: id_of(said.get(f"{role}_token") or "") for role in _ROLES}
     names = frozenset(name for name in places if name.endswith(".weight"))
     unknown = {name for name in places if ".weight." in name and name.partition(".weight.")[0] + ".weight" not in names}
-    return Readback(names | unknown, weight, shape, encode)
+    return Readback(names | unknown, weight, shape, encode, id_of, roles)
 
 
 def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:
@@ -181,7 +190,7 @@ def read_gguf_file(path: Path, config: LlamaConfig) -> Readback:
     hf_names = {name: table.get_name(name.removesuffix(".weight")) for name in _all_names(config)}
     names = frozenset(name for name, theirs in hf_names.items() if theirs in found)
     unknown = set(found) - set(hf_names.values()) - {"rope_freqs"}
-    return Readback(names | unknown, weight, shape, _gguf_encoder(reader))
+    return Readback(names | unknown, weight, shape, _gguf_encoder(reader), _gguf_names(reader), _gguf_roles(reader))
 
 
 def _all_names(config: LlamaConfig) -> list[str]:
@@ -189,6 +198,16 @@ def _all_names(config: LlamaConfig) -> list[str]:
              "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
     layers = [f"model.layers.{layer}.{name}.weight" for layer in range(config.num_layers) for name in inner]
     return ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", *layers]
+
+
+def _gguf_names(reader: Any) -> Callable[[str], int | None] | None:
+    field = reader.get_field("tokenizer.ggml.tokens")
+    return None if field is None else {name: index for index, name in enumerate(field.contents())}.get
+
+
+def _gguf_roles(reader: Any) -> dict[str, int | None]:
+    fields = {role: reader.get_field(f"tokenizer.ggml.{role}_token_id") for role in _ROLES}
+    return {role: None if field is None else int(field.contents()) for role, field in fields.items()}
 
 
 def _gguf_encoder(reader: Any) -> Any:

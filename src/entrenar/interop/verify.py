@@ -122,6 +122,7 @@ def verify(
             f"every weight of the file is right, yet its logits differ by {difference:.3g}: what it says of the "
             "architecture is wrong; nothing was written"
         )
+    _check_control_tokens(readback, tokenizer)
     divergence = _kl(source, found)
     strings = [] if tokenizer is None else [*HARD_STRINGS, *_pieces(tokenizer)]
     differing = [text for text in strings if tokenizer is not None and readback.encode(text) != tokenizer.encode(text)]
@@ -134,6 +135,24 @@ def verify(
         num_strings=len(strings),
         differing_strings=differing,
     )
+
+
+def _check_control_tokens(readback: Readback, tokenizer: Tokenizer | None) -> None:
+    """Check that tokens which no text becomes have the ids they had, and that the same ones begin and end a text.
+
+    Raises:
+        GateFailed.
+    """
+    if tokenizer is None or readback.id_of is None:
+        return
+    found = {repr(token["content"]): readback.id_of(token["content"]) for token in tokenizer.content["added_tokens"]}
+    wanted = {repr(token["content"]): token["id"] for token in tokenizer.content["added_tokens"]}
+    wanted |= {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    for name, index in (found | dict(readback.roles)).items():
+        if index != wanted[name]:
+            raise GateFailed(
+                f"the token {name} is {index} in the file, {wanted[name]} in the tokenizer; nothing was written"
+            )
 
 
 def compare_tensors(readback: Readback, origin: Origin, bound: Bound) -> dict[str, float]:
