@@ -100,6 +100,13 @@ def test_large_finite_numbers_are_no_infinity(tmp_path):
     assert torch.equal(TensorReader().read(path, "a", read_header(path)["a"], torch.float32), tensor)
 
 
+def test_a_written_file_may_be_read_by_whom_other_files_may(tmp_path):
+    """The rights of a file of weights are those of any file that is made here."""
+    (tmp_path / "plain").write_bytes(b"")
+    write_tensors(tmp_path / "weights", {"a": torch.zeros(2)})
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_full_disk_is_said_to_be_full(tmp_path):
     """The library gives the system's error as text only; it becomes our type, and no file is left."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

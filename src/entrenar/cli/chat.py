@@ -20,7 +20,6 @@ from entrenar.data import Tokenizer
 from entrenar.data.chat_template import ChatTemplate
 from entrenar.errors import DataError, EntrenarError
 from entrenar.infer import GenerateConfig, generate
-from entrenar.interop.convert import detect, open_source
 from entrenar.model import Llama
 
 _COMMANDS = "/reset forgets, /system TEXT begins anew with an instruction, /quit ends"
@@ -96,7 +95,7 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
-    model, tokenizer = _open(parsed.model)
+    model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
     if parsed.template is not None:
         content = {**tokenizer.config, "chat_template": parsed.template.read_text("utf-8")}
         tokenizer = Tokenizer(dict(tokenizer.content), content)
@@ -110,15 +109,6 @@ def run(words: Sequence[str]) -> int:
             print(_COMMANDS)
         _talk(conversation)
     return 0
-
-
-def _open(path: Path) -> tuple[Llama, Tokenizer]:
-    if path.is_file() or (path / "model.bin").is_file():
-        source = open_source(path)
-        if source.tokenizer is None:
-            raise DataError(f"{path} ({detect(path)}) comes without a tokenizer; convert it to a folder with one")
-        return source.model.float(), source.tokenizer
-    return recipe.open_model(path, dtype=torch.float32)
 
 
 def _talk(conversation: Conversation) -> None:

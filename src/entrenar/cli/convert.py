@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -24,6 +25,8 @@ def run(words: Sequence[str]) -> int:
         parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences,
         parsed.llama2c_version,
     )  # fmt: skip
+    if parsed.no_tokenizer:
+        source = replace(source, tokenizer=None)
     lines: list[str] = []
     if parsed.bits is not None:
         check_place(target)
@@ -77,7 +80,9 @@ def _arguments() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="--bits: a text like those the model is for (default: what the model itself writes)",
     )
-    arguments.add_argument("--tokenizer", type=Path, help="tokenizer to take, instead of the source's")
+    tokenizers = arguments.add_mutually_exclusive_group()
+    tokenizers.add_argument("--tokenizer", type=Path, help="tokenizer to take, instead of the source's")
+    tokenizers.add_argument("--no-tokenizer", action="store_true", help="write the model alone")
     arguments.add_argument(
         "--refuse-if",
         nargs="+",

@@ -1,17 +1,21 @@
-"""`entrenar generate MODEL --prompt TEXT`: continue prompts, the text appearing as it is written."""
+"""`entrenar generate MODEL --prompt TEXT …`: continue prompts, the first one's text appearing as it is written.
+
+Several prompts are read and continued together: a token for each of them costs little more than one token.
+"""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from entrenar import recipe
 from entrenar.cli import flags
-from entrenar.infer import GenerateConfig, stream
+from entrenar.infer import GenerateConfig, stream_rows
 
 _OWN = ("eos_token_ids",)
+_TOGETHER = 16
 
 
 def run(words: Sequence[str]) -> int:
@@ -22,21 +26,34 @@ def run(words: Sequence[str]) -> int:
         torch.set_num_threads(parsed.threads)
     model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
     prompts = parsed.prompt or [sys.stdin.read()]
-    for number, prompt in enumerate(prompts):
-        if len(prompts) > 1:
-            print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
-        sys.stdout.write(prompt)
-        for text in stream(model, tokenizer, prompt, config):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    for start in range(0, len(prompts), _TOGETHER):
+        some = prompts[start : start + _TOGETHER]
+        steps = stream_rows(model, tokenizer, some, config)
+        titles = [f"--- {start + row} ---\n" if len(prompts) > 1 else "" for row in range(1, len(some) + 1)]
+        _write(steps, [title + prompt for title, prompt in zip(titles, some, strict=True)], is_first=start == 0)
     return 0
+
+
+def _write(steps: Iterable[list[str]], prompts: Sequence[str], *, is_first: bool) -> None:
+    """Write the first text piece by piece, then the others, which grew meanwhile."""
+    sys.stdout.write(f"{'' if is_first else chr(10)}{prompts[0]}")
+    others: list[list[str]] = [[prompt] for prompt in prompts[1:]]
+    for first, *rest in steps:
+        sys.stdout.write(first)
+        sys.stdout.flush()
+        for text, piece in zip(others, rest, strict=True):
+            text.append(piece)
+    sys.stdout.write("\n")
+    for text in others:
+        sys.stdout.write(f"\n{''.join(text)}\n")
 
 
 def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser("generate", "Continue a prompt.")
-    arguments.add_argument("model", type=Path, help="a run, a checkpoint or a model folder")
-    arguments.add_argument("--prompt", nargs="+", help="one or more prompts; standard input when not given")
+    arguments.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, a .gguf or a .bin")
+    arguments.add_argument(
+        "--prompt", nargs="+", help="one or more prompts, continued together; standard input when not given"
+    )
     arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
     flags.add_field_flags(arguments, GenerateConfig, leave_out=_OWN)
     return arguments

@@ -50,7 +50,7 @@ def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser(
         "merge", "Add an adapter to the weights of a base, in float32, and write a model folder of the base's dtype."
     )
-    arguments.add_argument("base", type=Path, help="the base: a run, a checkpoint or a model folder")
+    arguments.add_argument("base", type=Path, help="the base: a run, a checkpoint, a model folder, a .gguf or a .bin")
     arguments.add_argument("adapter", type=Path, help="the adapter: a run, a checkpoint or a folder in PEFT's format")
     arguments.add_argument("out", type=Path, help="the model folder to write")
     arguments.add_argument("--dtype", choices=_DTYPES, help="dtype of the merged weights (default: the base's)")

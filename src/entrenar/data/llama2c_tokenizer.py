@@ -93,7 +93,7 @@ def tokenizer_bin(tokenizer: "Tokenizer", vocab_size: int) -> bytes:
     if vocabulary.family != "pieces" or roles != (0, 1, 2) or not vocabulary.adds_space:
         raise FormatError(
             "llama2.c reads sentencepiece tokenizers with <unk>, <s>, </s> as ids 0, 1, 2 and a leading space only, "
-            f"got family {vocabulary.family}, ids {roles}; convert to gguf, or leave the tokenizer out"
+            f"got family {vocabulary.family}, ids {roles}; convert to gguf, or leave the tokenizer out (--no-tokenizer)"
         )
     texts = [text.replace(SPACE, " ") for text in vocabulary.tokens]
     texts[1], texts[2] = "\n<s>\n", "\n</s>\n"

@@ -1,6 +1,6 @@
 """What a trained model is for: writing text, and being measured on text."""
 
-from entrenar.infer.complete import Completion, TextTokenizer, complete, stream
+from entrenar.infer.complete import Completion, TextTokenizer, complete, stream, stream_rows
 from entrenar.infer.evaluate import Evaluation, evaluate
 from entrenar.infer.generate import GenerateConfig, generate
 from entrenar.infer.task import Question, TaskConfig, accuracy, exact_match, token_hits, write_answers
@@ -18,6 +18,7 @@ __all__ = [
     "exact_match",
     "generate",
     "stream",
+    "stream_rows",
     "token_hits",
     "write_answers",
 ]

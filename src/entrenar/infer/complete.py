@@ -156,11 +156,22 @@ def stream(
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
     """Yield the text after a prompt in pieces, each as soon as it is certain."""
-    ids = _encode(tokenizer, prompt)
-    rows = [_Row(model.config, tokenizer, ids, config)]
-    for (text,) in _pieces(generate(model, [ids], config, generator), rows):
+    for (text,) in stream_rows(model, tokenizer, [prompt], config, generator):
         if text:
             yield text
+
+
+def stream_rows(
+    model: Llama,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[str],
+    config: GenerateConfig,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[str]]:
+    """Yield with each step the piece of text, perhaps none, that became certain after each prompt."""
+    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    rows = [_Row(model.config, tokenizer, ids, config) for ids in prompt_ids]
+    return _pieces(generate(model, prompt_ids, config, generator), rows)
 
 
 def _pieces(steps: Iterable[list[int | None]], rows: Sequence[_Row]) -> Iterator[list[str]]:

@@ -162,6 +162,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         DiskFullError, MachineError: the disk refuses.
     """
     with explained_disk_errors(path):
+        path.touch()
+        mode = path.stat().st_mode
         try:
             save_file(dict(tensors), path, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -169,3 +171,4 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             if found := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(found[1]), str(error)) from error
             raise
+        path.chmod(mode)  # the library's own lets no one else read the file

@@ -11,6 +11,7 @@ from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, save_model
 from entrenar.interop.assemble import set_parameter
+from entrenar.interop.convert import MODEL_BIN, open_source
 from entrenar.model import Llama
 from entrenar.recipe.adapters import base_of, is_adapter, is_base_quantized, use_adapter
 from entrenar.train import latest_good
@@ -36,8 +37,10 @@ def model_folder(path: Path) -> Path:
     """Return the model or adapter folder that `path` means: itself, a checkpoint's, or that of a run's latest good one.
 
     Raises:
-        DataError: there is no model at `path`.
+        DataError: there is no model at `path`, or one in a single file.
     """
+    if _is_llama2c_or_gguf(path):
+        raise DataError(f"{path} is no model folder; make one of it: entrenar convert {path} DIR --to hf")
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
@@ -46,11 +49,27 @@ def model_folder(path: Path) -> Path:
     raise DataError(f"{path} is neither a model folder (config.json), nor a checkpoint, nor a run with checkpoints")
 
 
+def _is_llama2c_or_gguf(path: Path) -> bool:
+    return path.is_file() or ((path / MODEL_BIN).is_file() and not (path / "config.json").is_file())
+
+
 def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
-    """Load model and tokenizer from a model folder, a checkpoint or a run.
+    """Load model and tokenizer from a model folder, a checkpoint, a run, a GGUF file or one of llama2.c's.
 
     An adapter brings its base along, in four bits where it was trained over those.
+
+    Raises:
+        DataError: there is no model, or none with a tokenizer.
+        FormatError: it is damaged.
     """
+    if _is_llama2c_or_gguf(path):
+        source = open_source(path)
+        if source.tokenizer is None:
+            raise DataError(
+                f"{path} ({source.format}) comes without a tokenizer; give it one: "
+                f"entrenar convert {path} DIR --to hf --tokenizer FILE"
+            )
+        return source.model if dtype is None else source.model.to(dtype), source.tokenizer
     folder = model_folder(path)
     if not is_adapter(folder):
         return load_model(folder, dtype=dtype), Tokenizer.load(folder)
