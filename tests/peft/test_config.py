@@ -97,7 +97,7 @@ def test_config_that_means_nothing_is_refused(fields: dict[str, object], message
         ({"rank_pattern": {"q_proj": 17}}, r"^rank must be <= 16, the smaller width of .*q_proj \(16, 16\), got 17"),
         ({"rank_pattern": {"up_proj": 2}}, r"^rank_pattern: 'up_proj' matches no target module; there are q_proj, v_p"),
         ({"alpha_pattern": {"x": 2}}, r"^alpha_pattern: 'x' matches no target module; there are q_proj, v_proj$"),
-        ({"layers": "top:5"}, r"^layers must lie in 0 … 3, for the model has 4; got \[-1\]$"),
+        ({"layers": "top:5"}, r"^layers must be top:4 at most, for the model has 4; got top:5$"),
         ({"layers": (1, 4)}, r"^layers must lie in 0 … 3, for the model has 4; got \[4\]$"),
         (
             {"target_modules": ("layers.1.mlp.up_proj",), "layers": (2,)},

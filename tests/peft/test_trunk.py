@@ -286,14 +286,17 @@ def test_budget_ends_the_writing_and_not_the_run(cache: OpenCache, tmp_path: Pat
 
 
 def test_budget_too_small_for_the_data_is_an_error(tmp_path: Path) -> None:
-    """Known beforehand, a budget that cannot hold the data is refused with the sizes and the way out."""
-    config = TrunkConfig(trunk_dir=tmp_path, trunk_budget_gb=0.1)
+    """Known beforehand, a budget that cannot hold the data is refused with the sizes and a way out that fits."""
+    config = TrunkConfig(trunk_dir=tmp_path, trunk_budget_gb=0.4)
     with pytest.raises(
         ConfigError,
-        match=r"^trunk_budget_gb must hold 10,000,000 tokens of 64 bytes, 0.64 GB, got 0.10; raise it, or set "
+        match=r"^trunk_budget_gb must hold 10,000,000 tokens of 64 bytes, 0.64 GB, got 0.4; raise it, or set "
         r"trunk_rows = int8 \(0.36 GB\)$",
     ):
         TrunkCache(build(), config, tokenizer_hash="", expected_tokens=10_000_000)
+    small = TrunkConfig(trunk_dir=tmp_path, trunk_budget_gb=1e-6)
+    with pytest.raises(ConfigError, match=r"^.* 1,000 tokens of 64 bytes, 6.4e-05 GB, got 1e-06; raise it$"):
+        TrunkCache(build(), small, tokenizer_hash="", expected_tokens=1000)
 
 
 def test_full_disk_ends_the_writing_and_not_the_run(

@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             raise ConfigError(_unknown_target(model, target, available))
         named |= matched
     numbers = config.layer_numbers(_count_layers(available))
-    _check_layers(numbers, available)
+    _check_layers(config.layers, numbers, available)
     targets = {name: module for name, module in available.items() if name in named and layer_number(name) in numbers}
     if not targets:
         raise ConfigError(
@@ -109,9 +109,11 @@ def _count_layers(available: Iterable[str]) -> int:
     return 1 + max((number for name in available if (number := layer_number(name)) is not None), default=-1)
 
 
-def _check_layers(numbers: set[int], available: Iterable[str]) -> None:
+def _check_layers(layers: str | tuple[int, ...], numbers: set[int], available: Iterable[str]) -> None:
     count = _count_layers(available)
     outside = sorted(number for number in numbers if not 0 <= number < count)
+    if outside and isinstance(layers, str):
+        raise ConfigError(f"layers must be top:{count} at most, for the model has {count}; got {layers}")
     if outside:
         raise ConfigError(f"layers must lie in 0 … {count - 1}, for the model has {count}; got {outside}")
 

@@ -246,8 +246,8 @@ def _check_budget(expected_tokens: int | None, row_format: RowFormat, budget_byt
         smaller = RowFormat("int8", row_format.width).size_bytes * expected_tokens
         raise ConfigError(
             f"trunk_budget_gb must hold {expected_tokens:,} tokens of {row_format.size_bytes:,} bytes, "
-            f"{needed / 1e9:.2f} GB, got {budget_bytes / 1e9:.2f}; raise it"
-            + (f", or set trunk_rows = int8 ({smaller / 1e9:.2f} GB)" if row_format.kind != "int8" else "")
+            f"{needed / 1e9:.3g} GB, got {budget_bytes / 1e9:.3g}; raise it"
+            + (f", or set trunk_rows = int8 ({smaller / 1e9:.3g} GB)" if smaller <= budget_bytes else "")
         )
 
 
