@@ -296,10 +296,57 @@ def tiers() -> str:
     return rows(header, lines) + f"\n{measured['cpu']}, {measured['date']}; ten runs each.\n"
 
 
+def decode() -> str:
+    """Greedy decoding against transformers, and what a token costs as the context grows."""
+    measured = result("decode")
+    if measured is None:
+        return "not measured\n"
+    lines = [
+        [
+            name,
+            *(f"{case['tokens_per_s'][who]:,}" for who in ("ours", "transformers")),
+            f"**{case['speed_over_transformers']:.2f} ×**",
+            f"{case['cpu_speed_over_transformers']:.2f} ×",
+            "yes" if case["same_tokens"] else "**no**",
+        ]
+        for name, case in measured["cases"].items()
+    ]
+    growth = [
+        [f"{int(context):,}", f"{cost['ours']:,.0f}", f"{cost['transformers']:,.0f}"]
+        for context, cost in measured["cpu_us_per_token"].items()
+    ]
+    table = rows(["model", "ours, tokens/s", "transformers", "speed", "by processor time", "same tokens"], lines)
+    table += "\nProcessor time of a token by the tokens before it, tiny preset with a longer context:\n\n"
+    table += rows(["tokens before", "ours, µs", "transformers, µs"], growth)
+    note = (
+        f"{measured['new_tokens']} new tokens after {measured['prompt']}; {measured['cpu']}; torch {measured['torch']}"
+    )
+    return f"{table}\n{note}; {measured['date']}; `python benchmarks/decode.py`\n"
+
+
+def load() -> str:
+    """Time and memory to load a folder of the 1b preset."""
+    measured = result("load_bfloat16")
+    if measured is None:
+        return "not measured\n"
+    lines = [
+        [
+            name,
+            f"{measured['elapsed_s'][who]:.2f}",
+            f"{measured['cpu_s'][who]:.2f}",
+            f"{measured['added_peak_over_model'][who]:.3f} × the model",
+        ]
+        for who, name in (("ours", "ours, which looks at every weight for NaN"), ("transformers", "transformers"))
+    ]
+    note = f"\n{measured['workload']}; {measured['cpu']}; {measured['date']}; `python benchmarks/load.py`\n"
+    return rows(["", "s", "processor s", "added peak memory"], lines) + note
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": bit_budget, "qlora": qlora,
     "memory": memory, "test_data": test_data, "mutation": mutation, "tiers": tiers,
+    "decode": decode, "load": load,
 }  # fmt: skip
 
 
