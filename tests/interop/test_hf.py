@@ -175,9 +175,9 @@ print((field("VmHWM") - before) / size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_needs_no_more_than_a_tenth_over_the_model(tmp_path, generator, dtype):
-    """The kernel's own peak while loading, also with a cast on the way, is at most 1.1 times the model."""
+@pytest.mark.parametrize(("dtype", "least", "most"), [("bfloat16", 0.05, 0.5), ("float32", 0.9, 1.1)])
+def test_loading_needs_no_more_than_a_tenth_over_the_model(tmp_path, generator, dtype, least, most):
+    """The kernel's own peak is at most 1.1 times the model with a cast on the way, and a mapped part of it without."""
     config = LlamaConfig(
         vocab_size=16000, hidden_size=1024, num_layers=3, num_heads=8, intermediate_size=4096, max_seq_len=64
     )
@@ -189,7 +189,7 @@ def test_loading_needs_no_more_than_a_tenth_over_the_model(tmp_path, generator, 
     save_model(small, LlamaConfig(**TINY), tiny_model(generator).bfloat16().state_dict())
     command = [sys.executable, "-c", _PEAK, str(tmp_path), str(small), dtype]
     ratio = float(subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout)
-    assert 0.9 < ratio <= 1.1
+    assert least < ratio <= most
 
 
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
