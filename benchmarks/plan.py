@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,25 @@ import torch
 from turns import RESULTS, machine, peak_rss_bytes, write_result
 
 STEPS = 3
+METHODS = ("pretrain", "full", "lora", "qlora")
 
 
 def cells() -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield name and flags of every cell: sequence, batch, rank, checkpointing, method and precision."""
-    for preset, shapes in (
-        ("tiny", ((1, 256), (4, 256), (16, 64), (8, 256))),
-        ("124m", ((1, 512), (2, 512), (1, 1024))),
-    ):
-        for batch, length in shapes:
-            for checkpointing in ("none", "selective", "full"):
-                for precision in ("float32", "bfloat16"):
-                    for method in ("pretrain", "full", "lora", "qlora"):
-                        if checkpointing != "none" and (batch, length) not in ((8, 256), (2, 512)):
-                            continue
-                        for rank in (8, 64) if method == "lora" and checkpointing == "none" else (8,):
-                            name = f"{preset}-{method}-{precision}-{batch}x{length}-{checkpointing}-r{rank}"
-                            flags = {"method": method, "preset": preset, "batch_size": str(batch)}
-                            flags |= {"seq_len": str(length), "checkpointing": checkpointing, "precision": precision}
-                            yield name, flags | {"rank": str(rank)}
+    """Yield name and flags of every cell: sequence, batch, rank, checkpointing, method, precision, freed memory."""
+    shapes_of = {"tiny": ((1, 256), (4, 256), (16, 64)), "124m": ((1, 512), (2, 512), (1, 1024))}
+    for preset, shapes in shapes_of.items():
+        for (rows, length), precision, method in product(shapes, ("bfloat16", "float32"), METHODS):
+            is_middle = (rows, length) == shapes[1]
+            for checkpointing in ("none", "selective", "full") if is_middle else ("none",):
+                for rank in ("8", "64") if is_middle and method == "lora" and checkpointing == "none" else ("8",):
+                    for freed in ("return", "keep"):
+                        flags = {"preset": preset, "method": method, "precision": precision, "rank": rank}
+                        flags |= {"batch_size": str(rows), "seq_len": str(length)}
+                        flags |= {"checkpointing": checkpointing, "freed_memory": freed}
+                        yield (
+                            "-".join((preset, method, precision, f"{rows}x{length}", checkpointing, rank, freed)),
+                            flags,
+                        )
 
 
 def config_of(flags: dict[str, str], folder: Path | None) -> Any:
@@ -50,7 +51,8 @@ def config_of(flags: dict[str, str], folder: Path | None) -> Any:
     train = {
         "train.precision": flags["precision"],
         "train.checkpointing": flags["checkpointing"],
-        "train.max_steps": "3",
+        "train.freed_memory": flags["freed_memory"],
+        "train.max_steps": str(STEPS),
     }
     if flags["method"] == "pretrain":
         data = {"data.batch_size": flags["batch_size"], "data.seq_len": flags["seq_len"]}
@@ -138,7 +140,8 @@ def main() -> int:
     chosen = [cell for cell in cells() if given.cells in cell[0]]
     if given.folder is not None:
         flags = {"method": given.method, "batch_size": "1", "seq_len": "512", "checkpointing": "full", "rank": "8"}
-        chosen = [(f"{given.folder.name}-{given.method}-1x512", flags | {"precision": "bfloat16"})]
+        flags |= {"precision": "bfloat16", "freed_memory": "return"}
+        chosen = [(f"{given.folder.name}-{given.method}-1x512", flags)]
     with tempfile.TemporaryDirectory() as temporary:
         for name, flags in chosen:
             if name in result["cells"] and not given.again:

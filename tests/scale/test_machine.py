@@ -76,3 +76,15 @@ def test_a_heap_counts_what_its_blocks_covered_once():
     for _ in range(3):
         returning.give_back(returning.take(1 << 20), 1 << 20)
     assert returning.covered_bytes == (1 << 20) + 4096
+
+
+def test_untouched_blocks_cost_the_pages_of_their_notes():
+    """A page for each block of several pages, none for a small one."""
+    heap = Heap()
+    if not heap.is_there:
+        pytest.skip("another C library: its allocator is not asked")
+    sizes = [1 << 20, 1 << 20, 100]
+    blocks = [(heap.take(size), size) for size in sizes]
+    assert heap.written_bytes == 2 * 4096
+    for address, size in blocks:
+        heap.give_back(address, size)

@@ -15,7 +15,8 @@ from array import array
 
 _ALIGNMENT = 64  # torch's own, c10/core/alignment.h
 _PAGE = 4096
-_CAPACITY = 1 << 18  # what is noted lies in one piece from the start, or it would take holes itself
+_NOTE = 16
+_CAPACITY = 1 << 16  # what is noted lies in one piece from the start, or it would take holes itself
 
 
 class Heap:
@@ -49,6 +50,12 @@ class Heap:
             covered += max(end - max(start, reached), 0)
             reached = max(reached, end)
         return covered
+
+    @property
+    def written_bytes(self) -> int:
+        """Memory that blocks of several pages took untouched: the pages in which the allocator notes their sizes."""
+        blocks = zip(self._starts[: self._count], self._ends, strict=False)
+        return len({(start - _NOTE) // _PAGE for start, end in blocks if end - start >= 2 * _PAGE}) * _PAGE
 
     def take(self, size_bytes: int) -> int:
         """Take a block and return its address; 0 for one that is only counted, or not to be had."""

@@ -22,7 +22,7 @@ from entrenar.scale.heap import Heap
 from entrenar.scale.shapes import Shape, rule_of, writes
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "temporaries", "batch"]
-_CAPACITY = 1 << 18
+_CAPACITY = 1 << 16
 _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 

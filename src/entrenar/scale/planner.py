@@ -1,7 +1,8 @@
 """How much memory and time a run takes, told before anything of it is there.
 
     peak = what the process holds already                        measured now
-         + what kernels and libraries take at their first use    measured by a real step of a model of no size
+         + what kernels and libraries take at their first use    measured by a real step of a model of no size,
+           and the graph and all small objects                   and after the rehearsal, which makes them too
          + weights in mapped files                               counted
          + what the heap covers for everything else              a rehearsal among the allocator's own blocks
 
@@ -38,7 +39,7 @@ class Plan:
 
     Attributes:
         tensors: bytes by kind at the moment when they are most.
-        kernels_bytes: what kernels and libraries took at their first use, and the planning itself.
+        kernels_bytes: what kernels and libraries took at their first use, the graph and all small objects.
         allocator_bytes: what the heap holds beside them; None where the allocator cannot be asked.
         flops: what one step spends in products, adapters and recomputation included.
         checkpoint_bytes: the weights and optimizer state of one checkpoint.
@@ -70,6 +71,7 @@ def calibrate(first_use: Callable[[], object], dtype: torch.dtype) -> Calibratio
     imports = status_bytes("VmRSS")
     first_use()
     rates = measure_rates(dtype)
+    return_freed_memory()
     return Calibration(imports, rates)
 
 
@@ -83,7 +85,7 @@ def plan(build: Callable[[Ledger], Scene], calibration: Calibration, returned_fr
         tensors=seen.peak_bytes,
         allocator_bytes=None if seen.heap_bytes is None else seen.heap_bytes - in_heap,
         imports_bytes=calibration.imports_bytes,
-        kernels_bytes=max(status_bytes("VmRSS") - calibration.imports_bytes, 0),
+        kernels_bytes=max(seen.held_bytes - calibration.imports_bytes, 0),
         flops=seen.flops,
         step_s=calibration.rates.seconds(seen.flops, seen.moved_bytes),
         checkpoint_bytes=seen.trained_bytes + seen.state_bytes,

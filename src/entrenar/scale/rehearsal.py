@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from entrenar.scale.heap import Heap
 from entrenar.scale.ledger import Ledger
+from entrenar.scale.machine import status_bytes
 from entrenar.train import OptimConfig, Optimizer, build_optimizer
 from entrenar.train.step import RowLimit, sum_gradients
 
@@ -43,6 +44,7 @@ class Rehearsal:
     Attributes:
         peak_bytes: by kind, at the moment when most was alive.
         heap_bytes: what the allocator covered for it; None where the allocator cannot be asked.
+        held_bytes: what the process held at the end, without a byte of these tensors: modules, graph, small objects.
         mapped_bytes: weights in mapped files, which are in `peak_bytes` and not in `heap_bytes`.
         state_bytes: the optimizer's state, as a checkpoint holds it.
         trained_bytes: the trained weights, as a checkpoint holds them.
@@ -51,6 +53,7 @@ class Rehearsal:
 
     peak_bytes: Mapping[str, int]
     heap_bytes: int | None
+    held_bytes: int
     mapped_bytes: int
     state_bytes: int
     trained_bytes: int
@@ -74,11 +77,13 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
         for _ in range(_STEPS):
             flops, moved = ledger.flops, ledger.moved_bytes
             moved_besides = go_through(scene, optimizer, ledger)
+    held = status_bytes("VmRSS") - heap.written_bytes
     state = optimizer.state_dict().values()
     trained = [p for p in scene.module.parameters() if p.requires_grad]
     return Rehearsal(
         peak_bytes={kind: size for kind, size in ledger.peak().items() if size},
         heap_bytes=heap.covered_bytes if heap.is_there else None,
+        held_bytes=held,
         mapped_bytes=sum(t.nbytes for t in scene.mapped),
         state_bytes=sum(t.nbytes for t in state),
         trained_bytes=sum(p.nbytes for p in trained),
