@@ -130,7 +130,9 @@ def tasks() -> str:
         if isinstance(task, dict)
     ]
     header = ["%", "base", "tuned", "shuffled", "tuned - base", "shuffled - base", "tuned - shuffled"]
-    return rows(header, lines) + f"\nBase: {measured['base']}. 95 % bootstrap intervals. {measured['date']}\n"
+    tasks = [task for task in measured.values() if isinstance(task, dict)]
+    dates = ", ".join(sorted({task.get("header", measured)["date"] for task in tasks}))
+    return rows(header, lines) + f"\nBase: {measured['base']}. 95 % bootstrap intervals. {dates}\n"
 
 
 def falls() -> str:

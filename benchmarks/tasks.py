@@ -34,19 +34,20 @@ _ACTIONS = {"I_TURN_LEFT": "left", "I_TURN_RIGHT": "right", "I_JUMP": "jump", "I
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How a task is taught and asked: numbers of rows, passes over them, learning rate, and the score."""
+    """How a task is taught and asked: numbers of rows, passes over them, learning rate, score, windows in a step."""
 
     train_rows: int
     questions: int
     epochs: float
     lr: float
     metric: str
+    batch_size: int = 8
 
 
 PLANS = {
     "sst2": TaskPlan(train_rows=1500, questions=872, epochs=2, lr=2e-3, metric="accuracy"),
     "docstrings": TaskPlan(train_rows=300, questions=100, epochs=2, lr=2e-3, metric="token_accuracy"),
-    "scan": TaskPlan(train_rows=1000, questions=200, epochs=4, lr=2e-3, metric="exact_match"),
+    "scan": TaskPlan(train_rows=600, questions=100, epochs=4, lr=2e-3, metric="exact_match", batch_size=1),
 }
 
 
@@ -175,7 +176,8 @@ def quality(model: Path, sources: Path, tasks: Sequence[str], threads: int) -> I
             files = prepare_rows(task, sources, plan, Path(folder))
             scores = {"base": scores_of(model, files["questions"], plan)}
             for name in ("tuned", "shuffled"):
-                report = tune(model, files[name], Path(folder), plan.lr, train=train)
+                sft = {"batch_size": plan.batch_size}
+                report = tune(model, files[name], Path(folder), plan.lr, train=train, sft=sft)
                 scores[name] = scores_of(report.folder, files["questions"], plan)
         print(task, compared(scores), file=sys.stderr, flush=True)
         yield task, {"plan": asdict(plan), **compared(scores), "raw": scores}
@@ -228,14 +230,25 @@ def main() -> None:
     if parsed.part == "rows":
         write_rows(parsed.out, convert(parsed.tasks, parsed.source))
         return
-    result = {**turns.machine(), "base": describe(parsed.model)}
+    header = {**turns.machine(), "base": describe(parsed.model)}
     if parsed.part == "falls":
-        result |= falls(parsed.model, (0, 1, 2), parsed.steps, parsed.every, parsed.threads)
-        turns.write_result("tasks_falls", result)
+        found = falls(parsed.model, (0, 1, 2), parsed.steps, parsed.every, parsed.threads)
+        turns.write_result("tasks_falls", {**header, **found})
         return
+    earlier_tasks(header)
     for task, measured in quality(parsed.model, parsed.sources, parsed.tasks.split(","), parsed.threads):
-        result[task] = measured
-        turns.write_result("tasks_quality", result)
+        turns.write_result("tasks_quality", {**header, **earlier_tasks(header), task: {"header": header, **measured}})
+
+
+def earlier_tasks(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the tasks in the file of results, to which a run adds its own; the same one is measured anew."""
+    path = turns.RESULTS / "tasks_quality.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["base"] != header["base"]:
+        sys.exit(f"{path} holds another base, {found['base']}, not {header['base']}: move it away to begin anew")
+    return {name: task for name, task in found.items() if isinstance(task, dict)}
 
 
 def describe(model: Path) -> str:

@@ -108,6 +108,29 @@ def test_quality_asks_three_models(base: Path, tmp_path: Path, monkeypatch: pyte
     assert found["raw"]["tuned"] == [1.0] * 20
 
 
+def test_a_task_joins_those_measured_before(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task's figures stay, the task's own are measured anew; figures of another base are not mixed in."""
+    for name in ("sst2_train.tsv", "sst2_dev.tsv"):
+        (tmp_path / name).write_text("fine\t1\ndull\t0\n" * 4)
+    plan = tasks.TaskPlan(train_rows=8, questions=4, epochs=1, lr=1e-2, metric="accuracy", batch_size=1)
+    monkeypatch.setitem(tasks.PLANS, "sst2", plan)
+    monkeypatch.setattr(tasks.turns, "RESULTS", tmp_path)
+    kept = tmp_path / "tasks_quality.json"
+    earlier = {"base": tasks.describe(base), "date": "2000-01-01", "scan": {"questions": 3}, "sst2": {"questions": 9}}
+    kept.write_text(json.dumps(earlier))
+    words = ["tasks.py", "quality", "--model", str(base), "--sources", str(tmp_path), "--tasks", "sst2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--threads", "1"])
+    tasks.main()
+    found = json.loads(kept.read_text())
+    assert found["scan"] == {"questions": 3}
+    assert found["sst2"]["questions"] == 4
+    assert found["sst2"]["plan"]["batch_size"] == 1
+    assert found["sst2"]["header"]["date"] == found["date"] != "2000-01-01"
+    kept.write_text(json.dumps({**earlier, "base": "a larger one"}))
+    with pytest.raises(SystemExit, match=r"holds another base, a larger one, not .* move it away to begin anew"):
+        tasks.main()
+
+
 def test_gsm8k_rows_load_by_templates(base: Path, tmp_path: Path) -> None:
     """Rows of question and answer, which is no usual shape, become examples through two templates."""
     rows = tmp_path / "gsm8k.jsonl"
