@@ -73,10 +73,11 @@ def lines(planned: RunPlan, config: AnyConfig) -> list[str]:
     ]
     if step.allocator_bytes is not None:
         rows.append(f"  {'allocator':<14}{_gb(step.allocator_bytes):>10}")
+    rate = planned.tokens / step.step_s
     spent = f"{planned.needed_flops:.3g} needed, {step.flops:.3g} spent"
     rows += [
         f"step         {planned.tokens:,} tokens, {spent} FLOPs, about {_step(planned)}"
-        f" ({quantity(planned.tokens / step.step_s)} tokens/s)",
+        f" ({quantity(rate) if rate >= 10 else format(rate, '.2g')} tokens/s)",
         f"disk         {_gb(planned.disk_bytes)} at most: {planned.kept_checkpoints} checkpoints of "
         f"{_gb(step.checkpoint_bytes)}" + (f", {_gb(planned.cache_bytes)} of caches" if planned.cache_bytes else ""),
     ]
