@@ -93,12 +93,17 @@ class Symbols:
         return [sum((p * self.derivative(s, x) for s, p in partials.items()), sp.Integer(0)) for x in variables]
 
     def value(self, expression: Any, numbers: dict[sp.Symbol, Any]) -> Any:
-        """Evaluate an expression with a number for each input."""
-        for symbol in expression.free_symbols - numbers.keys():
+        """Evaluate an expression with a number for each input: another for each, the same in every run.
+
+        Equal numbers, or an order that hashing decides, meet zeros by chance; hundredths of primes do not.
+        """
+        for symbol in sorted(expression.free_symbols, key=str):
+            if symbol in numbers:  # perhaps since a moment ago, by the argument of another
+                continue
             kind, argument = self.meaning.get(symbol, ("", None))
             if kind == "":
                 sign = 1 if symbol == EPS else (-1) ** len(numbers)
-                numbers[symbol] = sign * sp.Rational(len(numbers) % 7 + 2, 5)
+                numbers[symbol] = sign * sp.Rational(sp.prime(len(numbers) + 8), 100)
             else:
                 inner = self.value(argument, numbers)
                 functions = {
