@@ -66,6 +66,15 @@ def test_rows_are_held_to_the_context_of_the_model(model, tmp_path, capsys):
     assert "2 of 2 rows" in capsys.readouterr().out
 
 
+def test_a_check_that_leaves_nothing_to_train_on_answers_with_2(model, tmp_path, capsys):
+    """Training would stop there too: an empty file, or rows that are all too long."""
+    rows = tmp_path / "rows.jsonl"
+    for text in ("", '{"text": "the cat sat on the mat"}\n'):
+        rows.write_text(text)
+        assert main(["data", "check", str(rows), "--model", model, "--seq-len", "2"]) == 2
+        assert "no row can be trained on" in capsys.readouterr().out
+
+
 def test_own_templates_read_a_table(model, tmp_path, capsys):
     """Columns and templates make a task of a table without a header."""
     table = tmp_path / "rows.tsv"

@@ -83,7 +83,9 @@ def test_another_base_is_refused_unless_wanted(folders: Path, capsys: pytest.Cap
         model.model.norm.weight[0] += 1
     save_model(folders / "base", CONFIG, model.state_dict())
     assert merge(folders) == 2
-    assert "was trained on another base: base with sha256" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was trained on another base: base with sha256" in said
+    assert "merge --other-base" in said
     assert merge(folders, "--other-base") == 0
 
 

@@ -117,4 +117,6 @@ def _check(rows: SftRows, config: SftConfig, quarantine: Path | None) -> int:
     if quarantine is not None and rows.bad:
         write_quarantine(rows.bad, quarantine)
         print(f"the rows that cannot be used are in {quarantine}")
-    return 2 if rows.bad else 0
+    if not rows.examples:
+        print("no row can be trained on")
+    return 0 if rows.examples and not rows.bad else 2

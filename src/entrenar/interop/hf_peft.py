@@ -328,5 +328,5 @@ def check_base(folder: Path, model: Llama) -> None:
     if recorded.dtype == own.dtype and recorded.sha256 != own.sha256:
         raise FormatError(
             f"{folder} was trained on another base: {recorded.name or 'unnamed'} with sha256 {recorded.sha256[:12]}…, "
-            f"this one has {own.sha256[:12]}…; load it onto its own base, or allow another base on purpose"
+            f"this one has {own.sha256[:12]}…; load it onto its own base, or merge --other-base"
         )
