@@ -17,7 +17,7 @@ COMMANDS = {
     "data": "show the rows of a fine-tuning file with the trained tokens marked, or check them",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal",
-    "convert": "write a model in another format, and prove the file: hf, gguf, llama2c",
+    "convert": "write a model in another format, and prove the file: hf, gguf, llama2c, nf4",
     "eval": "held-out loss, perplexity and bits per byte of a model",
     "merge": "put an adapter into the weights of its base, and say what that cost",
     "config": "print, validate, diff, or give the JSON schema of run configs",

@@ -72,7 +72,7 @@ def _frequencies(config: LlamaConfig, theta: float, width: int) -> tuple[Array, 
 
 def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
     """Read safetensors by hand and tokenizer.json by the `tokenizers` package."""
-    written = json.loads((folder / "config.json").read_text("utf-8"))
+    written = _of_any_writer(json.loads((folder / "config.json").read_text("utf-8")))
     places: dict[str, tuple[Path, Mapping[str, Any], int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as stream:
@@ -111,11 +111,22 @@ def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
         backend.encode_special_tokens = True
         encode = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
         id_of = backend.token_to_id
-        said = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-        roles = {role: id_of(said.get(f"{role}_token") or "") for role in _ROLES}
+        beside = folder / "tokenizer_config.json"
+        said = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        tokens = {role: said.get(f"{role}_token") or "" for role in _ROLES}
+        roles = {role: id_of(token["content"] if isinstance(token, dict) else token) for role, token in tokens.items()}
     names = frozenset(name for name in places if name.endswith(".weight"))
     unknown = {name for name in places if ".weight." in name and name.partition(".weight.")[0] + ".weight" not in names}
     return Readback(names | unknown, weight, shape, encode, id_of, roles)
+
+
+def _of_any_writer(written: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the keys that some writers leave out or spell otherwise, by transformers' rules."""
+    heads = written["num_attention_heads"]
+    theta = (written.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    assumed = {"head_dim": written["hidden_size"] // heads, "num_key_value_heads": heads, "rms_norm_eps": 1e-6}
+    assumed |= {"rope_theta": theta, "tie_word_embeddings": False}
+    return assumed | {key: value for key, value in written.items() if value is not None}
 
 
 def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:

@@ -1,5 +1,6 @@
 """What this machine has for a run: memory, and how fast it multiplies and moves numbers."""
 
+import math
 import re
 import resource
 import time
@@ -37,7 +38,8 @@ def parse_bytes(text: str) -> int:
     size = 0
     if found is not None:
         units = _BINARY_UNITS if found[3] else _UNITS
-        size = int(float(found[1]) * units[found[2] or ""])
+        wanted = float(found[1]) * units[found[2] or ""]
+        size = int(wanted) if math.isfinite(wanted) else 0
     if size <= 0:
         raise ConfigError(f"memory must be an amount above 0 such as 6GB or 512MiB, got {text!r}")
     return size
