@@ -15,7 +15,7 @@ MUTATION ?=
 BASE ?= origin/main
 
 .PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
-  tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-llama fuzz fuzz-smoke chaos proofs \
+  tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-smoke mutation-llama fuzz fuzz-smoke chaos proofs \
   certificates certificates-check
 
 help: ## list the targets
@@ -114,6 +114,9 @@ coverage-diff: $(VENV)/.tier3 ## the lines changed since BASE must be covered; a
 mutation: $(VENV)/.test ## plant mutants in the critical files; only what changed runs again (MUTATION=--fresh: all)
 	$(ONE_THREAD) $(BIN)/entrenar quality mutate --failures-only --fail-on-threshold $(MUTATION)
 	@$(BIN)/python benchmarks/tables.py
+
+mutation-smoke: $(VENV)/.test ## the mutants of the schedule alone, all anew: shows that the runner works
+	$(ONE_THREAD) $(BIN)/entrenar quality mutate --target schedule --fresh --failures-only --fail-on-threshold
 
 mutation-llama: mutation
 
