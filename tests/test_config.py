@@ -110,10 +110,12 @@ def test_an_unknown_preset_is_refused(tmp_path):
         load_config(write(tmp_path, 'preset = "huge"\n[train]\nepochs = 1\n'))
 
 
-def test_a_run_without_an_end_is_refused(tmp_path):
-    """One of max_steps, epochs, max_time_s is needed."""
-    with pytest.raises(ConfigError, match="a run needs an end: set max_steps, epochs or max_time_s"):
-        load_config(write(tmp_path, "[train]\nseed = 1\n"))
+def test_a_run_without_an_end_reads_its_corpus_once(tmp_path):
+    """Where none of max_steps, epochs and max_time_s is set, a run is an epoch, whatever else of [train] is set."""
+    assert load_config(write(tmp_path, "[train]\nseed = 1\n")).train.epochs == 1
+    assert load_config(None, {"train.grad_accum_steps": "2"}).train.epochs == 1
+    assert load_config(None, {"train.max_steps": "9"}).train.epochs is None
+    assert load_config(write(tmp_path, "[train]\nmax_time_s = 9\n")).train.epochs is None
 
 
 @pytest.mark.parametrize(

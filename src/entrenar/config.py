@@ -279,6 +279,10 @@ def _expand_preset(values: Mapping[str, Any], flags: Mapping[str, str]) -> dict[
         own = expanded.get("model", {})
         base = LlamaConfig.preset(preset).model_dump(exclude_unset=True)
         expanded["model"] = {**base, **own} if isinstance(own, dict) else own
+    train = expanded.setdefault("train", {})
+    ends = ("max_steps", "epochs", "max_time_s")
+    if isinstance(train, dict) and not any(end in train or f"train.{end}" in flags for end in ends):
+        train["epochs"] = 1  # as where nothing of [train] is set
     return expanded
 
 

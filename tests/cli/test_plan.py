@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_made_to_fit(capsys):
 @pytest.mark.slow
 def test_an_impossible_machine_is_told_the_least(capsys):
     """No change fits into 1 MB: the least possible is named and how."""
-    code, _, err = plan(capsys, "--memory", "1MB")
+    code, _, err = plan(capsys, "--batch-size", "64", "--memory", "1MB")
     assert code == 1
     assert re.search(r"GateFailed: a peak of at most 1 MB is not possible: the least is \d+ MB, with --", err)
 
