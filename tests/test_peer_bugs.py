@@ -1,7 +1,7 @@
 """Bugs that other toolkits shipped: planted in this project's source, each is caught; every test the page names exists.
 
-`docs/peer_bugs.md` tells the bugs. A planted bug is held against one of the tests that the page names, which must pass
-without it and fail with it.
+`docs/peer_bugs.md` tells the bugs. A planted bug is held against the first test that its row of the page names, which
+must pass without it and fail with it.
 """
 
 import ast
@@ -106,9 +106,9 @@ def test_a_bug_that_others_shipped_is_caught(bug, ends):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_every_planted_bug_is_on_the_page(bug):
-    """The page tells each bug by this name, and its source still has the text that the bug replaces."""
-    module, old, *_ = BUGS[bug]
-    assert f"`{bug}`" in PAGE
+    """The page tells each bug by this name, before the test that it is held against; its source still has the text."""
+    module, old, _, test = BUGS[bug]
+    assert f"| `{bug}` | `{test}`" in PAGE
     assert source_of(f"entrenar.{module}").count(old) == 1
 
 
