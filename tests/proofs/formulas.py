@@ -1,7 +1,7 @@
 """Each operation's forward and backward on symbols, and its forward as written down from its definition.
 
 A builder takes a copy of the operation's module whose `torch` is symbolic, and returns the inputs, the output, the
-backward, and the output by definition where that is not the forward's own text.
+backward, and the output by definition, written here a second time.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Formula:
     inputs: Sequence[Sym]
     y: Sym
     backward: Callable[[Sym], Sequence[Sym]]
-    definition: Sym | None = None
+    definition: Sym
 
 
 Build = Callable[[ModuleType, Symbols], Formula]
@@ -157,7 +157,8 @@ def swiglu(rows: int, width: int, *, is_fused: bool) -> Build:
             y, backward = taped(module.SwiGLUFunction, gate, up)
         else:
             y, backward = module.swiglu_forward(gate, up), lambda dy: module.swiglu_backward(dy, gate, up)
-        return Formula([gate, up], y, backward)
+        logistic = np.frompyfunc(lambda entry: symbols.function("sigmoid", entry), 1, 1)(gate.array)
+        return Formula([gate, up], y, backward, Sym(gate.array * logistic * up.array, symbols))
 
     return build
 

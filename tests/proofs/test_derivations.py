@@ -145,6 +145,18 @@ def test_every_proved_operation_has_a_twin(op):
     assert any(twin.startswith(f"{op}: ") for twin in TWINS)
 
 
+def test_a_forward_and_its_backward_wrong_together_are_refuted():
+    """The derivative of another function is right for that function; the definition tells that it is another."""
+    forward = ("return gate * torch.sigmoid(gate) * up", "return gate * torch.sigmoid(gate) * up * 2")
+    backward = (
+        "return dy * up * (sigma + activated * (1 - sigma)), dy * activated",
+        "return 2 * dy * up * (sigma + activated * (1 - sigma)), 2 * dy * activated",
+    )
+    refuted = outcome("N2 F2, formulas", forward, backward).refuted
+    assert refuted is not None
+    assert refuted.partial == "output 0"
+
+
 def test_the_stand_in_knows_its_functions():
     """The exp of a sum with a logarithm, log of a shifted sum, and the chain rule are right at random numbers."""
     symbols = Symbols()

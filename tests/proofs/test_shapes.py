@@ -6,6 +6,8 @@ are in `tests/ops`. Rows in one block: that blocks hold every row once is proved
 """
 
 import importlib
+import operator
+import re
 from collections.abc import Callable
 from types import ModuleType
 
@@ -85,8 +87,17 @@ SHAPES: dict[str, tuple[Callable[[ModuleType], Op], list[tuple[int, ...]], list[
 
 
 def about_halves(fact: str) -> bool:
-    """Whether a fact only says that a head has two halves of more than one plane."""
-    return "//2" in fact
+    """Whether a fact only says that a head has two halves of more than one plane: it holds at every such size."""
+    halved = re.search(r"\((s\d+)//2\)", fact)
+    if halved is None:
+        return False
+    words = {"Eq": operator.eq, "Ne": operator.ne, "Mod": operator.mod, "Max": max}
+    others = set(re.findall(r"s\d+", fact)) - {halved[1]}
+    return all(
+        eval(fact, words | dict.fromkeys(others, size) | {halved[1]: width})  # noqa: S307 - the tracer's own text
+        for width in (4, 6, 8, 64, 130)
+        for size in (2, 3, 16)
+    )
 
 
 def assumed_beyond(name: str, module: ModuleType) -> list[str]:
@@ -119,6 +130,14 @@ def test_a_broken_twin_narrows_a_size(name):
     except (RuntimeError, IndexError) as error:
         beyond = [str(error)]
     assert beyond
+
+
+def test_a_width_of_heads_written_into_the_source_is_no_statement_about_halves():
+    """A rotation that looks at the half of a head's width, and so narrows it, is found among what may be assumed."""
+    twin = ("y = torch.empty_like(x)", "y = torch.empty_like(x) if x.shape[-1] // 2 == 3 else x")
+    assert any("//2), 3)" in fact for fact in assumed_beyond("rope", mutant("entrenar.ops.rope", twin)))
+    assert about_halves("Eq(s9 - ((s9//2)), (s9//2))")
+    assert not about_halves("Eq((s9//2), 3)")
 
 
 def tiny() -> Llama:
