@@ -214,7 +214,7 @@ def test_a_file_written_wrong_is_found_before_it_gets_its_name(tmp_path, make_mo
 
 @pytest.mark.parametrize("has_parameters", [True, False])
 def test_a_folder_of_another_writer_is_quantized(tmp_path, make_model, has_parameters):
-    """transformers 5 writes rope_parameters alone; the first LLaMA folders leave out what follows from the rest."""
+    """Transformers 5 writes rope_parameters alone; the first LLaMA folders leave out what follows from the rest."""
     source = saved(tmp_path / "plain", tiny(make_model))
     values = json.loads((source / "config.json").read_text())
     for key in ["rope_theta", *([] if has_parameters else ["rope_parameters", "head_dim", "tie_word_embeddings"])]:
