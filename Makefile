@@ -16,7 +16,7 @@ BASE ?= origin/main
 
 .PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
   tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-smoke mutation-llama fuzz fuzz-smoke chaos proofs \
-  certificates certificates-check
+  certificates certificates-check property-power property-10k
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
