@@ -35,9 +35,17 @@ def test_what_is_called_exists(path):
 
 
 def test_continuous_integration_runs_the_readmes_test_command():
-    """`make test`, lint, types, the gates on coverage and mutants, and the fuzz controls."""
+    """`make test`, lint, types, the gates on coverage, certificates and mutants, and the fuzz controls."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert called(script) >= {"lint", "types", "test", "coverage-gate", "fuzz-smoke", "mutation-smoke"}
+    assert called(script) >= {
+        "lint",
+        "types",
+        "test",
+        "coverage-gate",
+        "fuzz-smoke",
+        "certificates-check",
+        "mutation-smoke",
+    }
     assert "set -euo pipefail" in script
 
 

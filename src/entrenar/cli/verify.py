@@ -131,7 +131,8 @@ def _rows(certificate: Certificate) -> Iterator[tuple[str, str]]:
             yield "error", f"{dtype}: {figures['worst_relative']:.1e}"
     properties = certificate["properties"]
     yield "properties", f"{properties['count']} held in {properties['cases']} cases"
-    yield "wrong backwards", f"{certificate['wrong_backwards_refused']} planted, all refused"
+    refused = certificate["wrong_backwards_refused"]
+    yield "wrong backwards", f"{refused} planted, all refused" if refused else "none planted"
     mutants, covered = certificate["mutants"], certificate["coverage"]
     if mutants != NOT_MEASURED:
         mutants = f"{mutants['killed']} killed, {mutants['survived']} survived ({mutants['score']:g} %)"

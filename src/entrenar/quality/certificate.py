@@ -2,11 +2,13 @@
 
 The tests write what they showed as {operation: {kind: [figures, …]}}; mutants come from the mutation results, lines and
 branches from coverage. What was not measured says so. Two certificates are compared by what must not get worse: proved
-statements, counts, kill rate. Figures that differ between machines are shown and not compared.
+statements, counts, bounds of errors, kill rate, coverage; what was measured must be measured again. Figures that differ
+between machines are shown and not compared.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ NOT_MEASURED = "not measured"
 _OF_A_RUN = {"seconds", "relative", "roundings", "sqnr_db", "differing", "products", "when_frozen", "threshold"}
 # A kill rate is a share of a few hundred mutants: one of them more or less is no loss.
 _RATE_SLACK = 0.5
+_SHARES = ("score", "line", "branch")
 
 Shown = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 Certificate = dict[str, Any]
@@ -111,11 +114,7 @@ def worse(old: Mapping[str, Certificate], new: Mapping[str, Certificate]) -> lis
         for kind in ("derivation", "proved", "behavior"):
             left = {_statement(row) for row in before[kind]} - {_statement(row) for row in after[kind]}
             losses += [f"{op}: {kind} no longer shown: {statement}" for statement in sorted(left)]
-        losses += [
-            f"{op}: {what} fell from {was:g} to {now:g}"
-            for what, was, now in _counts(before, after)
-            if now < was - (_RATE_SLACK if what == "mutation score" else 0)
-        ]
+        losses += [f"{op}: {loss}" for loss in (*_fewer(before, after), *_wider(before["error"], after["error"]))]
     return losses
 
 
@@ -123,21 +122,32 @@ def _statement(row: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in row.items() if key not in _OF_A_RUN}, sort_keys=True)
 
 
-def _counts(before: Certificate, after: Certificate) -> list[tuple[str, float, float]]:
-    """Return (what, before, after) of each count that both have."""
+def _fewer(before: Certificate, after: Certificate) -> Iterator[str]:
+    """Say which counts fell, and what was measured and is not any more."""
     counts = [
         ("wrong backwards refused", before["wrong_backwards_refused"], after["wrong_backwards_refused"]),
         ("properties", before["properties"]["count"], after["properties"]["count"]),
-        ("methods of checking gradients", len(before["gradcheck"]), len(after["gradcheck"])),
-        ("dtypes bounded", len(before["error"]), len(after["error"])),
     ]
-    if NOT_MEASURED not in (before["mutants"], after["mutants"]):
-        counts.append(("mutation score", before["mutants"]["score"], after["mutants"]["score"]))
-    if NOT_MEASURED not in (before["coverage"], after["coverage"]):
-        counts += [
-            (f"{kind} coverage", before["coverage"][kind], after["coverage"][kind]) for kind in ("line", "branch")
-        ]
-    return counts
+    for method, figures in before["gradcheck"].items():
+        counts.append((f"cases of {method}", figures["cases"], after["gradcheck"].get(method, {}).get("cases", 0)))
+    for kind in ("mutants", "coverage"):
+        was, now = before[kind], after[kind]
+        if was != NOT_MEASURED and now == NOT_MEASURED:
+            yield f"{kind} no longer measured"
+        elif was != NOT_MEASURED:
+            counts += [(f"{kind}, {name}", was[name], now[name]) for name in _SHARES if name in was]
+    for what, least, found in counts:
+        if found < least - (_RATE_SLACK if what == "mutants, score" else 0):
+            yield f"{what} fell from {least:g} to {found:g}"
+
+
+def _wider(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Say which errors are no longer bounded, or less tightly."""
+    for dtype, was in before.items():
+        if dtype not in after:
+            yield f"error in {dtype} no longer shown"
+        elif "bound" in was and after[dtype].get("bound", math.inf) > was["bound"]:
+            yield f"bound of the error in {dtype} rose from {was['bound']:g} to {after[dtype].get('bound', math.inf):g}"
 
 
 def demand_no_loss(committed: Path, new: Mapping[str, Certificate]) -> None:
