@@ -328,22 +328,6 @@ def _time_until(answers: Sequence[dict[str, Any]], loss: float) -> float | None:
     return None
 
 
-def _random_model(folder: Path, preset: str, tokenizer: str) -> Path:
-    """Write a model of random weights with the tokenizer beside it."""
-    import torch
-
-    from entrenar.data import Tokenizer
-    from entrenar.model import Llama, LlamaConfig
-    from entrenar.recipe import write_model_folder
-
-    loaded = Tokenizer.load(tokenizer)
-    config = LlamaConfig.preset(preset)
-    model = Llama(config.model_copy(update={"vocab_size": max(loaded.vocab_size, config.vocab_size)}))
-    model.init_weights(torch.Generator().manual_seed(0))
-    write_model_folder(folder, model, dict(model.named_parameters()), loaded)
-    return folder
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("part", choices=PARTS)
@@ -377,10 +361,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = _workload(parsed)
         if parsed.model is None:
-            work = replace(
-                work,
-                model=str(_random_model(Path(folder), "tiny" if parsed.quick else parsed.preset, parsed.tokenizer)),
-            )
+            from make_llama import random_model
+
+            preset = "tiny" if parsed.quick else parsed.preset
+            work = replace(work, model=str(random_model(Path(folder), preset, parsed.tokenizer)))
         result = _measure(work, parsed.model)
     if parsed.quick:
         print(json.dumps({key: value for key, value in result.items() if key != "raw"}, indent=2))

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entrenar.data import Tokenizer
 from entrenar.interop.hf import save_model, save_quantized
 from entrenar.model import Llama, LlamaConfig
+from entrenar.recipe import write_model_folder
 
 DEVIATION, ROW_SPREAD = 0.02, 0.25
 SHARD_BYTES = 500 * 10**6
@@ -55,6 +57,15 @@ def make(config: LlamaConfig, folder: Path, layout: str) -> None:
     else:
         dtype = torch.float32 if layout == "f32" else torch.bfloat16
         save_model(folder, config, RandomWeights(config, dtype), max_shard_bytes=SHARD_BYTES)
+
+
+def random_model(folder: Path, preset: str, tokenizer: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a small model of random weights with its tokenizer, and a vocabulary that holds it; return the folder."""
+    loaded, config = Tokenizer.load(tokenizer), LlamaConfig.preset(preset)
+    model = Llama(config.model_copy(update={"vocab_size": max(loaded.vocab_size, config.vocab_size)}))
+    model.init_weights(torch.Generator().manual_seed(0))
+    write_model_folder(folder, model, dict(model.to(dtype).named_parameters()), loaded)
+    return folder
 
 
 def main() -> None:

@@ -210,23 +210,6 @@ def measure_quality(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _random_model(folder: Path, preset: str, tokenizer: str) -> Path:
-    """Write a bfloat16 model of random weights with the tokenizer beside it."""
-    import torch
-
-    from entrenar.data import Tokenizer
-    from entrenar.model import Llama, LlamaConfig
-    from entrenar.recipe import write_model_folder
-
-    loaded = Tokenizer.load(tokenizer)
-    config = LlamaConfig.preset(preset)
-    model = Llama(config.model_copy(update={"vocab_size": max(loaded.vocab_size, config.vocab_size)}))
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.to(torch.bfloat16)
-    write_model_folder(folder, model, dict(model.named_parameters()), loaded)
-    return folder
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("part", choices=("step", "quality"))
@@ -254,8 +237,11 @@ def main() -> None:
     work = {name: value for name, value in vars(parsed).items() if name not in ("worker", "quick", "part")}
     with tempfile.TemporaryDirectory() as folder:
         if parsed.model is None:
+            import torch
+            from make_llama import random_model
+
             preset = "tiny" if parsed.quick else parsed.preset
-            work["model"] = str(_random_model(Path(folder), preset, parsed.tokenizer))
+            work["model"] = str(random_model(Path(folder), preset, parsed.tokenizer, torch.bfloat16))
         else:
             from entrenar.recipe import model_folder
 
