@@ -105,6 +105,17 @@ def test_a_cached_result_does_not_shield_a_mutant(toy):
     assert set(statuses(mutate(Project(toy), [TOY])).values()) == {"killed"}
 
 
+def test_a_cached_result_hides_no_test(toy):
+    """A test that reads a table which an earlier test filled reaches it all the same, and may be the one that kills."""
+    (toy / "toy.py").write_text("import functools\n\n@functools.cache\ndef table():\n    return 2 * 3\n")
+    (toy / "tests" / "test_toy.py").write_text(
+        "from toy import table\n\n"
+        "def test_first():\n    assert table()\n\ndef test_second():\n    assert table() == 6\n"
+    )
+    found = mutate(Project(toy), [TOY])
+    assert {(v.status, v.killed_by) for v in found} == {("killed", "tests/test_toy.py::test_second")}
+
+
 def test_failing_tests_teach_nothing(toy):
     """If the unchanged code fails its tests, no mutant is tried."""
     (toy / "tests" / "test_toy.py").write_text("def test_wrong():\n    assert 1 == 2\n")

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,7 +69,8 @@ class Worker:
             return True
         for path in self.files:
             importlib.import_module(_module_name(path))
-        _forget_results()
+        for cache in _caches():
+            cache.cache_clear()
         items = {item.nodeid: item for item in session.items}
         base = self._baseline(session)
         self._report({"kind": "baseline", "tests": len(items), **{k: base[k] for k in ("elapsed_s", "failures")}})
@@ -152,12 +153,18 @@ class Worker:
 
 
 def _observe(session: pytest.Session, paths: list[str]) -> dict[str, Any]:
-    """Run every test; return which tests reach which line, how long each took, who failed, what was imported."""
+    """Run every test; return which tests reach which line, how long each took, who failed, what was imported.
+
+    A cache of the mutated files is emptied before each test: what the first test filled would hide the others.
+    """
     recorder = coverage.Coverage(data_file=None, include=paths, config_file=False)
     before, failures, seconds = set(sys.modules), [], {}
+    caches = _caches({str(Path(path).resolve()) for path in paths})
     started = time.process_time()
     recorder.start()
     for item, following in _pairs(session.items):
+        for cache in caches:
+            cache.cache_clear()
         recorder.switch_context(item.nodeid)
         began = time.process_time()
         failed = _first_failure(item, following)
@@ -265,11 +272,12 @@ def _functions(files: dict[str, MutableFile]) -> dict[tuple[str, str, int], list
     return found
 
 
-def _forget_results() -> None:
-    """Empty every functools.cache: what the collection of the tests computed was computed without a mutant."""
-    for thing in gc.get_objects():
-        if type(thing) is functools._lru_cache_wrapper:
-            thing.cache_clear()
+def _caches(paths: Container[str] | None = None) -> "list[functools._lru_cache_wrapper[Any]]":
+    """Find every functools.cache, or those of the files: what a test filled was computed without a mutant."""
+    found = [thing for thing in gc.get_objects() if type(thing) is functools._lru_cache_wrapper]
+    if paths is None:
+        return found
+    return [cache for cache in found if getattr(cache.__wrapped__, "__code__", _control.__code__).co_filename in paths]
 
 
 def _module_name(path: str) -> str:
