@@ -29,6 +29,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from entrenar.errors import DataError
+from entrenar.ops.nf4_kernels import widening_on
 
 BLOCK, NESTED_BLOCK = 64, 256
 _BINS = 65536
@@ -153,7 +154,7 @@ def _quantize_blocks(numbers: Tensor, thresholds: Tensor) -> tuple[Tensor, Tenso
         scaled = torch.cat((scaled, numbers[full:] / last))
     if scaled.numel() % 2:
         scaled = torch.cat((scaled, scaled.new_zeros(1)))
-    levels = torch.bucketize(scaled.clamp_(-1, 1), thresholds, out_int32=True).to(torch.uint8)
+    levels = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8)
     return magnitudes, levels[::2] << 4 | levels[1::2]
 
 
@@ -166,7 +167,7 @@ def _quantize_magnitudes(centered: Tensor) -> tuple[Tensor, Tensor]:
     magnitudes = padded.abs().amax(1)
     scaled = padded * (1.0 / magnitudes.clamp_min(_SMALLEST_MAGNITUDE))[:, None]
     # In float64 and rounded once, as the fused multiply-add of the kernel does.
-    places = ((scaled.clamp(-1, 1) + 1) * 0.5).double() * (_BINS - 1) + 0.5
+    places = ((scaled + 1) * 0.5).double() * (_BINS - 1) + 0.5
     codes = code_of_bin[places.float().long()].to(torch.uint8)
     codes[magnitudes == 0] = 0
     return codes.view(-1)[: len(centered)].contiguous(), magnitudes
@@ -181,10 +182,18 @@ def dequantize_nf4(
     first, last = begin * width, max(begin, end) * width
     first_block, last_block = first // BLOCK, -(-last // BLOCK)
     origin = first_block * BLOCK  # even, so a byte boundary
-    table = torch.tensor(_pair_numbers(), device=weight.device)
     pairs = weight.codes[origin // 2 : -(-last // 2)]
-    levels = torch.empty(2 * len(pairs), dtype=torch.float32, device=weight.device)
     magnitudes = block_magnitudes(weight, first_block, last_block)
+    # While a compiler traces there is nothing to time, and ours has the same bits.
+    is_traced = torch.compiler.is_compiling()
+    numbers = (widen if is_traced else widening_on(weight.device, dtype, widen))(pairs, magnitudes, dtype)
+    return numbers[first - origin : last - origin].view(-1, width)
+
+
+def widen(pairs: UInt8[Tensor, " bytes"], magnitudes: Float[Tensor, " blocks"], dtype: torch.dtype) -> Tensor:
+    """Return the two numbers of each byte, by equation (5) in float32, rounded once to `dtype`."""
+    table = torch.tensor(_pair_numbers(), device=pairs.device)
+    levels = torch.empty(2 * len(pairs), dtype=torch.float32, device=pairs.device)
     # A stretch at a time, so that indices and levels are still in cache for the multiplication.
     for start in range(0, len(levels), _STRETCH):
         stretch = levels[start : start + _STRETCH]
@@ -194,14 +203,14 @@ def dequantize_nf4(
         full = len(stretch) // BLOCK
         stretch[: full * BLOCK].view(-1, BLOCK).mul_(scales[:full, None])  # (5)
         stretch[full * BLOCK :].mul_(scales[full:])
-    return levels[first - origin : last - origin].view(-1, width).to(dtype)
+    return levels.to(dtype)
 
 
 @functools.cache
 def _pair_numbers() -> npt.NDArray[np.int64]:
     """Return the two levels that each byte stands for as one number of 8 bytes: a look-up finds both at once."""
     book, byte = _levels(), np.arange(256)
-    return np.stack((book[byte >> 4], book[byte & 15]), axis=1).view(np.int64).reshape(-1)
+    return np.stack((book[byte >> 4], book[byte & 15]), axis=1).view(np.int64).ravel()
 
 
 def block_magnitudes(weight: Nf4Weight, start: int, stop: int) -> Float[Tensor, " blocks"]:
