@@ -1,5 +1,6 @@
 """NF4 is bitsandbytes' bit for bit, loses what its levels allow and no more, and refuses what has no magnitude."""
 
+import importlib
 import json
 import math
 import re
@@ -110,6 +111,22 @@ def test_error_is_within_half_a_gap_and_the_scale_s_own_error(rows, width, seed,
     )
 
 
+def test_rows_behind_the_first_group_of_magnitudes_are_those_of_the_whole():
+    """Magnitudes are nested by 256 blocks: rows that begin in a later group, at its edge or within, read the same."""
+    held = quantize_nf4(draw((600, 64)))
+    whole = dequantize_nf4(held)
+    for rows in (slice(255, 257), slice(256, 300), slice(300, 310), slice(513, 600)):
+        assert torch.equal(dequantize_nf4(held, torch.float32, rows), whole[rows])
+
+
+def test_every_byte_of_codes_is_its_two_levels():
+    """Each of the 256 bytes stands for the level of its high half, then that of its low half."""
+    held = Nf4Weight(torch.arange(256, dtype=torch.uint8), torch.ones(8), None, None, (8, 64))
+    book = nf4_code_book()
+    wanted = torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1).view(8, 64)
+    assert torch.equal(dequantize_nf4(held), wanted)
+
+
 @pytest.mark.parametrize("width", [64, 22, 65])
 def test_some_rows_are_those_of_the_whole(width):
     """Rows that begin or end in the middle of a block or a byte are the same numbers."""
@@ -146,12 +163,24 @@ def test_a_weight_that_is_not_finite_is_refused(bad):
 
 
 def test_a_weight_without_numbers_stays_one():
-    """No row is no code."""
-    assert dequantize_nf4(quantize_nf4(torch.zeros(0, 64))).shape == (0, 64)
+    """No row is no code, and no magnitude that a mean could be taken of."""
+    held = quantize_nf4(torch.zeros(0, 64))
+    assert dequantize_nf4(held).shape == held.shape == (0, 64)
+    assert held.tensors()[2:] == (None, None)
 
 
-def test_large_weights_are_quantized_in_parts_that_agree():
-    """A weight of more numbers than are taken at a time has the codes of its rows taken alone."""
+def test_codes_of_a_trained_weight_carry_no_graph():
+    """What is quantized is frozen: no tensor of it has a gradient."""
+    held = quantize_nf4(torch.nn.Parameter(draw((3, 100))))
+    assert not any(tensor.requires_grad for tensor in held.tensors())
+
+
+def test_large_weights_are_quantized_in_parts_that_agree(monkeypatch):
+    """A weight of more than 2^20 numbers is taken in parts of no more, and has the codes of its rows taken alone."""
+    module, sizes = importlib.import_module("entrenar.ops.nf4"), []
+    quantize_blocks = module._quantize_blocks
+    monkeypatch.setattr(module, "_quantize_blocks", lambda x, t: sizes.append(len(x)) or quantize_blocks(x, t))
     weight = draw((700, 1536))
     whole = quantize_nf4(weight)
+    assert sizes == [2**20, weight.numel() - 2**20]
     assert torch.equal(whole.codes[-100 * 768 :], quantize_nf4(weight[-100:]).codes)

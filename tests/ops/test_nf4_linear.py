@@ -3,11 +3,18 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from entrenar.ops.lora_linear import lora_linear
 from entrenar.ops.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
-from entrenar.ops.nf4_linear import nf4_linear, nf4_linear_backward, nf4_linear_forward, reference_nf4_linear
+from entrenar.ops.nf4_linear import (
+    nf4_linear,
+    nf4_linear_backward,
+    nf4_linear_forward,
+    reference_nf4_linear,
+    tiles,
+)
 
 SCALE = 1.7
 OUT, WIDTH, RANK = 200, 96, 3
@@ -42,6 +49,28 @@ def test_tiles_of_any_size_give_the_product_with_the_widened_weight(tile_rows):
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     for got, want in zip(gradients(ours, x, lora_a, lora_b), gradients(expected, x, lora_a, lora_b), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1024, 1024), (5000, 192), (4095, 256), (1 << 15, 64)])
+def test_a_tile_is_a_million_numbers_in_whole_blocks_of_rows(width, rows):
+    """Unless told otherwise a tile is as many times 64 rows as 2^20 numbers hold, and 64 of a very wide weight."""
+    weight = Nf4Weight(
+        torch.zeros((rows + 1) * width // 2 + 1, dtype=torch.uint8),
+        torch.zeros((rows + 1) * width // 64 + 1), None, None, (rows + 1, width),
+    )  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert [piece for piece, _ in tiles(weight, torch.float32)] == [slice(0, rows), slice(rows, rows + 1)]
+
+
+def test_half_an_adapter_is_none():
+    """A without B, or B without A, changes nothing and is not differentiated."""
+    x, weight, lora_a, lora_b = operands()
+    plain = nf4_linear(x, weight)
+    for half in ({"lora_a": lora_a}, {"lora_b": lora_b}):
+        assert torch.equal(nf4_linear(x, weight, **half), plain)
+        assert torch.equal(reference_nf4_linear(x, weight, **half), reference_nf4_linear(x, weight))
+    y = nf4_linear(x, weight, lora_a)
+    assert torch.autograd.grad(y.sum(), (x, lora_a), allow_unused=True)[1] is None
 
 
 def test_without_an_adapter_it_is_the_product_alone():
