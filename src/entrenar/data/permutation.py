@@ -42,7 +42,7 @@ def feistel(value: Indices, half_bits: int, keys: Indices) -> Indices:
 
 def permute(index: Indices, size: int, keys: Indices) -> Indices:
     """Return where each of `index` (below `size`) goes; over 0 … size-1 every number comes once."""
-    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     placed = feistel(index, half_bits, keys)
     outside = placed >= np.uint64(size)
     while outside.any():
