@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -228,7 +229,40 @@ def test_padding_is_a_document_of_its_own(corpora: list[Corpus]):
     (batch,) = validation_batches(corpus, batch_size=1, seq_len=length + 7)
     assert batch.document_ids is not None
     assert (batch.targets[0, -8:] == -100).all()
-    assert batch.document_ids[0, length - 1] == batch.document_ids[0, length - 2] + 1
+    assert (batch.document_ids[0, length - 1 :] == batch.document_ids[0, length - 2] + 1).all()
+    assert (batch.input_ids[0, length - 1 :] == 0).all()
+
+
+class Ids:
+    """A split of given ids."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = np.array(ids, dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
+@pytest.mark.parametrize(("length", "shapes"), [(2, [1]), (5, [1]), (6, [2]), (9, [2]), (10, [2, 1])])
+def test_validation_has_no_window_without_a_target(
+    corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch, length: int, shapes: list[int]
+):
+    """Two ids are enough for a window; a split that windows of four fill exactly gets no empty one behind them."""
+    monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7] * length))
+    batches = list(validation_batches(corpora[0], batch_size=2, seq_len=4))
+    assert [len(batch.input_ids) for batch in batches] == shapes
+    assert sum(batch.num_targets for batch in batches) == length - 1
+    assert all((batch.targets != -100).any(1).all() for batch in batches)
+
+
+def test_a_single_id_is_no_validation_split(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch):
+    """It has no target."""
+    monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7]))
+    with pytest.raises(DataError, match="has no val split"):
+        next(validation_batches(corpora[0], batch_size=2, seq_len=4))
 
 
 def test_bytes_of_sentencepiece_batches_leave_out_the_added_space(make_corpus: Callable[..., Corpus]):
@@ -273,6 +307,7 @@ def test_bytes_of_sentencepiece_batches_leave_out_the_added_space(make_corpus: C
         ({"rank": 2, "world_size": 2}, ConfigError, r"and rank \(2\) below it"),
         ({"weights": [1.0]}, ConfigError, r"weights must be 2 positive numbers, one for each corpus, got \[1.0\]"),
         ({"weights": [1.0, 0.0]}, ConfigError, "weights must be 2 positive numbers"),
+        ({"weights": [1.0, float("inf")]}, ConfigError, "weights must be 2 positive numbers"),
         ({"weights": [1.0, float("nan")]}, ConfigError, "weights must be 2 positive numbers"),
         ({"seq_len": 5000}, DataError, "is smaller than a window: .* tokens, seq_len 5000 needs 5001; lower seq_len"),
         ({"batch_size": 1000}, DataError, r"the batch is larger than the corpus: .* windows of 16, batch_size is 1000"),

@@ -82,6 +82,31 @@ def splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+@pytest.mark.parametrize("half_bits", [1, 2, 5])
+def test_a_network_is_the_published_one(half_bits: int):
+    """Over its whole domain, without any walk: each round exchanges the halves and adds a hash of one to the other."""
+    keys, mask, expected = round_keys(4).tolist(), (1 << half_bits) - 1, []
+    for value in range(1 << 2 * half_bits):
+        left, right = value >> half_bits, value & mask
+        for key in keys:
+            left, right = right, left ^ (splitmix64((right + key) & MASK) & mask)
+        expected.append(left << half_bits | right)
+    assert feistel(_indices(len(expected)), half_bits, round_keys(4)).tolist() == expected
+
+
+@pytest.mark.parametrize(("size", "half_bits"), [(1, 1), (2, 1), (3, 1), (4, 1)])
+def test_small_sizes_walk_the_smallest_network(size: int, half_bits: int):
+    """A walk goes through the numbers of the fewest bits that hold the size, an even number of them."""
+    keys, expected = round_keys(11), []
+    network = feistel(_indices(1 << 2 * half_bits), half_bits, keys).tolist()
+    for index in range(size):
+        place = network[index]
+        while place >= size:
+            place = network[place]
+        expected.append(place)
+    assert permute(_indices(size), size, keys).tolist() == expected
+
+
 def test_the_order_never_changes():
     """Positions in checkpoints mean this order: it is that of a plain Feistel network, and pinned by its numbers."""
     # The first outputs of SplitMix64 with seed 0, as other implementations give them.
@@ -91,6 +116,9 @@ def test_the_order_never_changes():
     state = splitmix64((splitmix64((7 + GAMMA) & MASK) + 9 + GAMMA) & MASK)
     keys = [splitmix64((state + GAMMA * count) & MASK) for count in range(1, 7)]
     assert round_keys(7, 9).tolist() == keys
+    for part in (-1, 1 << 63, 5 + (1 << 64)):
+        state = splitmix64((part + GAMMA) & MASK)
+        assert round_keys(part).tolist() == [splitmix64((state + GAMMA * count) & MASK) for count in range(1, 7)]
     for size, half_bits in ((2, 1), (5, 2), (16, 2), (17, 3), (100, 4)):
         order = []
         for index in range(size):
