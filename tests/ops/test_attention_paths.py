@@ -71,6 +71,20 @@ def test_the_fused_path_of_other_devices_equals_the_definition(queries, keys, he
     torch.testing.assert_close(fused_attention(q, k, v, 0.3), reference_attention(q, k, v, scale=0.3))
 
 
+@pytest.mark.parametrize(("queries", "keys", "masked"), [(4, 4, False), (1, 4, False), (3, 4, True)])
+def test_a_mask_is_made_only_where_the_kernels_own_flag_does_not_do(queries, keys, masked, monkeypatch):
+    """A square and a single query need none of T x S numbers."""
+    masks, kernel = [], attention_file.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention_file,
+        "scaled_dot_product_attention",
+        lambda *args, attn_mask, **kw: masks.append(attn_mask) or kernel(*args, attn_mask=attn_mask, **kw),
+    )
+    q, k = draw(2, 4, queries, 8), draw(2, 2, keys, 8)
+    fused_attention(q, k, k, 0.3)
+    assert [mask is not None for mask in masks] == [masked]
+
+
 def test_documents_are_cut_on_other_devices_too(monkeypatch):
     """Where no flash kernel of the CPU runs, documents still never see each other."""
     documents = ops.Documents.from_ids(torch.tensor([[0, 0, 1, 1, 1]]))

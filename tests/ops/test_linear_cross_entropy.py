@@ -1,6 +1,6 @@
 """The head and its loss: chunked is dense, and the dense logits never exist."""
 
-import math
+import importlib
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from entrenar.ops.linear_cross_entropy import (
     linear_cross_entropy_backward,
     reference_linear_cross_entropy,
 )
+
+loss_file = importlib.import_module("entrenar.ops.linear_cross_entropy")  # the package's name is the function's
 
 
 class Recorder(TorchDispatchMode):
@@ -104,9 +106,9 @@ def test_all_ignored_is_zero_with_zero_gradients(generator):
 def test_evaluation_computes_the_loss_alone(mode, generator):
     """Where no gradient is wanted no operator of the backward runs."""
     x, weight, targets = example(generator)
-    want = linear_cross_entropy(x, weight, targets)
+    want = linear_cross_entropy(x, weight, targets, chunk_size=5)
     with mode(), Recorder() as recorded:
-        loss = linear_cross_entropy(x, weight, targets)
+        loss = linear_cross_entropy(x, weight, targets, chunk_size=5)
     assert torch.equal(loss, want)
     assert not recorded.names & {"exp_", "scatter_add_", "addmm_"}
 
@@ -166,8 +168,99 @@ def test_a_chunk_needs_a_token(generator):
         linear_cross_entropy(*example(generator), chunk_size=0)
 
 
-@pytest.mark.parametrize("vocab", [1, 32000, 128256])
-def test_default_chunk_fills_a_buffer_of_bounded_size(vocab):
+@pytest.mark.parametrize(("vocab", "tokens"), [(0, 8388608), (1, 8388608), (32000, 262), (128256, 128)])
+def test_default_chunk_fills_a_buffer_of_bounded_size(vocab, tokens):
     """The default buffer holds at most 2^23 logits, or 128 tokens of a very large vocabulary."""
-    size = default_chunk_size(vocab)
-    assert size == 128 or math.isclose(size * vocab, 2**23, rel_tol=vocab / 2**23)
+    assert default_chunk_size(vocab) == tokens
+
+
+def test_default_chunk_is_that_of_the_vocabulary(generator, monkeypatch):
+    """Not of the width."""
+    asked = []
+    monkeypatch.setattr(loss_file, "default_chunk_size", lambda vocab: asked.append(vocab) or 3)
+    linear_cross_entropy(*example(generator, width=4, vocab=7))
+    assert asked == [7]
+
+
+def test_a_single_target_and_equal_targets_are_taken(generator):
+    """The smallest target may be the largest."""
+    x, weight, targets = example(generator)
+    for some in (targets[:1], torch.full_like(targets, 6), torch.zeros_like(targets)):
+        loss = linear_cross_entropy(x[: len(some)], weight, some)
+        torch.testing.assert_close(loss, reference_linear_cross_entropy(x[: len(some)], weight, some))
+
+
+def test_inputs_are_not_copied_when_every_token_has_a_target(generator):
+    """Without an ignored target the operation stands on x itself."""
+    x, weight, targets = example(generator)
+    assert linear_cross_entropy(x, weight, targets).grad_fn.next_functions[0][0].variable is x
+    targets[2] = -100
+    assert not hasattr(linear_cross_entropy(x, weight, targets).grad_fn.next_functions[0][0], "variable")
+
+
+def test_derived_arithmetic_does_not_overflow():
+    """The shift of the plain forward is the largest logit: the others vanish beside it, and none is infinite."""
+    loss, logsumexp = cross_entropy_forward(torch.tensor([[0.0, 800.0]]), torch.tensor([[0.0, 1.0]]))
+    assert (loss.item(), logsumexp.tolist()) == (0.0, [[800.0]])
+
+
+def test_a_frozen_head_is_widened_by_tiles(monkeypatch):
+    """In another dtype than it is stored in, a few rows at a time; as it is stored, or trained, all at once."""
+    weight = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def pieces(tile: int, dtype: torch.dtype, *, is_trained: bool) -> list[slice]:
+        monkeypatch.setattr(loss_file, "_TILE", tile)
+        found = list(loss_file._head_tiles(weight, dtype, is_trained=is_trained)())
+        assert all(torch.equal(part, weight[rows].to(dtype)) for rows, part in found)
+        return [rows for rows, _ in found]
+
+    assert pieces(12, torch.float32, is_trained=False) == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert pieces(2, torch.float32, is_trained=False) == [slice(row, row + 1) for row in range(7)]
+    assert pieces(12, torch.float32, is_trained=True) == [slice(None)]
+    assert pieces(12, torch.bfloat16, is_trained=False) == [slice(None)]
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_the_head_is_cut_when_it_is_frozen(is_trained, generator, monkeypatch):
+    """Loss and gradients over tiles of the head are those over the whole, and memory that nobody wrote is not read."""
+    x, weight, targets = example(generator, dtype=torch.float32)
+    narrow = weight.detach().bfloat16().requires_grad_(is_trained)
+    wanted = [x, narrow] if is_trained else [x]
+    cut, head_tiles = [], loss_file._head_tiles
+    monkeypatch.setattr(loss_file, "_TILE", 12)
+
+    def noted(*args, is_trained):
+        cut.append(not is_trained)
+        return head_tiles(*args, is_trained=is_trained)
+
+    monkeypatch.setattr(loss_file, "_head_tiles", noted)
+    torch.use_deterministic_algorithms(mode=True)  # fills what is allocated with NaN
+    try:
+        got = linear_cross_entropy(x, narrow, targets, chunk_size=5)
+        grads = torch.autograd.grad(got, wanted)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    want = reference_linear_cross_entropy(x, narrow.float(), targets)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    for grad, expected in zip(grads, torch.autograd.grad(want, wanted), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+    assert cut == [not is_trained]
+
+
+def test_products_are_made_where_they_belong():
+    """In one dtype a product is written or added in place, without a second of its size."""
+    a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
+    for product, value in ((loss_file.write_product, 3.0), (loss_file.add_product, 6.0)):
+        with Recorder() as recorded:
+            product(a, b, out=out)
+        assert torch.equal(out, torch.full((2, 4), value))
+        assert recorded.names <= {"mm", "addmm_"}
+
+
+def test_gradients_are_cast_as_they_are_scaled(generator):
+    """The backward makes no wide copy of dW that autograd would cast."""
+    x, weight, targets = example(generator, dtype=torch.bfloat16)
+    loss = linear_cross_entropy(x, weight, targets)
+    with Recorder() as recorded:
+        torch.autograd.grad(loss, (x, weight))
+    assert "_to_copy" not in recorded.names

@@ -18,6 +18,17 @@ def test_blocks_cover_every_row_once_and_keep_their_size(shape):
     )
 
 
+FITTING = {(1000, 700): BLOCK_ELEMENTS // 700, (BLOCK_ELEMENTS + 1, 1): BLOCK_ELEMENTS,
+           (BLOCK_ELEMENTS + 1,): BLOCK_ELEMENTS, (3, 2 * BLOCK_ELEMENTS): 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "rows_in_block"), FITTING.items())
+def test_a_block_is_as_many_rows_as_fit(shape, rows_in_block):
+    """No block but the last is smaller than it may be."""
+    blocks = row_blocks(torch.empty(shape, device="meta"))
+    assert {block.stop - block.start for block in blocks[:-1]} == {rows_in_block}
+
+
 def test_another_device_gets_one_block():
     """Where launches cost and caches do not, the whole tensor is one block."""
     with FakeTensorMode():
