@@ -10,7 +10,7 @@ from entrenar.ops import nf4_kernels
 from entrenar.ops.nf4 import widen
 from entrenar.ops.nf4_kernels import bitsandbytes_widening, faster_of, widening_on
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, META, GPU = torch.device("cpu"), torch.device("meta"), torch.device("cuda")
 
 
 def slow(pairs, magnitudes, dtype):
@@ -55,13 +55,14 @@ def test_a_kernel_with_other_bits_or_none_is_not_taken(other):
 
 
 def test_a_cpu_takes_ours_without_a_trial(monkeypatch):
-    """There nothing is imported; elsewhere bitsandbytes is asked for."""
+    """There nothing is imported, nor where a plan stands for one; elsewhere bitsandbytes is asked for."""
     asked = []
     monkeypatch.setattr(nf4_kernels, "bitsandbytes_widening", lambda: asked.append(1))
     widening_on.cache_clear()
     assert widening_on(CPU, torch.float32, widen) is widen
-    assert not asked
     assert widening_on(META, torch.float32, widen) is widen
+    assert not asked
+    assert widening_on(GPU, torch.float32, widen) is widen
     assert asked
     widening_on.cache_clear()
 

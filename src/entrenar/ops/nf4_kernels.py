@@ -39,8 +39,8 @@ def bitsandbytes_widening() -> Widening | None:
 
 @functools.cache
 def widening_on(device: torch.device, dtype: torch.dtype, own: Widening) -> Widening:
-    """Return the kernel to use: `own` on a CPU, the better one of the two elsewhere."""
-    other = None if device.type == "cpu" else bitsandbytes_widening()
+    """Return the kernel to use: `own` on a CPU, and where a plan stands for one; the better of the two elsewhere."""
+    other = None if device.type in ("cpu", "meta") else bitsandbytes_widening()
     return own if other is None else faster_of(own, other, device, dtype)
 
 
