@@ -153,6 +153,17 @@ def test_the_norm_is_that_of_all_gradients_together() -> None:
     assert optimizer.gradient_norm().item() == pytest.approx((1 + 4 + 16 + 36) ** 0.5, rel=1e-6)
 
 
+def test_the_norm_of_millions_keeps_its_digits_and_makes_no_copy() -> None:
+    """A long gradient in bfloat16 is summed in parts: right to five digits (whole: to three), and never widened."""
+    long = nn.Parameter(torch.zeros(2_000_003, dtype=torch.bfloat16))
+    optimizer = build_optimizer([("long", long)], OptimConfig(), "bfloat16")
+    long.grad = torch.randn(long.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        norm = optimizer.gradient_norm().item()
+    assert norm == pytest.approx(long.grad.double().norm().item(), rel=1e-5)
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < long.grad.nbytes / 2
+
+
 def test_the_gradients_are_gone_after_the_step() -> None:
     """After the step no gradient holds memory or leaks into the next step."""
     module = nn.Linear(3, 2)

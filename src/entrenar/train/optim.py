@@ -114,10 +114,12 @@ class Optimizer:
 
     def gradient_norm(self) -> Tensor:
         """Return the float32 norm over the gradients of all parameters as they lie, unscaled."""
+        # In parts: torch makes a float32 copy of what it is given in fewer bits, and its sum of millions loses digits.
         norms = [
-            torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
             for each in self._trained
             if (gradient := self.gradients.of(each.parameter)) is not None
+            for part in torch.split(gradient.reshape(-1), _chunk_size(gradient.device))
         ]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
@@ -266,8 +268,12 @@ def _scratch_key(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
     return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
 
 
+def _chunk_size(device: torch.device) -> int:
+    return _CPU_CHUNK if device.type in ("cpu", "meta") else _GPU_CHUNK
+
+
 def _new_scratch(device: torch.device, dtype: torch.dtype, *, is_coded: bool) -> _Scratch:
-    size = _CPU_CHUNK if device.type in ("cpu", "meta") else _GPU_CHUNK
+    size = _chunk_size(device)
     return _Scratch(
         gradient=torch.empty(size, dtype=dtype, device=device),
         bits=torch.empty(size, dtype=torch.int32, device=device),
