@@ -139,6 +139,15 @@ def test_an_unreachable_budget_says_the_least_possible(source, text):
     assert {held.quantized.bits for _, held in quantized_projections(source.model)} == {2}
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens", Q.removesuffix(".weight")])
+def test_a_weight_that_is_not_finite_is_named_before_any_is_rounded(source, text, name):
+    """Also where it would make every estimate NaN."""
+    with torch.no_grad():
+        source.model.get_submodule(name).weight[3, 5] = torch.nan
+    with pytest.raises(DataError, match=rf"^{name}.weight must be finite to be quantized, got NaN"):
+        round_to_budget(source, 4.2, text, silent)
+
+
 def test_without_a_text_the_model_writes_its_own(source):
     """Rows of the wanted shape, all of them the model's tokens, the same each time."""
     rows = calibration_rows(source.model, source.tokenizer, None)
@@ -180,6 +189,9 @@ def test_a_model_without_a_tokenizer_cannot_be_calibrated(source):
         ({"version": 2}, "version must be 1, got 2"),
         ({"block_size": 32}, "block_size must be 64, got 32"),
         ({"levels": None}, "levels must be a table"),
+        ({"levels": {}}, "levels must be a table"),
+        ({"matrices": None}, "matrices must be a table by name, got None"),
+        ({"matrices": {}}, "matrices lacks lm_head, which is held in few bits"),
         ({"levels": {"4": [0.0] * 16}}, "levels of 4 bits are another table"),
         ({"levels": {"4": ["a"] * 16}}, "levels of 4 bits are another table"),
         ({"levels": {"9": [0.0]}}, "levels of 9 bits are another table"),
@@ -194,14 +206,43 @@ def test_other_versions_and_code_books_are_refused(folder, changes, message):
 
 
 @pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"bits": 9, "shape": [64, 64]},
+            r"q_proj must have bits, one of [2-8, ]+, and a shape of two numb",
+        ),
+        ({"bits": "4", "shape": [64, 64]}, "q_proj must have bits, one of"),
+        ({"bits": 4, "shape": [64]}, "q_proj must have bits, one of"),
+        (4, "q_proj must have bits, one of .* got 4"),
+    ],
+)
+def test_a_matrix_must_be_announced_as_it_is(folder, said, message):
+    """Width and shape of `config.json` are checked before a code is read, and so is which matrices there are."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    matrices, name = config["matrices"], Q.removesuffix(".weight")
+    edit(folder / "config.json", matrices=matrices | {name: said})
+    with pytest.raises(FormatError, match=message):
+        hf.load_model(folder)
+    other = next(int(bits) for bits in config["levels"] if int(bits) != matrices[name]["bits"])
+    edit(folder / "config.json", matrices=matrices | {name: {"bits": other, "shape": [64, 64]}})
+    with pytest.raises(FormatError, match=rf"says that .*q_proj has {other} bits and shape \(64, 64\), its codes"):
+        hf.load_model(folder)
+    edit(folder / "config.json", matrices=matrices | {"model.nowhere": matrices[name]})
+    with pytest.raises(FormatError, match=r"matrices has model\.nowhere, which is not there"):
+        hf.load_model(folder)
+
+
+@pytest.mark.parametrize(
     ("part", "change", "message"),
     [
         (".scales", lambda t: t[:-1], "scales must hold torch.int8 of shape"),
         (".tops", lambda t: t[:, :0], "tops must hold torch.float32 of shape"),
         (".tops", lambda t: t.half(), "tops must hold torch.float32 of shape"),
-        ("", lambda t: t[:, :, :-1].contiguous(), "must hold torch.uint8 of shape"),
-        ("", lambda t: t[:, :1].contiguous(), "must be 2 to 8 planes of bits"),
-        ("", lambda t: t.flatten(), "must be 2 to 8 planes of bits"),
+        ("", lambda t: t[:, :, :-1].contiguous(), r"its codes \(64, \d, 7\) are of another weight"),
+        ("", lambda t: t[:, :1].contiguous(), r"its codes \(64, 1, 8\) are of another weight"),
+        ("", lambda t: t.flatten(), r"its codes \(\d+,\) are of another weight"),
+        ("", lambda t: t.view(torch.int8), "must hold torch.uint8 of shape"),
         (".tops", lambda _: None, "lacks its tops"),
         ("", lambda _: None, "lacks its codes"),
     ],

@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_leave_no_folder(tmp_path, make_model, bad):
     source = saved(tmp_path / "plain", model)
     with pytest.raises(FormatError, match=rf"tensor {re.escape(Q)} holds NaN or infinite weights"):
         convert(open_source(source, is_streamed=True), Target(tmp_path / "nf4", "nf4"))
-    with pytest.raises(DataError, match="a weight to quantize must be finite"):
+    with pytest.raises(DataError, match=rf"^{re.escape(Q)}: a weight to quantize must be finite"):
         convert(Source(model, None, "hf"), Target(tmp_path / "nf4", "nf4"))
     with pytest.raises(FormatError, match=rf"tensor {re.escape(Q)} holds NaN or infinite weights"):
         hf.load_model(source, quantize=True)
@@ -265,7 +265,10 @@ BAD = {
     "no shape": (with_state(shape=[64]), "shape must be two positive numbers, got [64]"),
     "a huge shape": (with_state(shape=[2**40, 64]), f"must hold {2**45} of torch.uint8, got 2048 of torch.uint8"),
     "another shape": (with_state(shape=[32, 128]), "has shape (32, 128), config.json asks for (64, 64)"),
-    "no offset": (with_state(nested_offset=None), "nested_offset must be a finite number, got None"),
+    "no offset": (with_state(nested_offset=None), "nested_offset must be a finite number of float32, got None"),
+    "NaN offset": (with_state(nested_offset=float("nan")), "nested_offset must be a finite number of float32, got nan"),
+    "an offset beyond float32": (with_state(nested_offset=1e39), "nested_offset must be a finite number of float32, "),
+    "an offset beyond float64": (with_state(nested_offset=10**400), "nested_offset must be a finite number of float32"),
     "state of no JSON": (replaced(STATE, lambda raw: raw[:-1]), "quant_state.bitsandbytes__nf4 is no JSON: "),
     "state of no object": (
         replaced(STATE, lambda _: torch.tensor(list(b"[1]"), dtype=torch.uint8)), "must be a JSON object, got [1]"

@@ -9,8 +9,10 @@ from typing import get_args
 from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.errors import ConfigError
-from entrenar.interop.convert import Target, Threshold, check_place, convert, open_source
+from entrenar.interop.convert import Target, Threshold, check_target, convert, open_source
 from entrenar.interop.rounding import Format
+from entrenar.peft import QuantizeConfig
+from entrenar.peft.quantize import Kind
 from entrenar.recipe.bit_budget import round_to_budget
 
 
@@ -23,13 +25,13 @@ def run(words: Sequence[str]) -> int:
     source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4" and parsed.bits is None)
     target = Target(
         parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences,
-        parsed.llama2c_version,
+        parsed.llama2c_version, QuantizeConfig(embedding=parsed.embedding or "keep", head=parsed.head),
     )  # fmt: skip
     if parsed.no_tokenizer:
         source = replace(source, tokenizer=None)
     lines: list[str] = []
     if parsed.bits is not None:
-        check_place(target)
+        check_target(source, target)
         source, budget = round_to_budget(source, parsed.bits, parsed.calibration, print)
         lines = budget.lines()
     report = convert(source, target, thresholds)
@@ -39,6 +41,12 @@ def run(words: Sequence[str]) -> int:
 
 
 def _check_budget(parsed: argparse.Namespace) -> None:
+    for flag in ("embedding", "head"):
+        if getattr(parsed, flag) is not None and (parsed.to != "nf4" or parsed.bits is not None):
+            raise ConfigError(
+                f"--{flag} says how --to nf4 without --bits holds it; a budget chooses by itself, and the other "
+                "formats have a dtype for all"
+            )
     if parsed.bits is None:
         if parsed.calibration is not None:
             raise ConfigError("--calibration has no effect without --bits; give a budget, or leave it out")
@@ -68,6 +76,10 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--dtype", help="f32, f16, bf16, q8_0 or q4_0 (default: the source's); nf4: of what is not quantized"
     )
+    for part, otherwise in (("embedding", "keep"), ("head", "as the embedding")):
+        arguments.add_argument(
+            f"--{part}", choices=get_args(Kind), help=f"nf4: how the {part} is held (default: {otherwise})"
+        )
     arguments.add_argument(
         "--bits",
         type=float,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from entrenar.errors import FormatError
+from entrenar.interop.safetensors_file import Entry
 from entrenar.ops import NfBitsWeight
 from entrenar.ops.nf_bits import BLOCK, GROUP, WIDTHS, nf_bits_levels
 
@@ -54,7 +55,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
                 "weights again with `entrenar convert --to nf4 --bits`"
             )
     levels = config.get("levels")
-    if not isinstance(levels, Mapping):
+    if not isinstance(levels, Mapping) or not levels:
         raise FormatError(f"{path}: quantization_config.levels must be a table from width to levels, got {levels!r}")
     for width, table in levels.items():
         wanted_levels = nf_bits_levels(int(width)).tolist() if width in map(str, WIDTHS) else []
@@ -62,6 +63,42 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             raise FormatError(
                 f"{path}: quantization_config.levels of {width} bits are another table: these codes mean other numbers "
                 "than are read here"
+            )
+
+
+def check_matrices(
+    config: Mapping[str, Any], places: Mapping[str, Mapping[str, tuple[Path, Entry]]], path: Path
+) -> None:
+    """Check that each matrix has the width and shape that `config.json` announces, and that there are no others.
+
+    Raises:
+        FormatError.
+    """
+    announced, levels = config.get("matrices"), config["levels"]
+    if not isinstance(announced, Mapping):
+        raise FormatError(f"{path}: quantization_config.matrices must be a table by name, got {announced!r:.80}")
+    held = {name.removesuffix(".weight") for name, parts in places.items() if parts.keys() & set(PARTS)}
+    for name in sorted(held ^ announced.keys()):
+        raise FormatError(
+            f"{path}: quantization_config.matrices "
+            + (f"lacks {name}, which is held in few bits" if name in held else f"has {name}, which is not there")
+        )
+    for name, said in announced.items():
+        codes = places[f"{name}.weight"].get("")
+        if codes is None:
+            continue  # `unpack` says which part is missing
+        match said:
+            case {"bits": int(bits), "shape": [int(rows), int(width)]} if str(bits) in levels:
+                wanted: tuple[int, ...] = (rows, bits, math.ceil(width / 8))
+            case _:
+                raise FormatError(
+                    f"{path}: quantization_config.matrices of {name} must have bits, one of {', '.join(levels)}, and "
+                    f"a shape of two numbers, got {said!r:.80}"
+                )
+        if codes[1].shape != wanted:
+            raise FormatError(
+                f"{path}: quantization_config.matrices says that {name} has {bits} bits and shape {(rows, width)}, "
+                f"its codes {codes[1].shape} are of another weight"
             )
 
 
@@ -83,7 +120,7 @@ def pack(name: str, weight: NfBitsWeight) -> dict[str, Tensor]:
 def unpack(
     name: str, read: Callable[[str], Tensor], parts: Set[str], shape: tuple[int, int], path: Path
 ) -> NfBitsWeight:
-    """Put a weight of a known shape together; `read` returns the tensor of one of its `parts`.
+    """Put a weight of a known shape and an announced width together; `read` returns the tensor of one of its `parts`.
 
     Raises:
         FormatError: it lacks a part, or a part is not as the shape asks.
@@ -92,11 +129,8 @@ def unpack(
     for part in sorted({"", *PARTS} - parts):
         raise FormatError(f"{place} lacks its {part or 'codes'}; a weight of a width has codes, scales and tops")
     codes, blocks = read(""), math.ceil(width / BLOCK)
-    bits = codes.shape[1] if codes.ndim == 3 else 0
-    if bits not in WIDTHS:
-        raise FormatError(f"{place} must be {WIDTHS[0]} to {WIDTHS[-1]} planes of bits, got shape {tuple(codes.shape)}")
     return NfBitsWeight(
-        _checked(codes, torch.uint8, (rows, bits, math.ceil(width / 8)), place),
+        _checked(codes, torch.uint8, (rows, codes.shape[1], math.ceil(width / 8)), place),
         _checked(read("scales"), torch.int8, (rows, blocks), f"{place}.scales"),
         _checked(read("tops"), torch.float32, (math.ceil(rows / GROUP), blocks), f"{place}.tops"),
         shape,

@@ -9,6 +9,10 @@ A projection's `weight` holds the codes as a column of bytes; its scales and the
 
 `config.json` says so in `quantization_config`. What stands for other numbers than `ops.nf4` reads (another type, block
 or table) is refused. Source: `QuantState` of bitsandbytes' functional.py, `BitsAndBytesConfig` of transformers.
+
+An embedding in few bits, or a head in int8, transformers does not read beside NF4 projections. Such a folder has the
+same tensors for NF4, for int8 the codes (I8) and `weight.row_absmax`, and a `quant_method` of its own, so that it is
+refused there and not misread.
 """
 
 import json
@@ -21,14 +25,19 @@ import torch
 from torch import Tensor
 
 from entrenar.errors import FormatError
-from entrenar.ops import Nf4Weight
+from entrenar.ops import Int8Weight, Nf4Weight
 from entrenar.ops.nf4 import BLOCK, NESTED_BLOCK, dynamic_map, nf4_code_book
+from entrenar.peft import QuantizeConfig
+from entrenar.peft.quantize import EMBEDDING, HEAD, Kind
 
 CONFIG_KEY = "quantization_config"
 STATE = "quant_state.bitsandbytes__nf4"
+ROW_ABSMAX = "row_absmax"
+METHOD, VERSION = "entrenar-nf4", 1
 _PARTS = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", STATE)
 # The tables of another machine's build may differ in the last bit; bitsandbytes compares them so loosely.
 _SAME_TABLE = 1e-6
+_LARGEST_OFFSET = torch.finfo(torch.float32).max
 
 
 def is_quantized(name: str) -> bool:
@@ -36,9 +45,11 @@ def is_quantized(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def quantization_config(dtype: torch.dtype) -> dict[str, Any]:
+def quantization_config(dtype: torch.dtype, held: QuantizeConfig, *, is_tied: bool) -> dict[str, Any]:
     """Return what `config.json` says of weights in this layout, computed in `dtype`."""
-    return {
+    kinds = {"embedding": held.kind_of(EMBEDDING), "head": "keep" if is_tied else held.kind_of(HEAD)}
+    is_theirs = kinds["embedding"] == "keep" and kinds["head"] != "int8"
+    config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -46,8 +57,12 @@ def quantization_config(dtype: torch.dtype) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": ["lm_head"] if kinds["head"] == "keep" else [],
     }
+    if is_theirs:
+        return config
+    # Without `load_in_4bit`, by which transformers knows bitsandbytes whatever the method is called.
+    return {"quant_method": METHOD, "version": VERSION, "projections": "nf4", **kinds}
 
 
 def check_config(values: Mapping[str, Any], path: Path) -> bool:
@@ -59,9 +74,11 @@ def check_config(values: Mapping[str, Any], path: Path) -> bool:
     config = values.get(CONFIG_KEY)
     if config is None:
         return False
+    found = {"bnb_4bit_quant_storage": "uint8", **config} if isinstance(config, Mapping) else {}
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     wanted["bnb_4bit_quant_storage"] = "uint8"
-    found = {"bnb_4bit_quant_storage": "uint8", **config} if isinstance(config, Mapping) else {}
+    if found.get("quant_method") == METHOD:
+        wanted = {"version": VERSION, "projections": "nf4"}
     for key, value in wanted.items():
         if found.get(key) != value:
             raise FormatError(
@@ -71,8 +88,28 @@ def check_config(values: Mapping[str, Any], path: Path) -> bool:
     return True
 
 
-def pack(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+def check_kinds(values: Mapping[str, Any], parts: Mapping[str, Set[str]], path: Path) -> None:
+    """Check that embedding and head of a folder are held as its `config.json` announces.
+
+    Raises:
+        FormatError.
+    """
+    config = values[CONFIG_KEY]
+    if config["quant_method"] != METHOD:
+        return
+    for key, name in (("embedding", EMBEDDING), ("head", HEAD)):
+        found: Kind = "int8" if ROW_ABSMAX in parts.get(name, ()) else "nf4" if STATE in parts.get(name, ()) else "keep"
+        if config.get(key) != found:
+            raise FormatError(
+                f"{path}: {CONFIG_KEY}.{key} is {config.get(key)!r}, but {name} is held as {found}; quantize the "
+                "original weights again with `entrenar convert --to nf4`"
+            )
+
+
+def pack(name: str, weight: Nf4Weight | Int8Weight, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of one weight, which stands for one of `dtype`, by their names in the file."""
+    if isinstance(weight, Int8Weight):
+        return {name: weight.codes.cpu(), f"{name}.{ROW_ABSMAX}": weight.absmax.cpu()}
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK}
     state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(weight.shape)}
     tensors = {"absmax": weight.absmax, "quant_map": nf4_code_book()}
@@ -85,19 +122,21 @@ def pack(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def weight_part(name: str) -> tuple[str, str]:
     """Split a tensor's name in a file into the weight's and what the tensor is of it; the weight itself is ''."""
-    for part in _PARTS:
+    for part in (*_PARTS, ROW_ABSMAX):
         if name.endswith(f".weight.{part}"):
             return name.removesuffix(f".{part}"), part
     return name, ""
 
 
-def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path) -> Nf4Weight:
+def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path) -> Nf4Weight | Int8Weight:
     """Put a weight together; `read` returns the tensor of one of its `parts`.
 
     Raises:
         FormatError: it lacks a part, a part has another size than the shape asks for, or it means other numbers.
     """
     place = f"{path}: tensor {name}"
+    if ROW_ABSMAX in parts:
+        return _unpack_int8(read, parts, place)
     _check_parts(parts, {"", STATE}, place)
     state = _state(bytes(read(STATE).tolist()), place)
     is_nested = "nested_blocksize" in state
@@ -115,6 +154,17 @@ def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path
     nested = _sized(read("nested_absmax"), torch.float32, -(-blocks // NESTED_BLOCK), f"{place}.nested_absmax")
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
     return Nf4Weight(codes, absmax, nested, offset, (rows, columns))
+
+
+def _unpack_int8(read: Callable[[str], Tensor], parts: Set[str], place: str) -> Int8Weight:
+    if "" not in parts:
+        raise FormatError(f"{place} lacks its codes; a weight in int8 has codes and {ROW_ABSMAX}")
+    codes = read("")
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        raise FormatError(f"{place} must be a matrix of torch.int8, got {codes.dtype} of {tuple(codes.shape)}")
+    rows, columns = codes.shape
+    absmax = _sized(read(ROW_ABSMAX), torch.float32, rows, f"{place}.{ROW_ABSMAX}")
+    return Int8Weight(codes, absmax, (rows, columns))
 
 
 def _check_parts(found: Set[str], needed: Set[str], place: str) -> None:
@@ -141,8 +191,8 @@ def _state(raw: bytes, place: str) -> dict[str, Any]:
     shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
         raise FormatError(f"{place}.{STATE}: shape must be two positive numbers, got {shape!r}")
-    if not (type(offset) in (int, float) and math.isfinite(offset)):
-        raise FormatError(f"{place}.{STATE}: nested_offset must be a finite number, got {offset!r}")
+    if not (type(offset) in (int, float) and abs(offset) <= _LARGEST_OFFSET):  # false for NaN
+        raise FormatError(f"{place}.{STATE}: nested_offset must be a finite number of float32, got {offset!r:.40}")
     return state
 
 

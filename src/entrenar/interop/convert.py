@@ -8,7 +8,7 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,7 +26,7 @@ from entrenar.interop.rounding import Format, bound_of, bound_of_rounded
 from entrenar.interop.safetensors_file import TensorReader
 from entrenar.interop.verify import Origin, Report, origin_of, verify
 from entrenar.model import Llama
-from entrenar.peft import widen
+from entrenar.peft import QuantizeConfig, widen
 
 _DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALLOWED: dict[Format, tuple[str, ...]] = {
@@ -53,6 +53,7 @@ class Source:
     Attributes:
         rounded: the same model, its matrices rounded to a budget: what is written as nf4 then.
         folder: where its weights are read from one by one, if they are not in memory: the model is then without.
+        is_rounded: whether the weights were in few bits where they came from.
     """
 
     model: Llama
@@ -60,6 +61,7 @@ class Source:
     format: Format
     folder: Path | None = None
     rounded: Rounded | None = None
+    is_rounded: bool = False
 
     def origin(self) -> Origin:
         """Return what a written file is compared with."""
@@ -143,12 +145,14 @@ def open_source(path: Path, tokenizer: Path | None = None, *, is_streamed: bool 
         model, own = load_gguf(path)
         return Source(model, found or own, kind)
     if kind == "hf":
-        if is_streamed and not hf.is_quantized(path):
+        is_rounded = hf.is_quantized(path)
+        if is_streamed:
             model, places, _ = hf.open_folder(path)
-            return Source(model.to(hf.widest_dtype(places)), found or _tokenizer_in(path), kind, path)
+            model.to(hf.widest_dtype(places))
+            return Source(model, found or _tokenizer_in(path), kind, path, is_rounded=is_rounded)
         model = hf.load_model(path)
         widen(model)
-        return Source(model, found or _tokenizer_in(path), kind)
+        return Source(model, found or _tokenizer_in(path), kind, is_rounded=is_rounded)
     file = path / MODEL_BIN if path.is_dir() else path
     return Source(llama2c.load_llama2c(file), found or _tokenizer_in(file.parent), kind)
 
@@ -178,6 +182,7 @@ class Target:
 
     Attributes:
         llama2c_version: how float32 is laid out for llama2.c: 0 is what its program run.c reads.
+        held: what of an nf4 folder is in few bits beside the projections.
     """
 
     path: Path
@@ -186,6 +191,7 @@ class Target:
     can_overwrite: bool = False
     accepts_tokenizer_differences: bool = False
     llama2c_version: Literal[0, 1] = 0
+    held: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     def dtype_for(self, model: Llama) -> str:
         """Return the dtype to write, the model's own where none was asked for and the format has it.
@@ -202,12 +208,17 @@ class Target:
         return own if own in allowed else "f32"
 
 
-def check_place(target: Target) -> None:
-    """Check that the target may be written.
+def check_target(source: Source, target: Target) -> None:
+    """Check that the target may be written, and that its numbers would not be rounded twice.
 
     Raises:
         ConfigError: something is there that may not be replaced; FormatError: it is no model.
     """
+    if target.format == "nf4" and source.is_rounded:
+        raise ConfigError(
+            "the source is in few bits already, and quantizing it again would add a second error to the first; "
+            "convert the original weights, or accept it by way of `entrenar convert SRC DIR --to hf`"
+        )
     is_used = target.path.is_file() or (target.path.is_dir() and any(target.path.iterdir()))
     if is_used and not target.can_overwrite:
         raise ConfigError(f"{target.path} exists; name another place or give --overwrite")
@@ -226,10 +237,10 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
         ConfigError, FormatError, DiskFullError, MachineError.
     """
     dtype = target.dtype_for(source.model)
-    check_place(target)
+    check_target(source, target)
     with (_atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
         _write(source, place, target, dtype)
-        bound = bound_of(dtype, target.format, source.model.config)
+        bound = bound_of(dtype, target.format, source.model.config, target.held)
         if source.rounded is not None:
             bound = bound_of_rounded(source.rounded.model)
         report = verify(_read_back(place, target.format, source.model), source.origin(), source.tokenizer, bound)
@@ -251,7 +262,7 @@ def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
             hf.save_widths(place, source.rounded.model, source.rounded.bits)
         else:
             named = ((name, origin.weight(name)) for name in origin.names)
-            hf.save_quantized(place, model.config, named, _DTYPES[dtype])
+            hf.save_quantized(place, model.config, named, _DTYPES[dtype], held=target.held)
         if tokenizer is not None:
             tokenizer.save(place)
         return

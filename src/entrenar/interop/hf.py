@@ -14,16 +14,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from entrenar.errors import FormatError
+from entrenar.errors import ConfigError, FormatError
 from entrenar.files import TEMPORARY_PREFIX, read_json, write_json
 from entrenar.interop import bits, bnb
 from entrenar.interop.assemble import set_parameter
 from entrenar.interop.safetensors_file import Entry, TensorReader, read_header, write_tensors
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import NfBitsWeight, QuantizedWeight, quantize_nf4
-from entrenar.peft import put_quantized, quantized_projections
+from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight
+from entrenar.peft import QuantizeConfig, kinds_held, put_quantized, quantized_projections
+from entrenar.peft import quantize as quantize_weight
+from entrenar.peft.quantize import EMBEDDING, HEAD
 
-HEAD = "lm_head.weight"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -89,25 +90,32 @@ def save_quantized(
     weights: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     *,
+    held: QuantizeConfig | None = None,
     max_shard_bytes: int = MAX_QUANTIZED_SHARD_BYTES,
 ) -> None:
     """Quantize the projections among `weights` one by one and write them as bitsandbytes does, the rest as `dtype`.
 
-    No more is held than a tensor and a shard.
+    `held` says how embedding and head are held. No more is held than a tensor and a shard.
 
     Raises:
         DataError: a weight is NaN or infinite.
+        ConfigError: a head that is the embedding is asked to be held otherwise.
     """
+    held = held or QuantizeConfig()
+    held.check_tied(is_tied=config.tie_word_embeddings)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:
-            if bnb.is_quantized(name):
-                yield from bnb.pack(name, quantize_nf4(weight), dtype).items()
+            kind = held.kind_of(name)
+            if kind != "keep":
+                packed = cast(Nf4Weight | Int8Weight, quantize_weight(name, weight, kind))
+                yield from bnb.pack(name, packed, dtype).items()
             else:
                 yield name, weight.detach().to("cpu", dtype).contiguous()
 
     _write_shards(folder, tensors(), max_shard_bytes)
-    write_json(folder / "config.json", config.to_hf(dtype) | {bnb.CONFIG_KEY: bnb.quantization_config(dtype)})
+    announced = bnb.quantization_config(dtype, held, is_tied=config.tie_word_embeddings)
+    write_json(folder / "config.json", config.to_hf(dtype) | {bnb.CONFIG_KEY: announced})
 
 
 def save_widths(folder: Path, model: Llama, total_bits: float) -> None:
@@ -165,38 +173,56 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iter
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None, quantize: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    quantize: bool = False,
+    held: QuantizeConfig | None = None,
 ) -> Llama:
     """Load a model folder; without `dtype` in that of its file, the widest one where a file mixes them.
 
     A quantized folder stays quantized; with `quantize` the projections of a plain one are, one by one while they are
-    read and from the numbers in the file. `dtype` is then that of the rest.
+    read and from the numbers in the file, and embedding and head as `held` says. `dtype` is then that of the rest.
 
     Raises:
         FormatError: a file is missing, damaged, or disagrees with config.json.
+        ConfigError: embedding or head cannot be held as asked.
     """
     model, places, is_packed = open_folder(folder)
+    held = held or QuantizeConfig()
+    held.check_tied(is_tied=model.config.tie_word_embeddings)
     if dtype is None:
         dtype = widest_dtype(places)
     reader = TensorReader()
     for name, parts in places.items():
-        owner = name.removesuffix(".weight")
+        owner, path = name.removesuffix(".weight"), next(iter(parts.values()))[0]
+        kind = held.kind_of(name) if quantize and not (is_packed and bnb.is_quantized(name)) else "keep"
         if len(parts) > 1:
             put_quantized(model, owner, _read_quantized(model, name, parts, reader), dtype)
-        elif quantize and not is_packed and bnb.is_quantized(name):
-            path, entry = parts[""]
+        elif name == HEAD and model.config.tie_word_embeddings:
+            continue
+        elif kind != "keep":
+            entry = parts[""][1]
             # A reader of its own: its map of the file goes with the tensor.
-            put_quantized(model, owner, quantize_nf4(TensorReader().read(path, name, entry, entry.dtype)), dtype)
-        elif name != HEAD or not model.config.tie_word_embeddings:
-            path, entry = parts[""]
-            set_parameter(model, name, reader.read(path, name, entry, dtype, device))
+            plain = TensorReader().read(path, name, entry, entry.dtype)
+            put_quantized(model, owner, quantize_weight(name, plain, kind), dtype)
+        else:
+            set_parameter(model, name, reader.read(path, name, parts[""][1], dtype, device))
     if model.config.tie_word_embeddings and HEAD in places:
-        if not isinstance(model.head_weight, Tensor):
-            raise FormatError(f"{folder} holds {HEAD}, but config.json ties it to an embedding that is quantized")
-        _check_tied(model, *places[HEAD][""])
+        _check_tied(model, folder, places)
+    _check_held(model, held, folder)
     for _, projection in quantized_projections(model):
         projection.to(device)
     return model
+
+
+def _check_held(model: Llama, held: QuantizeConfig, folder: Path) -> None:
+    """Check that what was asked for is what is held: a folder may hold it in other bits already."""
+    for key, found in kinds_held(model).items():
+        wanted = held.kind_of(HEAD if key == "head" else EMBEDDING)
+        if wanted not in ("keep", found):
+            raise ConfigError(f"quantize.{key} is {wanted}, but {folder} holds it as {found} already; leave it out")
 
 
 def _read_quantized(
@@ -251,7 +277,17 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise FormatError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} first")
+    if is_packed:
+        _check_announced(folder, places)
     return model, places, is_packed
+
+
+def _check_announced(folder: Path, places: Places) -> None:
+    values, path = _config_values(folder), folder / "config.json"
+    if values[bnb.CONFIG_KEY]["quant_method"] == bits.METHOD:
+        bits.check_matrices(values[bnb.CONFIG_KEY], places, path)
+    else:
+        bnb.check_kinds(values, {name: parts.keys() for name, parts in places.items()}, path)
 
 
 def _weight_part(name: str) -> tuple[str, str]:
@@ -267,11 +303,20 @@ def widest_dtype(places: Places) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _check_tied(model: Llama, path: Path, entry: Entry) -> None:
-    embedding = model.model.embed_tokens.weight
-    head = TensorReader().read(path, HEAD, entry, embedding.dtype, embedding.device)
+def _check_tied(model: Llama, folder: Path, places: Places) -> None:
+    if len(places[EMBEDDING]) > 1:
+        raise FormatError(f"{folder} holds {HEAD}, but config.json ties it to an embedding that is quantized")
+
+    def plain(name: str, dtype: torch.dtype) -> Tensor:
+        path, entry = places[name][""]
+        return TensorReader().read(path, name, entry, dtype, model.device)
+
+    embedding = model.head_weight
+    if not isinstance(embedding, Tensor):  # quantized just now, from what the file has
+        embedding = plain(EMBEDDING, places[EMBEDDING][""][1].dtype)
+    head = plain(HEAD, embedding.dtype)
     if head.shape != embedding.shape or not torch.equal(embedding, head):
-        raise FormatError(f"{path}: {HEAD} differs from the embedding, but config.json ties them")
+        raise FormatError(f"{places[HEAD][''][0]}: {HEAD} differs from the embedding, but config.json ties them")
 
 
 def read_entries(folder: Path, *, has_codes: bool = False) -> dict[str, tuple[Path, Entry]]:

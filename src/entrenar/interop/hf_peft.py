@@ -28,11 +28,13 @@ from entrenar.peft import (
     DEFAULT_ADAPTER,
     LoraConfig,
     LoraLinear,
+    QuantizeConfig,
     SavedModule,
     add_adapter,
     find_saved,
     find_targets,
     fingerprint,
+    kinds_held,
     layer_number,
     plain_state,
     quantized_projections,
@@ -64,17 +66,24 @@ _READ = {
 class BaseIdentity:
     """Which base an adapter belongs to; the hash is that of the weights in this dtype.
 
-    A base with projections in four bits has `nf4` before the dtype of the rest.
+    A base with projections in four bits has `nf4` before the dtype of the rest, and `quantize` says how its embedding
+    and head are held.
     """
 
     name: str | None
     dtype: str
     sha256: str
+    quantize: Mapping[str, Any] | None = None
 
     @property
     def is_quantized(self) -> bool:
         """Whether the base had projections in four bits."""
         return self.dtype.startswith(_QUANTIZED)
+
+    @property
+    def held(self) -> QuantizeConfig:
+        """How embedding and head of the base were held."""
+        return QuantizeConfig.model_validate(self.quantize or {})
 
 
 def identify_base(model: Llama, name: str | None = None) -> BaseIdentity:
@@ -82,7 +91,9 @@ def identify_base(model: Llama, name: str | None = None) -> BaseIdentity:
     weights = plain_state(model)
     dtype = str(model.dtype)
     is_quantized = next(quantized_projections(model), None) is not None
-    return BaseIdentity(name, f"{_QUANTIZED}{dtype}" if is_quantized else dtype, fingerprint(weights))
+    if not is_quantized:
+        return BaseIdentity(name, dtype, fingerprint(weights))
+    return BaseIdentity(name, f"{_QUANTIZED}{dtype}", fingerprint(weights), kinds_held(model))
 
 
 def save_adapter(
@@ -310,9 +321,11 @@ def read_base(folder: Path) -> BaseIdentity | None:
         return None
     values = read_json(path)
     try:
-        return BaseIdentity(**values)
-    except TypeError as error:
+        base = BaseIdentity(**values)
+        QuantizeConfig.model_validate(base.quantize or {})
+    except (TypeError, ValidationError) as error:
         raise FormatError(f"{path} must hold name, dtype and sha256 of the base: {error}") from error
+    return base
 
 
 def check_base(folder: Path, model: Llama) -> None:

@@ -96,6 +96,8 @@ def read_hf_folder(folder: Path, config: LlamaConfig) -> Readback:
         if state in places:
             shape = tuple(json.loads(part(state).tobytes())["shape"])
             return FileRows(shape, _nf4_numbers(lambda kind, *span: part(f"{name}{kind}", *span)))
+        if f"{name}.row_absmax" in places:
+            return _int8_rows(tuple(places[name][1]["shape"]), lambda kind, *span: part(f"{name}{kind}", *span))
         if f"{name}.scales" in places:
             return _bits_rows(places, name, part, written["quantization_config"])
         return FileRows(tuple(places[name][1]["shape"]), lambda start, stop: part(name, start, stop))
@@ -150,6 +152,16 @@ def _nf4_numbers(part: Callable[..., Array]) -> Callable[[int, int], Array]:
         return values
 
     return numbers
+
+
+def _int8_rows(shape: tuple[int, int], part: Callable[..., Array]) -> FileRows:
+    """Return a weight of eight bits by its definition in `interop.bnb`."""
+
+    def numbers(start: int, stop: int) -> Array:
+        scales = part(".row_absmax", start // shape[1], stop // shape[1]) / np.float32(127)
+        return part("", start, stop) * np.repeat(scales, shape[1])
+
+    return FileRows(shape, numbers)
 
 
 def _bits_rows(places: Mapping[str, Any], name: str, part: Callable[..., Array], config: Mapping[str, Any]) -> FileRows:

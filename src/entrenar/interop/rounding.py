@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from entrenar.interop import bnb, llama2c
+from entrenar.interop import llama2c
 from entrenar.model import Llama, LlamaConfig
 from entrenar.ops import dequantize
-from entrenar.peft import quantized_projections
+from entrenar.peft import QuantizeConfig, quantized_projections
 
 Format = Literal["hf", "llama2c", "gguf", "nf4"]
 # Two orders of multiplying level, scale and top.
@@ -27,16 +27,21 @@ _NF4_BLOCK, _NF4_GROUP = 64, 256
 # finding the nearest one in 65,536 bins may miss.
 _NF4_HALF_GAP, _SCALE_HALF_GAP = 0.1519036, 0.0070313 + 2.0**-16
 
+_INT8_HALF_STEP = 0.5 / 127 * 1.0001
 
-def bound_of(dtype: str, kind: Format, config: LlamaConfig) -> Bound:
-    """Return the bound of a format and dtype."""
+
+def bound_of(dtype: str, kind: Format, config: LlamaConfig, held: QuantizeConfig) -> Bound:
+    """Return the bound of a format and dtype; `held` says what of nf4 is in few bits."""
 
     def by_rows(weight: Tensor, allowed: Callable[[Tensor], Tensor]) -> Callable[[slice], Tensor]:
         return lambda rows: allowed(weight[rows].float())
 
     def bound(name: str, weight: Tensor) -> Callable[[slice], Tensor]:
-        if kind == "nf4" and bnb.is_quantized(name):
+        few = held.kind_of(name) if kind == "nf4" else "keep"
+        if few == "nf4":
             return _of_levels(weight)
+        if few == "int8":
+            return by_rows(weight, lambda rows: (rows.abs().amax(1, keepdim=True) * _INT8_HALF_STEP).expand_as(rows))
         if weight.ndim == 1 and kind in ("llama2c", "gguf"):
             return by_rows(weight, lambda rows: _of_numbers(rows, "f32"))
         if dtype not in ("q8_0", "q4_0"):

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from entrenar.ops.first_order import refuse_double_backward
+from entrenar.ops.int8_rows import Int8Weight, dequantize_int8
 from entrenar.ops.lora_linear import draw_kept, reference_lora_linear
 from entrenar.ops.nf4 import BLOCK, Nf4Weight, dequantize_nf4
 from entrenar.ops.nf_bits import NfBitsWeight, dequantize_nf_bits
@@ -40,7 +41,7 @@ from entrenar.ops.nf_bits import NfBitsWeight, dequantize_nf_bits
 # Numbers in a tile: large enough that a product with it runs at full speed, small beside any weight.
 _TILE = 1 << 20
 
-QuantizedWeight = Nf4Weight | NfBitsWeight
+QuantizedWeight = Nf4Weight | NfBitsWeight | Int8Weight
 
 
 def dequantize(
@@ -49,6 +50,8 @@ def dequantize(
     """Return some rows of a quantized weight, computed in float32 and rounded once to `dtype`."""
     if isinstance(weight, NfBitsWeight):
         return dequantize_nf_bits(weight, dtype, rows)
+    if isinstance(weight, Int8Weight):
+        return dequantize_int8(weight, dtype, rows)
     return dequantize_nf4(weight, dtype, rows)
 
 

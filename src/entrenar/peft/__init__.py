@@ -19,6 +19,7 @@ from entrenar.peft.lora import (
     wrappers,
 )
 from entrenar.peft.qlora import Nf4Linear, QuantizedEmbedding, memory_lines, put_quantized, quantized_projections, widen
+from entrenar.peft.quantize import QuantizeConfig, kinds_held, quantize
 from entrenar.peft.targets import find_saved, find_targets, layer_number, shape_of
 from entrenar.peft.trainable import TrainableTable, trainable_table
 from entrenar.peft.trunk import TrunkCache, TrunkConfig, highest_cut
@@ -30,6 +31,7 @@ __all__ = [
     "LowRank",
     "MergeReport",
     "Nf4Linear",
+    "QuantizeConfig",
     "QuantizedEmbedding",
     "SavedModule",
     "TrainableTable",
@@ -44,12 +46,14 @@ __all__ = [
     "fingerprint",
     "from_base",
     "highest_cut",
+    "kinds_held",
     "layer_number",
     "learning_rate_factors",
     "memory_lines",
     "merge",
     "plain_state",
     "put_quantized",
+    "quantize",
     "quantized_projections",
     "set_adapter",
     "shape_of",

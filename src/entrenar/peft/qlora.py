@@ -1,7 +1,7 @@
 """Frozen weights held in a few bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
 
-NF4 quantizes what is multiplied by every token, the projections of the layers; norms are small, and embedding and head
-decide single tokens, so they stay as they are stored. A budget of bits (`bit_budget`) quantizes those two as well. An
+NF4 quantizes what is multiplied by every token, the projections of the layers; norms are small and stay as they are.
+So do embedding and head unless they are asked for (`quantize`) or have a part in a budget of bits (`bit_budget`). An
 adapter learns beside a quantized projection just as it does beside a plain one, in float32; what it corrects is then
 the base as quantized, not as it was.
 """
@@ -79,7 +79,7 @@ class Nf4Linear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """An embedding held in a few bits; only the rows that are looked up are widened."""
 
-    def __init__(self, weight: ops.NfBitsWeight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: ops.QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__()
         self.table = Nf4Linear(weight, dtype)
 
@@ -91,9 +91,9 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """Look the ids up."""
         held = self.quantized
-        if isinstance(held, ops.NfBitsWeight):
-            return ops.dequantize_nf_bits(held, self.table.dtype, ids.flatten()).view(*ids.shape, -1)
-        return embedding(ids, cast(Tensor, self.table.weight))
+        if held is None:
+            return embedding(ids, cast(Tensor, self.table.weight))
+        return ops.quantized_embedding(ids, held, self.table.dtype)
 
 
 def weight_of(module: nn.Module) -> BaseWeight | None:
@@ -125,7 +125,7 @@ def put_quantized(model: nn.Module, name: str, weight: ops.QuantizedWeight, dtyp
     holder = model.get_submodule(parent)
     old = holder.get_submodule(own)
     if isinstance(old, nn.Embedding):
-        setattr(holder, own, QuantizedEmbedding(cast(ops.NfBitsWeight, weight), dtype))
+        setattr(holder, own, QuantizedEmbedding(weight, dtype))
         return
     projection = Nf4Linear(weight, dtype)
     projection.compute_dtype = cast(Any, old).compute_dtype
@@ -139,12 +139,18 @@ def memory_lines(model: nn.Module) -> Iterator[str]:
         kept = sum(parameter.nbytes for parameter in model.parameters())
         numbers = sum(math.prod(weight.shape) for weight in held)
         size_bytes = sum(weight.size_bytes for weight in held)
-        widths = {"NF4" if isinstance(weight, ops.Nf4Weight) else f"{weight.bits} bits" for weight in held}
+        widths = {_kind(weight) for weight in held}
         yield (
             f"base: {numbers:,} weights of {len(held)} matrices in {', '.join(sorted(widths))}, "
             f"{size_bytes / 1e6:,.1f} MB ({8 * size_bytes / numbers:.3f} bits each); "
             f"the rest {kept / 1e6:,.1f} MB as stored"
         )
+
+
+def _kind(weight: ops.QuantizedWeight) -> str:
+    if isinstance(weight, ops.NfBitsWeight):
+        return f"{weight.bits} bits"
+    return "NF4" if isinstance(weight, ops.Nf4Weight) else "int8"
 
 
 def widen(model: nn.Module) -> None:

@@ -24,8 +24,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def base_of(folder: Path) -> Path:
-    """Return the base model's folder, which an adapter of ours remembers.
+def base_of(folder: Path) -> tuple[Path, BaseIdentity]:
+    """Return the base model's folder, which an adapter of ours remembers, and what it knows of the base.
 
     Raises:
         DataError: it does not say, or the folder is gone.
@@ -34,13 +34,7 @@ def base_of(folder: Path) -> Path:
     if base is None or base.name is None or not Path(base.name).is_dir():
         named = "does not say what its base is" if base is None or base.name is None else f"has its base at {base.name}"
         raise DataError(f"adapter {folder} {named}, and it is not there; merge it into its base with `entrenar merge`")
-    return Path(base.name)
-
-
-def is_base_quantized(folder: Path) -> bool:
-    """Say whether an adapter was trained over its base in four bits."""
-    base = read_base(folder)
-    return base is not None and base.is_quantized
+    return Path(base.name), base
 
 
 def use_adapter(folder: Path, model: Llama) -> None:

@@ -136,6 +136,9 @@ def quantize_to_budget(
         DataError: a weight is NaN or infinite.
     """
     matrices = {name: module for name, module in model.named_modules() if _is_matrix(module)}
+    for name, module in matrices.items():
+        if not bool(module.get_parameter("weight").isfinite().all()):
+            raise DataError(f"{name}.weight must be finite to be quantized, got NaN or infinity; repair it first")
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kept = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 1)
     shapes = {name: _shape(module) for name, module in matrices.items()}

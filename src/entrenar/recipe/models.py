@@ -13,7 +13,7 @@ from entrenar.interop import load_model, save_model
 from entrenar.interop.assemble import set_parameter
 from entrenar.interop.convert import MODEL_BIN, open_source
 from entrenar.model import Llama
-from entrenar.recipe.adapters import base_of, is_adapter, is_base_quantized, use_adapter
+from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
 from entrenar.train import latest_good
 
 
@@ -73,8 +73,8 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
     folder = model_folder(path)
     if not is_adapter(folder):
         return load_model(folder, dtype=dtype), Tokenizer.load(folder)
-    base = base_of(folder)
-    model = load_model(base, dtype=dtype, quantize=is_base_quantized(folder))
+    base, identity = base_of(folder)
+    model = load_model(base, dtype=dtype, quantize=identity.is_quantized, held=identity.held)
     use_adapter(folder, model)
     return model, Tokenizer.load(base)
 

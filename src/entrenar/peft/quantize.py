@@ -1,0 +1,84 @@
+"""What of a base is held in few bits, and as what.
+
+The projections of the layers are NF4 (Dettmers et al. 2023, arXiv:2305.14314). Embedding and head decide single tokens
+and are kept by default; in a small model they are half of the base, and int8 by row or NF4 takes most of that away.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Self
+
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from entrenar.errors import ConfigError, DataError
+from entrenar.ops import Int8Weight, Nf4Weight, QuantizedWeight, quantize_int8, quantize_nf4
+
+Kind = Literal["keep", "int8", "nf4"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_QUANTIZE: dict[str, Callable[[Tensor], QuantizedWeight]] = {"int8": quantize_int8, "nf4": quantize_nf4}
+
+
+class QuantizeConfig(BaseModel):
+    """How a base is held while adapters are trained beside it (method = qlora)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    embedding: Kind = "keep"
+    """The embedding: as it is stored (keep), in 8 bits with a scale for each row (int8), or in four bits (nf4)."""
+    head: Kind | None = None
+    """The head, if it is not the embedding itself: the same choices; left out, as the embedding."""
+    bits: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Most bits a weight may take, everything included: each matrix gets 2 to 8, and a folder of it goes to the run."""
+    calibration: Path | None = None
+    """A text like those the model is for, to choose and round by; left out, what the model itself writes."""
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        if self.bits is not None and (self.embedding != "keep" or self.head is not None):
+            raise ValueError("bits chooses a width for embedding and head too; leave embedding and head out, or bits")
+        if self.calibration is not None and self.bits is None:
+            raise ValueError("calibration has no effect without bits; give a budget, or leave it out")
+        return self
+
+    def kind_of(self, name: str) -> Kind:
+        """Return how a weight is held that was plain before; every projection is NF4."""
+        if name.endswith("_proj.weight"):
+            return "nf4"
+        if name == EMBEDDING:
+            return self.embedding
+        return (self.head or self.embedding) if name == HEAD else "keep"
+
+    def check_tied(self, *, is_tied: bool) -> None:
+        """Check that a head which is the embedding is not asked to be held otherwise.
+
+        Raises:
+            ConfigError.
+        """
+        if is_tied and self.head not in (None, self.embedding):
+            raise ConfigError(
+                f"quantize.head must be left out for this model, whose head is its embedding, got {self.head} "
+                f"beside embedding = {self.embedding}"
+            )
+
+
+def quantize(name: str, weight: Float[Tensor, "O I"], kind: Kind) -> QuantizedWeight:
+    """Quantize a weight, `name` for the message.
+
+    Raises:
+        DataError: a number is NaN or infinite.
+    """
+    try:
+        return _QUANTIZE[kind](weight)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def kinds_held(model: nn.Module) -> dict[str, Kind]:
+    """Return how embedding and head of a model are held, those in another number of bits left out."""
+    kinds: dict[type, Kind] = {type(None): "keep", Int8Weight: "int8", Nf4Weight: "nf4"}
+    modules = dict(model.named_modules())
+    places = {key: name.removesuffix(".weight") for key, name in (("embedding", EMBEDDING), ("head", HEAD))}
+    held = {key: getattr(modules[place], "quantized", None) for key, place in places.items() if place in modules}
+    return {key: kinds[type(weight)] for key, weight in held.items() if type(weight) in kinds}

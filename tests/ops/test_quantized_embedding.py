@@ -1,0 +1,39 @@
+"""Looking rows up in a quantized weight gives the rows of the widened one, whatever holds it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from entrenar.ops.int8_rows import quantize_int8
+from entrenar.ops.nf4 import Nf4Weight, block_magnitudes, quantize_nf4
+from entrenar.ops.nf4_linear import dequantize
+from entrenar.ops.nf_bits import quantize_nf_bits
+from entrenar.ops.quantized_embedding import quantized_embedding
+
+
+def once(weight: Tensor) -> Nf4Weight:
+    """NF4 whose scales were quantized once."""
+    twice = quantize_nf4(weight)
+    return Nf4Weight(twice.codes, block_magnitudes(twice, 0, len(twice.absmax)), None, None, twice.shape)
+
+
+KINDS = {"nf4": quantize_nf4, "nf4 once": once, "int8": quantize_int8, "5 bits": lambda w: quantize_nf_bits(w, 5)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [64, 75, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_widened_weight(kind, width, dtype):
+    """Bit for bit, in any order and repeated, where rows begin inside a block or a byte too."""
+    weight = KINDS[kind](torch.randn(300, width, generator=torch.Generator().manual_seed(0)))
+    ids = torch.tensor([[299, 0, 1], [17, 17, 150]])
+    found = quantized_embedding(ids, weight, dtype)
+    assert found.shape == (2, 3, width)
+    assert torch.equal(found, dequantize(weight, dtype)[ids])
+
+
+def test_many_ids_are_looked_up_in_parts_that_agree():
+    """More numbers than are looked up at once."""
+    weight = quantize_nf4(torch.randn(50, 512, generator=torch.Generator().manual_seed(0)))
+    ids = torch.randint(0, 50, (1100,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(quantized_embedding(ids, weight), dequantize(weight)[ids])
