@@ -53,6 +53,85 @@ def test_dequantizing_is_what_the_bits_say(bits):
     )
 
 
+CHOICES = (1.0, 0.93, 0.86, 0.79, 0.7, 1.1, -1.0, -0.9, -0.8)
+
+
+def by_definition(weight: np.ndarray, bits: int, moments: np.ndarray | None, choices: tuple[float, ...]) -> np.ndarray:
+    """Quantize by equation (2) and algorithm 1 of the paper in float64, and widen again."""
+    levels = nf_bits_levels(bits).double().numpy()
+    rest, out = weight.copy(), np.zeros_like(weight)
+    upper, importance = np.eye(weight.shape[1]), np.ones(weight.shape[1])
+    if moments is not None:
+        damped = moments + 0.01 * np.diag(moments).mean() * np.eye(len(moments))
+        upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+        importance = np.diag(upper) ** -2
+    for start in range(0, weight.shape[1], 64):
+        columns = np.arange(start, min(start + 64, weight.shape[1]))
+        scales = np.zeros(len(weight))
+        for row, block in enumerate(rest[:, columns]):
+            candidates = [choice * block[np.abs(block).argmax()] for choice in choices]
+            if candidates[0]:
+                rounded = [levels[np.abs(block[:, None] / d - levels).argmin(1)] * d for d in candidates]
+                costs = [(importance[columns] * (values - block) ** 2).sum() for values in rounded]
+                scales[row] = candidates[int(np.argmin(costs))]
+        for first in range(0, len(weight), 256):
+            rows = slice(first, first + 256)
+            top = np.abs(scales[rows]).max() or 1.0
+            codes = np.round(scales[rows] / top * 127)
+            scales[rows] = np.where(codes == 0, 1, codes) * top / 127
+        for column in columns:
+            codes = np.abs(rest[:, column, None] / scales[:, None] - levels).argmin(1)
+            out[:, column] = levels[codes] * scales
+            if moments is not None:
+                error = (rest[:, column] - out[:, column]) / upper[column, column]
+                rest[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+    return out
+
+
+@every_width
+@pytest.mark.parametrize("kind", ["plain", "draft", "moments", "tiny moments"])
+def test_the_weight_is_that_of_the_definition(bits, kind):
+    """Scales, codes and the errors that are moved on are those of the module's equations, summed up by themselves.
+
+    Rows of very different size lie in a group, one of them zero; the inputs' sizes differ tenfold.
+    """
+    plain = draw(259, 75) * 0.02
+    plain[7], plain[9] = plain[7] / 300, 0
+    plain[2, 70] = -0.9
+    moments = None
+    if "moments" in kind:
+        x = (draw(500, 75, 1) @ draw(75, 75, 2)) * 10 ** draw(1, 75, 3).clamp(-1, 1)
+        moments = x.mT @ x * (1e-37 if kind == "tiny moments" else 1)
+    got = dequantize_nf_bits(quantize_nf_bits(plain, bits, moments, is_draft=kind == "draft"))
+    choices = CHOICES[:1] if kind == "draft" or bits >= 6 else CHOICES
+    known = None if moments is None else moments.double().numpy()
+    want = torch.from_numpy(by_definition(plain.double().numpy(), bits, known, choices))
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_zeros_costs_the_others_nothing():
+    """It has no scale of its own, which would stretch the codes of the scales of its group."""
+    plain = draw(256, 64) * 0.002
+    with_zeros = plain.clone()
+    with_zeros[17] = 0
+    others = torch.arange(256) != 17
+    want, got = (dequantize_nf_bits(quantize_nf_bits(weight, 8)) for weight in (plain, with_zeros))
+    assert torch.equal(got[others], want[others])
+    assert not got[17].any()
+
+
+def test_codes_of_a_trained_weight_carry_no_graph():
+    """What is quantized is frozen: no tensor of it has a gradient."""
+    weight = quantize_nf_bits(torch.nn.Parameter(draw(3, 70)), 4)
+    assert not any(tensor.requires_grad for tensor in weight.tensors())
+
+
+@pytest.mark.parametrize("rows", [1, 256, 257, 700])
+def test_sizes_count_a_top_for_each_group_of_rows(rows):
+    """Also of many groups."""
+    assert quantize_nf_bits(draw(rows, 130), 3).size_bytes == nf_bits_size((rows, 130), 3)
+
+
 @every_width
 def test_each_number_gets_the_nearest_level_of_its_block(bits):
     """No other level times the block's scale is nearer, and an exact zero stays one."""

@@ -167,9 +167,8 @@ def _best_scales(
 ) -> Float32[Tensor, "O 1"]:
     """Return d of equation (2)."""
     largest = block.gather(1, block.abs().argmax(1, keepdim=True))
-    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
     if len(choices) == 1:
-        return largest * choices[0]
+        return largest  # the first choice is 1
     best, least = largest, torch.full_like(largest, torch.inf)
     for choice in choices:
         scale = largest * choice
@@ -183,7 +182,8 @@ def _round_scales(wanted: Float32[Tensor, "O 1"]) -> tuple[Tensor, Tensor, Tenso
     """Return the codes (O, 1), the tops of 256 rows, and the numbers (O, 1) that they stand for."""
     grouped = pad(wanted[:, 0], (0, -len(wanted) % GROUP)).view(-1, GROUP)
     tops = grouped.abs().amax(1)
-    codes = (grouped / tops[:, None] * _LARGEST_CODE).round().clamp(-_LARGEST_CODE, _LARGEST_CODE)
+    tops = torch.where(tops == 0, torch.ones_like(tops), tops)  # of nothing but zeros
+    codes = (grouped / tops[:, None] * _LARGEST_CODE).round()
     codes = torch.where(codes == 0, torch.ones_like(codes), codes)  # a scale of 0 could not be divided by
     numbers = codes * (tops / _LARGEST_CODE)[:, None]
     return codes.view(-1, 1)[: len(wanted)].to(torch.int8), tops, numbers.view(-1, 1)[: len(wanted)]
