@@ -4,7 +4,8 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType
+from typing import Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,6 +27,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] = RunConfig) -> None:
     """Add `--config FILE` and one flag for each option of `model`, grouped as the file's tables are."""
+    arguments.usage = f"{arguments.prog} [--config FILE] [flags]"
     arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags go over it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in options(model):
@@ -37,12 +39,22 @@ def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] 
         group.add_argument(
             option.flag,
             dest=option.key,
-            metavar=option.path[-1].upper() if has_value else "true|false",
+            metavar=_metavar(option.path[-1], option.field.annotation),
             nargs=None if has_value else "?",
             const=None if has_value else "true",
             default=argparse.SUPPRESS,
             help=((option.field.description or "").replace("%", "%%") + shown),
         )
+
+
+def _metavar(name: str, annotation: object) -> str:
+    """Return what may stand after a flag: its choices where they are few words, else its name."""
+    if annotation is bool:
+        return "true|false"
+    kinds = [annotation] if get_origin(annotation) is Literal else list(get_args(annotation))
+    is_closed = all(get_origin(kind) is Literal or kind in (NoneType, Ellipsis) for kind in kinds)
+    words = [str(word) for kind in kinds for word in get_args(kind)] if is_closed else []
+    return ("," if get_origin(annotation) is tuple else "|").join(words) or name.upper()
 
 
 def _shown(default: object) -> str:
@@ -101,7 +113,7 @@ def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], 
                 "--" + name.replace("_", "-"),
                 dest=f"config.{name}",
                 nargs="+" if isinstance(field.default, tuple) else None,
-                metavar=name.upper(),
+                metavar=_metavar(name, field.annotation),
                 default=argparse.SUPPRESS,
                 help=f"{(field.description or '').replace('%', '%%')} (default: {field.default})",
             )

@@ -14,7 +14,7 @@ from entrenar.infer import Evaluation
 from entrenar.recipe.plan import plan_run
 
 ENDS = {
-    "steps": "all steps done",
+    "steps": "trained to the planned end",
     "time": "time is up",
     "early_stop": "the held-out loss no longer falls",
     "signal": "stopped by a signal; go on with --resume",
