@@ -133,7 +133,7 @@ property-power: $(VENV)/.test ## plant each property's own mutant, which it must
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m property --power --hypothesis-profile mutation
 
 property-10k: $(VENV)/.test ## 10,000 counted cases of each property
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -m property --cases 10000 --count-cases
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m property --cases 10000 --count-cases --cases-file quality/results/properties.json
 
 chaos: $(VENV)/.test ## kills, full disks, starved memory
 	$(BIN)/python -m pytest -q -m chaos

@@ -1,12 +1,16 @@
 """Fixtures for every test: one thread, fixed seeds, counted properties, the real data when it lies beside the project.
 
 `--certificate PATH` keeps what the tests showed about each operation. `--count-cases` prints how many cases each
-property passed, `--cases N` runs N of each, whatever it asks for itself, `--power` plants each property's own mutant
-and demands that the property fails. `--hypothesis-profile` takes one of the profiles below.
+property passed, `--cases-file PATH` keeps that beside the figures of properties that did not run, `--cases N` runs N of
+each, whatever it asks for itself. `--power` plants each property's own mutant and demands that the property fails.
+`--hypothesis-profile` takes one of the profiles below.
 """
 
 import functools
+import json
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +40,14 @@ settings.load_profile("tier2")
 
 CERTIFICATE = pytest.StashKey[Certificate]()
 CASES = pytest.StashKey[dict[str, int]]()
+HELD = pytest.StashKey[dict[str, dict[str, Any]]]()
 KILLED = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--certificate", type=Path, help="write what was shown about each operation to this JSON file")
     parser.addoption("--count-cases", action="store_true", help="print how many cases each property passed")
+    parser.addoption("--cases-file", type=Path, help="keep the counts in this JSON file")
     parser.addoption("--cases", type=int, help="run this many cases of each property")
     parser.addoption("--power", action="store_true", help="run each property against the mutant that it must kill")
 
@@ -49,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CERTIFICATE] = Certificate()
     config.stash[CASES] = {}
+    config.stash[HELD] = {}
     config.stash[KILLED] = {}
 
 
@@ -65,12 +72,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         asked = item.obj._hypothesis_internal_use_settings
         item.obj._hypothesis_internal_use_settings = settings(asked, max_examples=item.config.getoption("--cases"))
     inner, cases = handle.inner_test, item.config.stash[CASES]
-    cases[item.nodeid] = 0
+    cases[item.nodeid], started = 0, time.process_time()
     handle.inner_test = counted(inner, cases, item.nodeid)
     try:
         result = yield
     finally:
         handle.inner_test = inner
+    item.config.stash[HELD][item.nodeid] = {
+        "cases": cases[item.nodeid], "cpu_s": round(time.process_time() - started, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
     for op in marker.args:
         item.config.stash[CERTIFICATE].add(op, "property", test=item.nodeid, cases=cases[item.nodeid])
     return result
@@ -103,12 +114,23 @@ def counted(inner: Callable[..., Any], cases: dict[str, int], name: str) -> Call
     return passed
 
 
+def keep_counts(path: Path, held: dict[str, dict[str, Any]]) -> None:
+    """Write how many cases each property held in, the older figures of others beside them."""
+    before = json.loads(path.read_text(encoding="utf-8"))["properties"] if path.is_file() else {}
+    rows = dict(sorted((before | held).items()))
+    total = {"count": len(rows), "cases": sum(row["cases"] for row in rows.values())}
+    path.write_text(json.dumps({**total, "properties": rows}, indent=1) + "\n", encoding="utf-8")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.getoption("--count-cases"):
         cases = config.stash[CASES]
         for name, count in cases.items():
             terminalreporter.write_line(f"[property] passed {count} cases: {name}")
         terminalreporter.write_line(f"[property] {len(cases)} properties, {sum(cases.values())} cases")
+    counts = config.getoption("--cases-file")
+    if counts is not None:
+        keep_counts(counts, config.stash[HELD])
     for name, mutant in config.stash[KILLED].items():
         terminalreporter.write_line(f"[power] {name.split('::')[1]} kills {mutant}")
     path = config.getoption("--certificate")
