@@ -115,7 +115,7 @@ def test_rows_behind_the_first_group_of_magnitudes_are_those_of_the_whole():
     """Magnitudes are nested by 256 blocks: rows that begin in a later group, at its edge or within, read the same."""
     held = quantize_nf4(draw((600, 64)))
     whole = dequantize_nf4(held)
-    for rows in (slice(255, 257), slice(256, 300), slice(300, 310), slice(513, 600)):
+    for rows in (slice(255, 257), slice(256, 300), slice(300, 310), slice(300, 600), slice(513, 600)):
         assert torch.equal(dequantize_nf4(held, torch.float32, rows), whole[rows])
 
 
@@ -125,6 +125,16 @@ def test_every_byte_of_codes_is_its_two_levels():
     book = nf4_code_book()
     wanted = torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1).view(8, 64)
     assert torch.equal(dequantize_nf4(held), wanted)
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_the_kernel_of_the_device_is_asked_for_but_while_a_compiler_traces(is_traced, monkeypatch):
+    """A trial has no place in a graph."""
+    module, asked = importlib.import_module("entrenar.ops.nf4"), []
+    monkeypatch.setattr(module, "widening_on", lambda *request: asked.append(request) or module.widen)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_traced)
+    dequantize_nf4(quantize_nf4(draw((2, 64))), torch.bfloat16)
+    assert asked == ([] if is_traced else [(torch.device("cpu"), torch.bfloat16, module.widen)])
 
 
 @pytest.mark.parametrize("width", [64, 22, 65])
