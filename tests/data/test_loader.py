@@ -268,6 +268,15 @@ def test_validation_has_no_window_without_a_target(
     assert all((batch.targets != -100).any(1).all() for batch in batches)
 
 
+def test_padding_behind_a_document_that_just_began_is_another(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch):
+    """The fill counts on from the last token, not from the one before it."""
+    entry = corpora[0].manifest.tokenizer
+    monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7, entry.eos_id, entry.bos_id, 7]))
+    (batch,) = validation_batches(corpora[0], batch_size=1, seq_len=5)
+    assert batch.document_ids is not None
+    assert batch.document_ids.tolist() == [[0, 0, 1, 2, 2]]
+
+
 def test_a_single_id_is_no_validation_split(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch):
     """It has no target."""
     monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7]))
