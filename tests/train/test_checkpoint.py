@@ -229,6 +229,14 @@ def test_a_changed_config_is_shown_difference_by_difference() -> None:
     check_same_config(saved, now, may_differ={"optim.lr", "train.new", "train.old"})
 
 
+def test_differences_of_a_config_come_in_order():
+    """The same message each time, whatever the order of the keys."""
+    names = [f"key{number}" for number in range(10)]
+    with pytest.raises(CheckpointError) as error:
+        check_same_config(dict.fromkeys(names, 1), dict.fromkeys(reversed(names), 2))
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:-1]] == names
+
+
 def test_the_git_revision_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside a repository it is None, inside the commit, and with changes it says so."""
     monkeypatch.chdir(tmp_path)
