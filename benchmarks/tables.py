@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from headline import lines as headline_lines
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +27,11 @@ def result(name: str) -> Any:
 def rows(header: list[str], lines: list[list[str]]) -> str:
     """Write a Markdown table."""
     return "\n".join(["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]) + "\n"
+
+
+def headline() -> str:
+    """What README shows first."""
+    return rows(["", "", "more"], list(headline_lines(result)))
 
 
 def train_step() -> str:
@@ -345,7 +352,7 @@ def load() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
+    "headline": headline, "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": bit_budget, "qlora": qlora,
     "memory": memory, "test_data": test_data, "mutation": mutation, "tiers": tiers,
     "decode": decode, "load": load,

@@ -1,6 +1,6 @@
 """What README and book say is so: links lead somewhere, commands exist, tables are those of the raw figures."""
 
-import importlib.util
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -12,11 +12,9 @@ from entrenar.config import load_config, options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-assert _spec is not None
-assert _spec.loader is not None
-tables = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tables)
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("tables")
 
 
 def by_name(path: Path) -> str:
