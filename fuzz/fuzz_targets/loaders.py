@@ -34,10 +34,11 @@ def gguf(path: Path) -> None:
 
 
 def planted(path: Path) -> None:
-    """A reader that trusts a count."""
+    """A reader that trusts a count, and else is the real one: without its branches no input of it would be kept."""
     data = path.read_bytes()
     if data[:4] == b"GGUF" and len(data) > 5:
         [0, 1, 2][data[5]]
+    gguf(path)
 
 
 READERS: list[tuple[str, Callable[[Path], object]]] = [
