@@ -102,12 +102,15 @@ def test_a_tape_that_lives_keeps_its_place(tmp_path: Path) -> None:
 
 
 def test_the_peak_falls(tmp_path: Path) -> None:
-    """With a window of one state, the activations of twelve layers are not in memory together."""
+    """With a window of one state, five of the twelve layers' activations are in memory together at most.
+
+    In the backward: the one in use and the two gradients around it, one read ahead and one that is being read.
+    """
     script = _PEAKS.format(path=sys.path, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     away, kept = (int(word) for word in done.stdout.split())
     assert kept > (LAYERS - 1) * STATE_BYTES
-    assert away < kept - (LAYERS - 4) * STATE_BYTES
+    assert away < kept - (LAYERS - 5) * STATE_BYTES
 
 
 _PEAKS = """
