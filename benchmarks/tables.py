@@ -3,6 +3,7 @@
 A page marks the place of a table by `<!-- table: NAME -->` and `<!-- end -->`; nothing between them is written by hand.
 """
 
+import functools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quality_tables
 from headline import lines as headline_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,22 +274,13 @@ def test_data() -> str:
     return rows(header, lines) + note + f"{measured['date']}; `python benchmarks/test_data.py`\n"
 
 
-def mutation() -> str:
-    path = ROOT / "quality" / "results" / "mutation.json"
+def of_quality(name: str) -> str:
+    """What the gates measured, from quality/results."""
+    path = ROOT / "quality" / "results" / f"{name}.json"
     if not path.is_file():
         return "not measured\n"
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    whole = {"all": {key: value for key, value in measured.items() if key not in ("files", "mutants")}}
-    lines = [
-        [
-            f"`{name.removeprefix('src/entrenar/')}`", str(row["total_mutants"]), str(row["killed"]),
-            f"{row['survived']} ({row['survived_but_argued']})", str(row["timeouts"] + row["errors"]),
-            f"{row['mutation_score']:.1f} %", f"{row['strict_score']:.1f} %",
-        ]
-        for name, row in sorted(measured["files"].items()) + list(whole.items())
-    ]  # fmt: skip
-    header = ["file", "mutants", "killed", "survived (argued)", "no verdict", "score", "strict score"]
-    return rows(header, lines)
+    header, lines, note = quality_tables.TABLES[name](json.loads(path.read_text(encoding="utf-8")))
+    return rows(header, lines) + note
 
 
 def tiers() -> str:
@@ -354,7 +347,8 @@ def load() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": bit_budget, "qlora": qlora,
-    "memory": memory, "test_data": test_data, "mutation": mutation, "tiers": tiers,
+    "memory": memory, "test_data": test_data, "tiers": tiers,
+    **{name: functools.partial(of_quality, name) for name in quality_tables.TABLES},
     "decode": decode, "load": load,
 }  # fmt: skip
 
