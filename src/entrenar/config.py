@@ -22,7 +22,7 @@ from entrenar.data import DataConfig, SftConfig
 from entrenar.errors import ConfigError
 from entrenar.infer import TaskConfig
 from entrenar.model import LlamaConfig, PresetName
-from entrenar.peft import LoraConfig, TrunkConfig
+from entrenar.peft import LoraConfig, QuantizeConfig, TrunkConfig
 from entrenar.train import CheckpointConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
@@ -83,6 +83,7 @@ class FinetuneConfig(BaseModel):
     """What matrices are multiplied in; auto measures at the start which is fastest for `precision`, and keeps to it."""
     sft: SftConfig
     lora: LoraConfig = LoraConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
     trunk: TrunkConfig = TrunkConfig()
     task: TaskConfig = TaskConfig()
     train: TrainConfig = TrainConfig(epochs=3)
@@ -101,6 +102,16 @@ class FinetuneConfig(BaseModel):
                 )
             if self.trunk.cache_trunk:
                 raise ValueError("trunk.cache_trunk needs frozen layers, but method = full trains all; use lora")
+        for key, value in self.quantize if self.method != "qlora" else ():
+            if value != getattr(QuantizeConfig(), key):
+                raise ValueError(
+                    f"quantize.{key} has no effect with method = {self.method}; set method = qlora, or leave it out"
+                )
+        if self.method != "qlora" and self.lora.lora_init == "loftq":
+            raise ValueError(
+                f"lora.lora_init = loftq begins at what quantizing takes away, but method = {self.method} quantizes "
+                "nothing; set method = qlora"
+            )
         if self.trunk.cache_trunk and self.train.compile:
             raise ValueError("trunk.cache_trunk and train.compile exclude each other; leave one out")
         return self

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-LoraInit = Literal["default", "gaussian", "pissa"]
+LoraInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 _TOP_LAYERS = re.compile(r"top:([1-9]\d*)")
 
@@ -39,7 +39,8 @@ class LoraConfig(BaseModel):
     use_dora: bool = False
     """Train each output's magnitude apart from its direction."""
     lora_init: LoraInit = "default"
-    """First values. default: A uniform, B zero; gaussian: A normal / rank; pissa: the weight's main directions."""
+    """First values. default: A uniform, B zero; gaussian: A normal / rank; pissa: the weight's main directions; loftq
+    (qlora): those of what quantizing took away."""
     lora_plus_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Learning rate of B as a multiple of A's."""
     modules_to_save: tuple[str, ...] = ()

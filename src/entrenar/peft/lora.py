@@ -5,8 +5,9 @@ weights, the second puts what they do into the weights, `unmerge` takes it out a
 back. The base's weights are never written to; merging swaps a new tensor in and keeps the old one until `unload`.
 """
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -15,27 +16,41 @@ from torch import Tensor, nn
 from entrenar.errors import ConfigError
 from entrenar.peft.config import LoraConfig
 from entrenar.peft.layers import LoraLinear, LowRank, SavedModule
-from entrenar.peft.qlora import BaseWeight
 from entrenar.peft.targets import find_saved, find_targets
 
 DEFAULT_ADAPTER = "default"
+
+# Gives the plain weight that a quantized projection came from, by the projection's name.
+OriginalWeight = Callable[[str], Tensor]
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _WRAPPED_NAME = re.compile(r"\.base_layer(?=\.|$)")
 
 
-def from_base(model: nn.Module, config: LoraConfig, generator: torch.Generator, name: str = DEFAULT_ADAPTER) -> None:
-    """Freeze the model, give it a new adapter, and train that.
+def from_base(
+    model: nn.Module,
+    config: LoraConfig,
+    generator: torch.Generator,
+    name: str = DEFAULT_ADAPTER,
+    original: OriginalWeight | None = None,
+) -> None:
+    """Freeze the model, give it a new adapter, and train that; `original` is what loftq begins with.
 
     Raises:
         ConfigError: a word of the config means nothing in this model, or the name is taken.
     """
-    add_adapter(model, config, generator, name)
+    add_adapter(model, config, generator, name, original)
     model.requires_grad_(requires_grad=False)
     set_adapter(model, name, is_trainable=True)
 
 
-def add_adapter(model: nn.Module, config: LoraConfig, generator: torch.Generator, name: str) -> None:
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    generator: torch.Generator,
+    name: str,
+    original: OriginalWeight | None = None,
+) -> None:
     """Hold a new adapter, neither in use nor trained. Nothing is changed when it fails.
 
     Raises:
@@ -52,21 +67,16 @@ def add_adapter(model: nn.Module, config: LoraConfig, generator: torch.Generator
     }
     for path, module in targets.items():
         wrapper = module if isinstance(module, LoraLinear) else LoraLinear(module)
-        adapter = _new_adapter(path, wrapper.weight, config, generator)
+        adapter = LowRank(wrapper.weight, config.rank_of(path), config.scale_of(path), config.lora_dropout)
+        adapter.draw(wrapper.weight, config.lora_init, generator, original and functools.partial(original, path))
+        if config.use_dora:
+            adapter.add_magnitude(wrapper.weight)
         wrapper.adapters[name] = adapter.requires_grad_(requires_grad=False)
         _replace(model, path, wrapper)
     for path, copy in copies.items():
         base_weight = cast(Tensor, copy.base_layer.weight)
         copy.adapters[name] = nn.Parameter(base_weight.detach().clone(), requires_grad=False)
         _replace(model, path, copy)
-
-
-def _new_adapter(path: str, weight: BaseWeight, config: LoraConfig, generator: torch.Generator) -> LowRank:
-    adapter = LowRank(weight, config.rank_of(path), config.scale_of(path), config.lora_dropout)
-    adapter.draw(weight, config.lora_init, generator)
-    if config.use_dora:
-        adapter.add_magnitude(weight)
-    return adapter
 
 
 def set_adapter(model: nn.Module, name: str | None, *, is_trainable: bool = False) -> None:

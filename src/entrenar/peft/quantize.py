@@ -34,6 +34,9 @@ class QuantizeConfig(BaseModel):
     calibration: Path | None = None
     """A text like those the model is for, to choose and round by; left out, what the model itself writes."""
 
+    loftq_turns: int = Field(default=5, ge=1)
+    """With bits and lora_init = loftq: how often codes and adapter are made for each other; more is better, slowly."""
+
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
         if self.bits is not None and (self.embedding != "keep" or self.head is not None):

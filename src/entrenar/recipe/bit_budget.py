@@ -22,6 +22,7 @@ from entrenar.errors import ConfigError, DataError
 from entrenar.infer import GenerateConfig, generate
 from entrenar.interop.convert import Rounded, Source
 from entrenar.model import Llama
+from entrenar.ops import NfBitsWeight
 from entrenar.ops.nf_bits import WIDTHS
 from entrenar.peft import put_quantized
 from entrenar.peft.bit_budget import (
@@ -32,6 +33,7 @@ from entrenar.peft.bit_budget import (
     head_losses,
     watched_projections,
 )
+from entrenar.peft.layers import leading_factors
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 32, 256
@@ -40,6 +42,22 @@ _SENSITIVITY_ROWS = 8
 _ROWS_AT_ONCE = 4
 # Projections that are given the same input as another: its second moments serve them too.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters that will begin by making up for the rounding (LoftQ, arXiv:2310.08659, algorithm 1).
+
+    Attributes:
+        ranks: by the name of the projection.
+        turns: how often codes and adapter are made for each other.
+    """
+
+    ranks: Mapping[str, int]
+    turns: int
+
+
+_NO_ADAPTERS = Adapters({}, 0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,11 @@ class Budget:
 
 
 def round_to_budget(
-    source: Source, bits: float, calibration: Path | None, on_stage: Callable[[str], None]
+    source: Source,
+    bits: float,
+    calibration: Path | None,
+    on_stage: Callable[[str], None],
+    adapters: Adapters = _NO_ADAPTERS,
 ) -> tuple[Source, Budget]:
     """Return a source that is written with its matrices rounded to a budget, and what that came to.
 
@@ -91,7 +113,8 @@ def round_to_budget(
     # Modules of its own over the same weights: what is compared with it afterwards must stay as it was.
     model = copy.deepcopy(source.model, {id(parameter): parameter for parameter in source.model.parameters()})
     model.set_compute_dtype(ops.fastest_compute_dtype(model.dtype, model.device))
-    budget = quantize_to_budget(model, calibration_rows(model, source.tokenizer, calibration), bits, on_stage)
+    rows = calibration_rows(model, source.tokenizer, calibration)
+    budget = quantize_to_budget(model, rows, bits, on_stage, adapters)
     return replace(source, rounded=Rounded(model, budget.bits)), budget
 
 
@@ -127,7 +150,11 @@ def _written_rows(model: Llama, tokenizer: Tokenizer, length: int) -> Tensor:
 
 
 def quantize_to_budget(
-    model: Llama, rows: Int[Tensor, "rows length"], bits: float, on_stage: Callable[[str], None]
+    model: Llama,
+    rows: Int[Tensor, "rows length"],
+    bits: float,
+    on_stage: Callable[[str], None],
+    adapters: Adapters = _NO_ADAPTERS,
 ) -> Budget:
     """Quantize every matrix of the model in place, so that all weights together take `bits` bits each at most.
 
@@ -150,7 +177,7 @@ def quantize_to_budget(
     widths = allocate(costs, bits * numbers / 8 - kept)
     on_stage(f"Rounding layer by layer, on {rows.numel():,} tokens")
     with torch.no_grad():
-        _quantize(model, widths, rows)
+        _quantize(model, widths, rows, adapters)
     spent = kept + sum(sizes[name][width] for name, width in widths.items())
     targets = rows[:_SENSITIVITY_ROWS, 1:].numel()
     return Budget(widths, spent, numbers, sum(costs[name][width].loss for name, width in widths.items()) / targets)
@@ -203,8 +230,8 @@ def sensitivities(
     return losses
 
 
-def _quantize(model: Llama, widths: Mapping[str, int], rows: Tensor) -> None:
-    """Round embedding, layers and head in the order in which a token meets them."""
+def _quantize(model: Llama, widths: Mapping[str, int], rows: Tensor, adapters: Adapters) -> None:
+    """Round embedding, layers and head in the order in which a token meets them, each layer with its adapters."""
     decoder = model.model
     parts = [part[:, :-1] for part in torch.split(rows, _ROWS_AT_ONCE)]
     _put(model, EMBEDDING, widths, None if HEAD in widths else _moments_of_tied_head(model, parts))
@@ -215,9 +242,18 @@ def _quantize(model: Llama, widths: Mapping[str, int], rows: Tensor) -> None:
         for state in states:
             model.through(state, layer, layer + 1)
         moments.close()
-        for name in names:
-            _put(model, name, widths, moments.sums[_source(name)])
+        adapted: dict[str, NfBitsWeight] = {}
+        for name, module in names.items():
+            inputs = moments.sums[_source(name)]
+            if name not in adapters.ranks:
+                _put(model, name, widths, inputs)
+                continue
+            weight = module.get_parameter("weight")
+            adapted[name], both = _round_for(adapters.ranks[name], adapters.turns, weight, widths[name], inputs)
+            module.weight = nn.Parameter(both.to(weight.dtype), requires_grad=False)
         states = [model.through(state, layer, layer + 1) for state in states]
+        for name, rounded in adapted.items():
+            put_quantized(model, name, rounded, model.dtype)
     if HEAD in widths:
         _put(model, HEAD, widths, _sum_of_squares(decoder.norm(state) for state in states))
 
@@ -239,6 +275,17 @@ def _moments_of_tied_head(model: Llama, parts: Sequence[Tensor]) -> Tensor:
 def _source(name: str) -> str:
     parent, _, own = name.rpartition(".")
     return f"{parent}.{_SAME_INPUT.get(own, own)}"
+
+
+def _round_for(rank: int, turns: int, weight: Tensor, bits: int, moments: Tensor) -> tuple[NfBitsWeight, Tensor]:
+    """Return Q and Q + B A, a weight's rounding and the adapter of that rank, each in turn made for the other."""
+    plain, rounded = weight.float(), ops.quantize_nf_bits(weight.float(), bits, moments)
+    for turn in range(turns):
+        wide = ops.dequantize(rounded)
+        lora_a, lora_b = leading_factors(plain - wide, rank)
+        if turn < turns - 1:
+            rounded = ops.quantize_nf_bits(plain - lora_b @ lora_a, bits, moments)
+    return rounded, wide.addmm_(lora_b, lora_a)
 
 
 def _put(model: Llama, name: str, widths: Mapping[str, int], moments: Tensor | None) -> None:

@@ -25,7 +25,7 @@ from entrenar.data import (
     split,
     total_tokens,
 )
-from entrenar.errors import ConfigError, DataError
+from entrenar.errors import ConfigError
 from entrenar.infer import (
     Evaluation,
     Question,
@@ -35,12 +35,13 @@ from entrenar.infer import (
     token_hits,
     write_answers,
 )
-from entrenar.interop import is_quantized, load_model
+from entrenar.interop import load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
 from entrenar.model import Llama
 from entrenar.ops import Documents
-from entrenar.peft import TrunkCache, from_base, learning_rate_factors, memory_lines, trainable_table
-from entrenar.recipe.adapters import is_adapter, read_weights, write_adapter
+from entrenar.peft import TrunkCache, learning_rate_factors, memory_lines, trainable_table
+from entrenar.recipe.adapters import read_weights, write_adapter
+from entrenar.recipe.frozen import open_base, put_adapter, round_base
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import (
@@ -122,7 +123,7 @@ def finetune(
     device = choose_device(config)
     checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
     config = settle_compute_dtype(config, device, checkpoint)
-    model, tokenizer, folder = _open_base(config, device)
+    model, tokenizer, folder = open_base(config, device, is_resumed=checkpoint is not None)
     config = _fit_context(config, model)
     if checkpoint is not None and not allow_changes:
         check_same_config(checkpoint.state["config"], recorded(config), may_differ=_MAY_DIFFER)
@@ -131,7 +132,9 @@ def finetune(
             stale.unlink()
     rows = _read_rows(config, tokenizer, observer)
     open_run_folder(config, overwrite=overwrite, kept=QUARANTINE_FILE)
-    base = _choose_trained(config, model, folder, observer)
+    if config.quantize.bits is not None and checkpoint is None:
+        model, folder = round_base(config, config.quantize.bits, model, tokenizer, device, observer)
+    base = _choose_trained(config, model, folder, observer, is_resumed=checkpoint is not None)
     trunk = _open_trunk(config, model, tokenizer, rows, observer)
     try:
         return _train(config, _Parts(model, tokenizer, rows, base, trunk, device), checkpoint, observer)
@@ -186,31 +189,6 @@ def _train(config: FinetuneConfig, parts: _Parts, checkpoint: Checkpoint | None,
     return FinetuneReport(outcome, config.run_dir, model_folder(config.run_dir), before, after)
 
 
-def _open_base(config: FinetuneConfig, device: torch.device) -> tuple[Llama, Tokenizer, Path]:
-    folder = model_folder(config.model).resolve()
-    if is_adapter(folder):
-        raise ConfigError(
-            f"model must be a whole model, got the adapter {folder}; merge it first with `entrenar merge`"
-        )
-    # A frozen base is stored in what it is computed in; weights that learn begin at what is in the file.
-    is_stored_low = config.train.precision == "bfloat16"
-    dtype = torch.float32 if not is_stored_low else torch.bfloat16 if config.method != "full" else None
-    if config.method != "qlora" and is_quantized(folder):
-        raise ConfigError(
-            f"method must be qlora for the model in four bits at {folder}, got {config.method}; "
-            f"or widen it first with `entrenar convert {folder} DIR --to hf`"
-        )
-    model = load_model(folder, dtype=dtype, device=device, quantize=config.method == "qlora")
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise DataError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
-            "they do not belong together"
-        )
-    model.set_compute_dtype(getattr(torch, config.compute_dtype))
-    return model, tokenizer, folder
-
-
 def _fit_context(config: FinetuneConfig, model: Llama) -> FinetuneConfig:
     """Shorten rows to the model's context, unless the user set their length."""
     limit = model.config.context_length
@@ -254,14 +232,16 @@ def question_of(example: Example) -> Question:
     return Question(tuple(example.ids[:start].tolist()), tuple(example.ids[start:].tolist()))
 
 
-def _choose_trained(config: FinetuneConfig, model: Llama, folder: Path, observer: Observer) -> BaseIdentity | None:
+def _choose_trained(
+    config: FinetuneConfig, model: Llama, folder: Path, observer: Observer, *, is_resumed: bool
+) -> BaseIdentity | None:
     """Attach the adapter, if it is one that is trained; return what its base is."""
     base = None
     if config.method != "full":
         for line in memory_lines(model):
             observer.on_stage(line)
         base = identify_base(model, str(folder))
-        from_base(model, config.lora, torch.Generator().manual_seed(config.train.seed))
+        put_adapter(config, model, is_resumed=is_resumed)
     for line in trainable_table(model).lines() if config.method != "full" else [_all_trained(model)]:
         observer.on_stage(line)
     return base

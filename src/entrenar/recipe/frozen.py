@@ -1,0 +1,120 @@
+"""The base of a fine-tuning run: as it is stored, quantized while it is read, or rounded to a budget of bits.
+
+Rounding to a budget takes a backward and minutes, and its last bits depend on the machine. So it is done once in the
+life of a run and kept as a model folder in the run's own, which the adapter names as its base.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entrenar.config import FinetuneConfig
+from entrenar.data import Tokenizer
+from entrenar.errors import ConfigError, DataError
+from entrenar.interop import is_quantized, load_model
+from entrenar.interop.convert import Source, Target, convert
+from entrenar.interop.hf import open_folder
+from entrenar.interop.safetensors_file import TensorReader
+from entrenar.model import Llama
+from entrenar.peft import find_targets, from_base
+from entrenar.peft.lora import OriginalWeight
+from entrenar.recipe.adapters import is_adapter
+from entrenar.recipe.bit_budget import Adapters, round_to_budget
+from entrenar.recipe.models import model_folder
+from entrenar.recipe.run import Observer
+
+ROUNDED_FOLDER = "base"
+
+
+def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool) -> tuple[Llama, Tokenizer, Path]:
+    """Return the model to fine-tune, its tokenizer and its folder; with a budget not rounded yet, but in a resumed run.
+
+    Raises:
+        ConfigError, DataError, FormatError: there is no such model, or not one for these options.
+    """
+    folder = model_folder(config.model).resolve()
+    if is_adapter(folder):
+        raise ConfigError(
+            f"model must be a whole model, got the adapter {folder}; merge it first with `entrenar merge`"
+        )
+    _check_method(config, folder)
+    has_budget = config.quantize.bits is not None
+    if has_budget and is_resumed:
+        folder = config.run_dir.resolve() / ROUNDED_FOLDER
+    model = load_model(folder) if has_budget and not is_resumed else _load(config, folder, device)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model, tokenizer, folder
+
+
+def _check_method(config: FinetuneConfig, folder: Path) -> None:
+    if not is_quantized(folder):
+        return
+    if config.method != "qlora":
+        raise ConfigError(
+            f"method must be qlora for the model in four bits at {folder}, got {config.method}; "
+            f"or widen it first with `entrenar convert {folder} DIR --to hf`"
+        )
+    if config.quantize.bits is not None:
+        raise ConfigError(
+            f"quantize.bits rounds plain weights, and those of {folder} are in few bits already; leave it out, or give "
+            "the original model"
+        )
+
+
+def _load(config: FinetuneConfig, folder: Path, device: torch.device) -> Llama:
+    # A frozen base is stored in what it is computed in; weights that learn begin at what is in the file.
+    is_stored_low = config.train.precision == "bfloat16"
+    dtype = torch.float32 if not is_stored_low else torch.bfloat16 if config.method != "full" else None
+    is_low = config.method == "qlora"
+    model = load_model(folder, dtype=dtype, device=device, quantize=is_low, held=config.quantize)
+    model.set_compute_dtype(getattr(torch, config.compute_dtype))
+    return model
+
+
+def round_base(
+    config: FinetuneConfig, bits: float, model: Llama, tokenizer: Tokenizer, device: torch.device, observer: Observer
+) -> tuple[Llama, Path]:
+    """Round a plain model to the budget, keep it in the run's folder, and return it as it is read from there.
+
+    Raises:
+        ConfigError: the budget cannot be met; the message says the least possible.
+        DataError: the calibration text cannot be used, or a weight is not finite.
+        GateFailed: what was written is not what it should be.
+    """
+    folder = config.run_dir.resolve() / ROUNDED_FOLDER
+    targets = find_targets(model, config.lora) if config.lora.lora_init == "loftq" else ()
+    adapters = Adapters({name: config.lora.rank_of(name) for name in targets}, config.quantize.loftq_turns)
+    source = Source(model, tokenizer, "hf")
+    source, budget = round_to_budget(source, bits, config.quantize.calibration, observer.on_stage, adapters)
+    for line in budget.lines():
+        observer.on_stage(line)
+    report = convert(source, Target(folder, "nf4", can_overwrite=True))
+    observer.on_stage(f"{folder}: KL {report.kl:.3g} nats a token to the model as it was")
+    return _load(config, folder, device), folder
+
+
+def put_adapter(config: FinetuneConfig, model: Llama, *, is_resumed: bool) -> None:
+    """Freeze the model and give it a new adapter; that of a resumed run is read over it, so it may begin anyhow."""
+    lora, original = config.lora, None
+    if lora.lora_init == "loftq":
+        original = original_weights(model_folder(config.model))
+        if is_resumed:
+            lora = lora.model_copy(update={"lora_init": "default"})
+    from_base(model, lora, torch.Generator().manual_seed(config.train.seed), original=original)
+
+
+def original_weights(folder: Path) -> OriginalWeight | None:
+    """Return what reads the plain weight of a projection from a folder, one at a time; None if they are quantized."""
+    _, places, is_packed = open_folder(folder)
+
+    def read(name: str) -> Tensor:
+        path, entry = places[f"{name}.weight"][""]
+        return TensorReader().read(path, f"{name}.weight", entry, entry.dtype)
+
+    return None if is_packed else read

@@ -1,0 +1,202 @@
+"""A base in few bits, however it is made, is found again by its adapter; LoftQ begins nearer to the plain model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from entrenar import recipe
+from entrenar.cli.main import main
+from entrenar.config import FinetuneConfig, load_finetune_config
+from entrenar.data import train_bpe
+from entrenar.errors import ConfigError, DataError, FormatError
+from entrenar.interop import load_model
+from entrenar.interop.hf_peft import identify_base, read_base
+from entrenar.model import Llama, LlamaConfig
+from entrenar.ops import Int8Weight, NfBitsWeight
+from entrenar.peft import kinds_held, quantized_projections
+from entrenar.recipe.run import Observer
+
+WORDS = ("cat", "dog", "bird", "fish")
+TEXT = " ".join(f"the opposite of {a} is {b}." for a in WORDS for b in WORDS) + " "
+IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain model in float32, rows to train on and a text to calibrate on."""
+    place = tmp_path_factory.mktemp("quantized")
+    tokenizer = train_bpe([TEXT] * 3, 320)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
+        intermediate_size=128, max_seq_len=64, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    recipe.write_model_folder(place / "plain", model, dict(model.named_parameters()), tokenizer)
+    (place / "text.txt").write_text(TEXT * 30)
+    rows = [{"prompt": f"say {word} {number}:", "completion": f" {word}"} for number in range(10) for word in WORDS]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def config_for(place: Path, **flags: str) -> FinetuneConfig:
+    given = {
+        "model": str(place / "plain"), "method": "qlora", "sft.data": str(place / "rows.jsonl"), "name": "run",
+        "runs_dir": str(place / "runs"), "train.max_steps": "3", "train.epochs": "9", "optim.lr": "0.01",
+        "train.precision": "float32", "compute_dtype": "float32", "train.threads": "1",
+        "task.sample_answers": "0", "sft.eval_fraction": "0",
+        "lora.target_modules": "q_proj,down_proj",
+    }  # fmt: skip
+    return load_finetune_config(None, given | flags)
+
+
+@torch.no_grad()
+def logits(model: Llama) -> torch.Tensor:
+    return model(IDS)
+
+
+def started(config: FinetuneConfig) -> tuple[Llama, list[str]]:
+    """The model as training begins with it: of a run of no steps, and what it said."""
+    said: list[str] = []
+    report = recipe.finetune(config, overwrite=True, observer=Observer(on_stage=said.append))
+    return recipe.open_model(report.folder)[0], said
+
+
+@pytest.mark.parametrize("head", [None, "nf4"])
+def test_an_adapter_brings_an_embedding_in_int8_along(place, head):
+    """The kinds stand in base.json; opened by itself, the adapter quantizes its base to the same hash again."""
+    flags = {"quantize.embedding": "int8"} | ({"quantize.head": head} if head else {})
+    model, said = started(config_for(place, name=f"int8-{head}", **flags))
+    assert isinstance(model.model.embed_tokens.quantized, Int8Weight)
+    base = read_base(recipe.model_folder(place / f"runs/int8-{head}"))
+    assert base.quantize == {"embedding": "int8", "head": head or "int8"} == kinds_held(model)
+    assert any(re.search(r"^base: [0-9,]+ weights of 16 matrices in NF4, int8", line) for line in said)
+
+
+def test_a_run_in_int8_is_the_run_over_its_folder(place):
+    """Quantized while loading or converted before, the adapter is the same byte for byte."""
+    folder = place / "folder-int8"
+    words = ["convert", str(place / "plain"), str(folder), "--to", "nf4", "--embedding", "int8"]
+    assert main(words) == 0
+    adapters = []
+    for name, flags in (("a", {"quantize.embedding": "int8"}), ("b", {"model": str(folder)})):
+        report = recipe.finetune(config_for(place, name=name, **flags))
+        adapters.append((report.folder / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def test_a_damaged_word_on_the_base_is_refused(place, tmp_path):
+    """A kind that does not exist is named with its file."""
+    (tmp_path / "base.json").write_text(
+        json.dumps({"name": None, "dtype": "nf4", "sha256": "0", "quantize": {"head": "q9"}})
+    )
+    with pytest.raises(FormatError, match=r"base.json must hold name, dtype and sha256 of the base: .*\n?.*head"):
+        read_base(tmp_path)
+
+
+def test_a_budget_is_rounded_once_and_its_folder_is_the_base(place):
+    """`--bits` gives the folder that `convert` would, within the budget; adapter and resume find it again."""
+    flags = {"quantize.bits": "4.2", "quantize.calibration": str(place / "text.txt"), "name": "bits"}
+    config = config_for(place, **flags)
+    model, said = started(config)
+    words = ["convert", str(place / "plain"), str(place / "converted"), "--to", "nf4", "--bits", "4.2"]
+    assert main([*words, "--calibration", str(place / "text.txt")]) == 0
+    weights = "model.safetensors"
+    assert (place / "runs/bits/base" / weights).read_bytes() == (place / "converted" / weights).read_bytes()
+    assert all(isinstance(held.quantized, NfBitsWeight) for _, held in quantized_projections(model))
+    assert any(line.startswith("budget        4.") for line in said)
+    base = read_base(recipe.model_folder(place / "runs/bits"))
+    assert Path(base.name) == place / "runs/bits/base"
+    assert base.sha256 == identify_base(load_model(place / "converted")).sha256
+    said.clear()
+    longer = load_finetune_config(place / "runs/bits/config.toml", {"train.max_steps": "5"})
+    report = recipe.finetune(longer, resume=True, observer=Observer(on_stage=said.append))
+    assert report.outcome.step == 5
+    assert not any("Rounding" in line for line in said)
+
+
+def test_a_budget_that_cannot_be_met_says_the_least_possible(place):
+    """The figure can be met; and a base that is rounded already is not rounded again."""
+    with pytest.raises(ConfigError, match=r"--bits must be >= \d\.\d+ for this model, got 1\b") as raised:
+        recipe.finetune(config_for(place, name="no", **{"quantize.bits": "1"}))
+    least = str(raised.value).split(">= ")[1].split()[0]
+    started(config_for(place, name="least", **{"quantize.bits": least}))
+    again = {"quantize.bits": "4", "model": str(place / "runs/least/base"), "name": "no"}
+    with pytest.raises(ConfigError, match=r"quantize.bits rounds plain weights, and those of .*base are in few bits"):
+        recipe.finetune(config_for(place, **again))
+
+
+@pytest.mark.parametrize("bits", [None, "3.0"])
+def test_loftq_begins_nearer_to_the_plain_model(place, bits):
+    """The product of each adapted projection is nearer by what the leading directions take; the codes are no other."""
+    budget = {} if bits is None else {"quantize.bits": bits, "quantize.calibration": str(place / "text.txt")}
+    plain = load_model(place / "plain")
+    errors = {}
+    for init in ("default", "loftq"):
+        flags = budget | {"lora.lora_init": init, "optim.lr": "1e-12", "name": f"{init}-{bits}"}
+        model, _ = started(config_for(place, **flags))
+        adapted = model.model.layers[0].self_attn.q_proj
+        merged = adapted.adapter("default").merged(adapted.weight, torch.float32)
+        wanted = plain.model.layers[0].self_attn.q_proj.weight.detach()
+        errors[init] = float((merged - wanted).norm() / wanted.norm())
+    assert errors["loftq"] < (0.8 if bits is None else 0.7) * errors["default"]
+    hashes = {read_base(recipe.model_folder(place / f"runs/{init}-{bits}")).sha256 for init in errors}
+    assert len(hashes) == (1 if bits is None else 2)  # a budget is rounded for its adapter
+
+
+def test_a_resumed_loftq_run_needs_no_second_decomposition(place, monkeypatch):
+    """What the adapter began at is in the checkpoint."""
+    config = config_for(place, name="resumed", **{"lora.lora_init": "loftq"})
+    recipe.finetune(config)
+    monkeypatch.setattr("entrenar.peft.layers.leading_factors", lambda *_: pytest.fail("decomposed again"))
+    longer = load_finetune_config(place / "runs/resumed/config.toml", {"train.max_steps": "5"})
+    assert recipe.finetune(longer, resume=True).outcome.step == 5
+
+
+def test_loftq_asks_for_the_weights_that_were_quantized(place):
+    """A folder in four bits no longer has them, and other methods quantize nothing."""
+    assert main(["convert", str(place / "plain"), str(place / "nf4"), "--to", "nf4"]) == 0
+    packed = config_for(place, name="no", model=str(place / "nf4"), **{"lora.lora_init": "loftq"})
+    with pytest.raises(ConfigError, match=r"lora_init = loftq begins at what quantizing takes away, and needs a base"):
+        recipe.finetune(packed)
+    with pytest.raises(ConfigError, match=r"lora.lora_init = loftq begins at .* method = lora quantizes nothing"):
+        config_for(place, method="lora", **{"lora.lora_init": "loftq"})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # transformers' own
+def test_a_loftq_adapter_opens_in_peft_over_our_nf4_base(place, tmp_path):
+    """It is a plain adapter whose product is not zero, over the codes of plain NF4."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model, _ = started(config_for(place, name="peft", **{"lora.lora_init": "loftq"}))
+    assert main(["convert", str(place / "plain"), str(tmp_path / "nf4"), "--to", "nf4", "--dtype", "f32"]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    theirs = peft.PeftModel.from_pretrained(base, recipe.model_folder(place / "runs/peft"), is_trainable=True)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), theirs.train()(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "lora", "quantize.embedding": "int8"}, "quantize.embedding has no effect with method = lora; set"),
+        ({"method": "lora", "quantize.bits": "4"}, "quantize.bits has no effect with method = lora; set method = ql"),
+        ({"quantize.bits": "4", "quantize.embedding": "nf4"}, "bits chooses a width for embedding and head too; leave"),
+        ({"quantize.calibration": "x"}, "calibration has no effect without bits; give a budget, or leave it out"),
+        ({"quantize.embedding": "q4"}, "quantize.embedding"),
+        ({"quantize.bits": "-1"}, "quantize.bits"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(place, flags, message):
+    """Before anything is read."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_for(place, **flags)
+
+
+def test_a_calibration_text_that_is_not_there_costs_no_run(place):
+    """The message names the file."""
+    config = config_for(place, name="no", **{"quantize.bits": "4", "quantize.calibration": str(place / "nowhere")})
+    with pytest.raises(DataError, match=r"calibration text .*nowhere cannot be read"):
+        recipe.finetune(config)
