@@ -235,7 +235,7 @@ def bit_budget() -> str:
     lines = [
         [
             f"{name}, {figures['weights']:,} weights" if variant == "bfloat16" else "",
-            {"bfloat16": "bfloat16", "nf4": "NF4", "budget": f"budget of {figures['bits']:g}"}[variant],
+            variant.replace("nf4", "NF4").replace("budget", f"budget of {figures['bits']:g}"),
             f"{found['bits_per_weight']:.2f}",
             f"{figures['below_bfloat16'][variant]:.1%}",
             f"{found['loss_before']:.4f}",
@@ -243,13 +243,15 @@ def bit_budget() -> str:
             f"{figures['loss_over_lora'][variant]:.4f}",
         ]
         for name, figures in sorted(report.items(), key=lambda item: -item[1]["weights"])
-        for variant in ("bfloat16", "nf4", "budget")
-        for found in [figures["variants"][variant]]
+        for variant in ("bfloat16", "nf4", "nf4, LoftQ", "budget", "budget, LoftQ")
+        for found in [figures["variants"].get(variant)]
+        if found is not None
     ]
     header = ["model", "base", "bits a weight", "below", "held-out loss", "after the steps", "/ LoRA"]
     notes = [
         f"{name}: {figures['steps']} steps of {figures['tokens_a_step']:,} tokens of {figures['text']}, "
         f"{figures['held_out_targets']:,} held-out targets"
+        + (f", {figures['loftq_turns']} turns of LoftQ" if figures.get("loftq_turns") else "")
         for name, figures in sorted(report.items(), key=lambda item: -item[1]["weights"])
     ]
     return rows(header, lines) + "\n" + "; ".join(notes) + "; `python benchmarks/bit_budget.py`\n"

@@ -172,7 +172,7 @@ def quantize_to_budget(
     sizes = {name: {bits: ops.nf_bits_size(shape, bits) for bits in WIDTHS} for name, shape in shapes.items()}
     _check_budget(sizes, kept, numbers, bits)
     on_stage(f"Estimating what rounding {len(matrices)} matrices costs, on {len(rows[:_SENSITIVITY_ROWS])} rows")
-    losses = sensitivities(model, matrices, rows[:_SENSITIVITY_ROWS])
+    losses = sensitivities(model, matrices, rows[:_SENSITIVITY_ROWS], adapters)
     costs = {name: {w: Cost(sizes[name][w], losses[name][w]) for w in WIDTHS} for name in matrices}
     widths = allocate(costs, bits * numbers / 8 - kept)
     on_stage(f"Rounding layer by layer, on {rows.numel():,} tokens")
@@ -203,7 +203,10 @@ def _check_budget(sizes: Mapping[str, Mapping[int, int]], kept: int, numbers: in
 
 
 def sensitivities(
-    model: Llama, matrices: Mapping[str, nn.Module], rows: Int[Tensor, "rows length"]
+    model: Llama,
+    matrices: Mapping[str, nn.Module],
+    rows: Int[Tensor, "rows length"],
+    adapters: Adapters = _NO_ADAPTERS,
 ) -> dict[str, dict[int, float]]:
     """Return the estimated rise of the loss, summed over the rows' targets, for each matrix and width."""
     losses: dict[str, dict[int, float]] = {name: {} for name in matrices}
@@ -214,7 +217,7 @@ def sensitivities(
     projections = {name: module for name, module in matrices.items() if name not in (EMBEDDING, HEAD)}
     ids, head = rows[:, :-1], cast(Tensor, model.head_weight)
     try:
-        with watched_projections(projections, losses):
+        with watched_projections(projections, losses, adapters.ranks):
             hidden = model.hidden(ids).flatten(0, 1)
             targets = rows[:, 1:].flatten()
             torch.autograd.backward(ops.linear_cross_entropy(hidden, head, targets, compute_dtype=model.compute_dtype))
