@@ -87,3 +87,8 @@ def test_it_lies_where_its_codes_lie():
     """The device is that of the codes."""
     weight = Int8Weight(torch.zeros(2, 3, dtype=torch.int8, device="meta"), torch.zeros(2), (2, 3))
     assert weight.device.type == "meta"
+
+
+def test_codes_of_a_trained_weight_carry_no_graph():
+    """What is quantized is frozen: no tensor of it has a gradient."""
+    assert not any(tensor.requires_grad for tensor in quantize_int8(torch.nn.Parameter(draw(3, 70))).tensors())

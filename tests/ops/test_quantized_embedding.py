@@ -1,5 +1,7 @@
 """Looking rows up in a quantized weight gives the rows of the widened one, whatever holds it."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,3 +39,14 @@ def test_many_ids_are_looked_up_in_parts_that_agree():
     weight = quantize_nf4(torch.randn(50, 512, generator=torch.Generator().manual_seed(0)))
     ids = torch.randint(0, 50, (1100,), generator=torch.Generator().manual_seed(1))
     assert torch.equal(quantized_embedding(ids, weight), dequantize(weight)[ids])
+
+
+@pytest.mark.parametrize(("width", "parts"), [(30, [3, 3, 1]), (100, [1] * 7), (300, [1] * 7)])
+def test_a_part_is_as_many_ids_as_fit(width, parts, monkeypatch):
+    """At least one, however wide a row is."""
+    module, sizes = importlib.import_module("entrenar.ops.quantized_embedding"), []
+    look_up = module._nf4_rows
+    monkeypatch.setattr(module, "_AT_ONCE", 100)
+    monkeypatch.setattr(module, "_nf4_rows", lambda weight, ids: sizes.append(len(ids)) or look_up(weight, ids))
+    quantized_embedding(torch.arange(7), quantize_nf4(torch.ones(8, width)))
+    assert sizes == parts
