@@ -289,3 +289,18 @@ def test_a_disk_error_inside_safetensors_is_told_as_one(tmp_path: Path, sentence
         checkpoint.write(
             tmp_path / "step-00000001", _snapshot(1), failing, staged=lambda: None, before_commit=lambda: None
         )
+
+
+def test_what_cannot_be_deleted_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is renamed away first; files that stay behind are no checkpoint and no error."""
+    path = tmp_path / "step-1"
+    path.mkdir()
+
+    def failing(folder: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(f"cannot delete {folder}")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", failing)
+    checkpoint.remove(path)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1
