@@ -13,12 +13,14 @@ from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.interop import hf, rounding
 from entrenar.interop.convert import Source, Target, convert, open_source
 from entrenar.interop.readback import read_hf_folder
-from entrenar.ops import NfBitsWeight
-from entrenar.peft import quantized_projections, widen
-from entrenar.recipe.bit_budget import calibration_rows, quantize_to_budget, round_to_budget
+from entrenar.ops import NfBitsWeight, dequantize
+from entrenar.peft import LoraConfig, find_targets, quantized_projections, widen
+from entrenar.peft.layers import leading_factors
+from entrenar.recipe.bit_budget import Adapters, calibration_rows, quantize_to_budget, round_to_budget
 
 TEXT = "the cat sat on the mat and the dog lay by the door while it rained all day long " * 60
 Q = "model.layers.0.self_attn.q_proj.weight"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDE = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 76}
 
 
@@ -137,6 +139,23 @@ def test_an_unreachable_budget_says_the_least_possible(source, text):
     least = float(str(raised.value).split(">= ")[1].split()[0])
     assert quantize_to_budget(source.model, rows, least, silent).bits <= least
     assert {held.quantized.bits for _, held in quantized_projections(source.model)} == {2}
+
+
+def test_a_base_made_for_adapters_leaves_more_to_embedding_and_head(source, text):
+    """What adapters make up for needs fewer bits, and the sum of both is nearer to the weight than the codes alone."""
+    ranks = dict.fromkeys(find_targets(source.model, LoraConfig(target_modules=PROJECTIONS)), 8)
+    plain = source.model.get_parameter(Q).detach()
+    outside, left = [], []
+    for adapters in (Adapters({}, 0), Adapters(ranks, 1), Adapters(ranks, 6)):
+        rounded, budget = round_to_budget(source, 4.4, text, silent, adapters)
+        assert budget.bits <= 4.4
+        outside.append(budget.widths["model.embed_tokens"] + budget.widths["lm_head"])
+        held = dict(quantized_projections(rounded.rounded.model))[Q.removesuffix(".weight")].quantized
+        error = plain - dequantize(held)
+        lora_a, lora_b = leading_factors(error, 8)
+        left.append(float((error - lora_b @ lora_a).norm()))
+    assert outside[1] == outside[2] > outside[0], outside
+    assert left[2] < 0.95 * left[1]
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens", Q.removesuffix(".weight")])

@@ -127,15 +127,6 @@ def test_rounding_errors_are_those_of_each_width():
     assert torch.equal(errors[4], draft - weight)
 
 
-def test_an_adapter_takes_its_directions_out_of_the_error():
-    """Of each width's error there is left what no adapter of that rank can make up for."""
-    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-    left = dict(rounding_errors(weight, rank=3))
-    for bits, error in rounding_errors(weight):
-        sizes = torch.linalg.svdvals(error)
-        assert float(left[bits].norm()) == pytest.approx(float(sizes[3:].norm()), rel=1e-4)
-
-
 def test_moments_are_summed_over_calls_until_closed():
     """xᵀx of all rows of all inputs, none after close."""
     module = nn.Linear(5, 3)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from entrenar import ops
 from entrenar.errors import ConfigError
 from entrenar.ops.nf_bits import WIDTHS
-from entrenar.peft.layers import leading_factors
 
 # Logits of this many tokens at once.
 _TOKENS_AT_ONCE = 256
@@ -75,25 +74,18 @@ def _steps(costs: Costs, widths: Mapping[str, int], left_bytes: float) -> Iterat
             yield max(fitting)
 
 
-def rounding_errors(weight: Float[Tensor, "O I"], rank: int = 0) -> Iterator[tuple[int, Float[Tensor, "O I"]]]:
-    """Yield each width and the error D of the weight in it, in float32; less what an adapter of `rank` makes up for."""
+def rounding_errors(weight: Float[Tensor, "O I"]) -> Iterator[tuple[int, Float[Tensor, "O I"]]]:
+    """Yield each width and the error D of the weight in it, in float32."""
     plain = weight.detach().float()
     for bits in WIDTHS:
-        error = ops.dequantize_nf_bits(ops.quantize_nf_bits(plain, bits, is_draft=True)) - plain
-        if rank:
-            lora_a, lora_b = leading_factors(error, rank)
-            error.addmm_(lora_b, lora_a, alpha=-1)
-        yield bits, error
+        yield bits, ops.dequantize_nf_bits(ops.quantize_nf_bits(plain, bits, is_draft=True)) - plain
 
 
 @contextmanager
-def watched_projections(
-    projections: Mapping[str, nn.Module], losses: dict[str, dict[int, float]], ranks: Mapping[str, int] | None = None
-) -> Iterator[None]:
+def watched_projections(projections: Mapping[str, nn.Module], losses: dict[str, dict[int, float]]) -> Iterator[None]:
     """Add equation (1) of each projection and width to `losses`, at each backward inside.
 
-    `ranks` has those whose error an adapter will make up for in part. The inputs must require a gradient, the weights
-    need not.
+    The inputs must require a gradient, the weights need not.
     """
 
     def watch(name: str, module: nn.Module) -> Callable[..., None]:
@@ -105,7 +97,7 @@ def watched_projections(
 
     def add(name: str, module: nn.Module, x: Tensor, dy: Tensor) -> None:
         rows, drows = x.flatten(0, -2).float(), dy.flatten(0, -2).float()  # (N, I), (N, O)
-        for bits, error in rounding_errors(module.get_parameter("weight"), (ranks or {}).get(name, 0)):
+        for bits, error in rounding_errors(module.get_parameter("weight")):
             rise = 0.5 * float(((rows @ error.mT) * drows).sum(1).square().sum())
             losses[name][bits] = losses[name].get(bits, 0.0) + rise
 

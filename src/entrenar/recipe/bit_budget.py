@@ -40,6 +40,9 @@ CALIBRATION_ROWS, CALIBRATION_LENGTH = 32, 256
 # Rows whose backward is taken to estimate what rounding costs; the moments of inputs take all of them.
 _SENSITIVITY_ROWS = 8
 _ROWS_AT_ONCE = 4
+# What is left of a projection's rise when codes and adapter are made for each other (docs/log.md); of the embedding's
+# and the head's all is.
+_LEFT_BY_ADAPTER = 0.5
 # Projections that are given the same input as another: its second moments serve them too.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -172,8 +175,9 @@ def quantize_to_budget(
     sizes = {name: {bits: ops.nf_bits_size(shape, bits) for bits in WIDTHS} for name, shape in shapes.items()}
     _check_budget(sizes, kept, numbers, bits)
     on_stage(f"Estimating what rounding {len(matrices)} matrices costs, on {len(rows[:_SENSITIVITY_ROWS])} rows")
-    losses = sensitivities(model, matrices, rows[:_SENSITIVITY_ROWS], adapters)
-    costs = {name: {w: Cost(sizes[name][w], losses[name][w]) for w in WIDTHS} for name in matrices}
+    losses = sensitivities(model, matrices, rows[:_SENSITIVITY_ROWS])
+    left = {name: _LEFT_BY_ADAPTER if name in adapters.ranks else 1.0 for name in matrices}
+    costs = {name: {w: Cost(sizes[name][w], losses[name][w] * left[name]) for w in WIDTHS} for name in matrices}
     widths = allocate(costs, bits * numbers / 8 - kept)
     on_stage(f"Rounding layer by layer, on {rows.numel():,} tokens")
     with torch.no_grad():
@@ -203,10 +207,7 @@ def _check_budget(sizes: Mapping[str, Mapping[int, int]], kept: int, numbers: in
 
 
 def sensitivities(
-    model: Llama,
-    matrices: Mapping[str, nn.Module],
-    rows: Int[Tensor, "rows length"],
-    adapters: Adapters = _NO_ADAPTERS,
+    model: Llama, matrices: Mapping[str, nn.Module], rows: Int[Tensor, "rows length"]
 ) -> dict[str, dict[int, float]]:
     """Return the estimated rise of the loss, summed over the rows' targets, for each matrix and width."""
     losses: dict[str, dict[int, float]] = {name: {} for name in matrices}
@@ -217,7 +218,7 @@ def sensitivities(
     projections = {name: module for name, module in matrices.items() if name not in (EMBEDDING, HEAD)}
     ids, head = rows[:, :-1], cast(Tensor, model.head_weight)
     try:
-        with watched_projections(projections, losses, adapters.ranks):
+        with watched_projections(projections, losses):
             hidden = model.hidden(ids).flatten(0, 1)
             targets = rows[:, 1:].flatten()
             torch.autograd.backward(ops.linear_cross_entropy(hidden, head, targets, compute_dtype=model.compute_dtype))
