@@ -1,5 +1,6 @@
 """Projections in four bits take adapters, merge and move as plain ones do, and are never widened unasked."""
 
+import importlib
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from entrenar.errors import ConfigError
 from entrenar.model import Llama, LlamaConfig
 from entrenar.peft import (
     LoraConfig,
+    LowRank,
     Nf4Linear,
     find_targets,
     fingerprint,
@@ -238,3 +240,53 @@ def test_loftq_without_an_original_changes_nothing():
             plain, LORA.model_copy(update={"lora_init": "loftq"}), torch.Generator(), original=lambda _: torch.ones(1)
         )
     assert not any(".lora_" in name for name, _ in [*model.named_parameters(), *plain.named_parameters()])
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_loftq_begins_at_the_best_approximation_of_what_was_lost(bits):
+    """Times its scale, B A is the truncated decomposition of W - Q, and A and B are of one size."""
+    original = torch.randn(24, 40, generator=torch.Generator().manual_seed(5)) * 0.1
+    kept = original.clone()
+    weight = ops.quantize_nf4(original) if bits is None else ops.quantize_nf_bits(original, bits)
+    adapter = LowRank(weight, 3, 5.0, 0.0)
+    adapter.draw(weight, "loftq", torch.Generator(), lambda: original)
+    lost = original.double() - ops.dequantize(weight).double()
+    left, sizes, right = torch.linalg.svd(lost)
+    wanted = left[:, :3] * sizes[:3] @ right[:3]
+    got = adapter.scale * adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(sizes[0]))
+    sizes_of = [matrix.detach().norm() for matrix in (adapter.lora_A, adapter.lora_B)]
+    torch.testing.assert_close(*sizes_of)
+    assert torch.equal(original, kept)  # float32 already, and not written to
+
+
+def test_loftq_over_a_plain_weight_is_refused_though_there_is_an_original():
+    """Nothing was lost."""
+    weight = torch.ones(4, 8)
+    with pytest.raises(ConfigError, match="lora_init = loftq begins at what quantizing takes away"):
+        LowRank(weight, 2, 1.0, 0.0).draw(weight, "loftq", torch.Generator(), lambda: weight)
+
+
+@pytest.mark.parametrize(("shape", "is_iterated"), [((64, 70), True), ((70, 64), True), ((63, 70), False)])
+def test_only_large_weights_are_decomposed_by_iteration(shape, is_iterated, monkeypatch):
+    """From four times the directions that are followed on; below, the decomposition is whole."""
+    whole = []
+    layers = importlib.import_module("entrenar.peft.layers")
+    monkeypatch.setattr(layers, "_SPARE_DIRECTIONS", 13)
+    factors = layers.principal_factors
+    monkeypatch.setattr(layers, "principal_factors", lambda *args: whole.append(args) or factors(*args))
+    leading_factors(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), 3)
+    assert bool(whole) != is_iterated
+
+
+def test_iteration_follows_the_rank_and_some_directions_beside_it(monkeypatch):
+    """Each pass multiplies by as many columns, twice; on a weight of few directions the result is exact."""
+    layers = importlib.import_module("entrenar.peft.layers")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(100, 5, generator=generator) @ torch.randn(5, 110, generator=generator)
+    seen, qr = [], torch.linalg.qr
+    monkeypatch.setattr(layers.torch.linalg, "qr", lambda matrix: seen.append(tuple(matrix.shape)) or qr(matrix))
+    lora_a, lora_b = leading_factors(weight, 7)
+    assert set(seen) == {(110, 7 + layers._SPARE_DIRECTIONS)}
+    assert (lora_a.shape, lora_b.shape) == ((7, 110), (100, 7))
+    torch.testing.assert_close(lora_b @ lora_a, weight, rtol=1e-4, atol=1e-4)
