@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.recipe.plan import RunPlan, plan_run
-from entrenar.scale import Calibration
 
 _SHORTEST = 128
 # A change that saves less than this is not worth its price.
@@ -52,10 +51,9 @@ def advise(
     on_change: Callable[[Change], None] = lambda _: None,
 ) -> Advice:
     """Find what makes a run fit into `limit_bytes`; `read` returns the config with settings over it."""
-    calibration = Calibration(unchanged.step.imports_bytes, unchanged.step.rates)
 
     def planned(flags: Flags) -> RunPlan:
-        return plan_run(read(flags), calibration)
+        return plan_run(read(flags), unchanged.step.imports_bytes)
 
     made: list[Change] = []
     flags: dict[str, str] = {}

@@ -4,6 +4,7 @@ config -> shapes of the weights -> adapter -> loss -> batches of full rows -> re
 """
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,17 +17,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.data import Batch
+from entrenar.interop import bits, bnb
 from entrenar.interop.assemble import set_parameter
-from entrenar.interop.bnb import is_quantized
 from entrenar.interop.hf import open_folder, read_config
+from entrenar.interop.safetensors_file import Entry
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Nf4Weight
-from entrenar.ops.nf4 import BLOCK, NESTED_BLOCK
+from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight, nf4, nf_bits
 from entrenar.peft import LoraLinear, from_base, put_quantized, wrappers
 from entrenar.recipe.models import give_storage, model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import keeps_freed_memory, settle_compute_dtype, use_machine
-from entrenar.scale import Calibration, Ledger, Plan, Scene, calibrate, go_through, measure_rates, plan
+from entrenar.scale import Ledger, Plan, Scene, go_through, plan, status_bytes
 from entrenar.train import build_optimizer
 from entrenar.train.allocator import RETURNED_FROM
 from entrenar.train.offload import BEHIND_BYTES, LEAST_BYTES
@@ -63,22 +64,21 @@ class RunPlan:
         return self.kept_checkpoints * self.step.checkpoint_bytes + self.cache_bytes
 
 
-def plan_run(config: AnyConfig, calibration: Calibration | None = None) -> RunPlan:
+def plan_run(config: AnyConfig, imports_bytes: int | None = None) -> RunPlan:
     """Return what a run of `config` will take on this machine's CPU; nothing large is allocated.
 
-    Sets threads, allocator and seeds as the run does. Without a calibration the machine is measured, by a step of no
-    size and two products.
+    Sets threads, allocator and seeds as the run does. A process that has computed nothing yet holds what
+    the imports take, and a step of no size is taken first; otherwise `imports_bytes` says what they took.
 
     Raises:
         ConfigError, DataError, FormatError: the config asks for a model that is not there.
     """
+    is_first = imports_bytes is None
+    imports_bytes = status_bytes("VmRSS") if imports_bytes is None else imports_bytes
     use_machine(config)
     config = cast(AnyConfig, settle_compute_dtype(cast(RunConfig, config), _CPU, None))
-    dtype = getattr(torch, config.compute_dtype)
-    if calibration is None:
-        calibration = calibrate(lambda: _smallest_step(config), dtype)
-    else:
-        calibration = replace(calibration, rates=measure_rates(dtype))
+    if is_first:
+        _smallest_step(config)
     architecture = config.model if isinstance(config, RunConfig) else read_config(model_folder(config.model))
     rows, length = batch_shape(config, architecture)
     accumulated = config.train.grad_accum_steps
@@ -91,7 +91,8 @@ def plan_run(config: AnyConfig, calibration: Calibration | None = None) -> RunPl
         batch = full_rows(rows, length, architecture.vocab_size, has_documents=has_documents_in(config))
         return scene_of(config, begun.model, [batch] * rehearsed, mapped)
 
-    step = plan(build, calibration, None if keeps_freed_memory(config) else RETURNED_FROM)
+    returned_from = None if keeps_freed_memory(config) else RETURNED_FROM
+    step = plan(build, imports_bytes, getattr(torch, config.compute_dtype), returned_from)
     times = accumulated / rehearsed
     tokens = rows * length * accumulated
     return RunPlan(
@@ -134,18 +135,20 @@ class Skeleton:
     """A model that has no weights in the run either, and where in a folder they will come from.
 
     Attributes:
-        dtypes: of the parts of each weight in the folder, a plain one has one part; empty for a new model.
+        parts: of each weight, in the order in which they are read; a plain one has one part; empty for a new model.
     """
 
     model: Llama
-    dtypes: Mapping[str, Sequence[torch.dtype]]
+    parts: Mapping[str, Mapping[str, Entry]]
 
 
 def skeleton(config: AnyConfig) -> Skeleton:
     """Return the model of a config as the run has it before there are weights."""
     if isinstance(config, FinetuneConfig):
         model, places, _ = open_folder(model_folder(config.model))
-        return Skeleton(model, {name: [part[1].dtype for part in parts.values()] for name, parts in places.items()})
+        return Skeleton(
+            model, {name: {part: entry for part, (_, entry) in parts.items()} for name, parts in places.items()}
+        )
     with torch.device("meta"):
         return Skeleton(Llama(config.model), {})
 
@@ -171,34 +174,70 @@ def storage_dtype(config: FinetuneConfig) -> torch.dtype | None:
 
 
 def _load_shapes(config: FinetuneConfig, begun: Skeleton, ledger: Ledger) -> list[Tensor]:
-    plain = [parts[0] for parts in begun.dtypes.values() if len(parts) == 1]
+    plain = [parts[""].dtype for parts in begun.parts.values() if len(parts) == 1]
     dtype = storage_dtype(config) or functools.reduce(torch.promote_types, plain)
     model = begun.model
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     mapped: list[Tensor] = []
 
-    def bytes_of(shape: Sequence[int], held_as: torch.dtype, *, is_mapped: bool) -> Tensor:
+    def empty(shape: Sequence[int], held_as: torch.dtype, *, is_mapped: bool) -> Tensor:
         with ledger.mapped() if is_mapped else nullcontext():
             tensor = torch.empty(tuple(shape), dtype=held_as, device="meta")
         mapped.extend([tensor] if is_mapped else [])
         return tensor
 
-    for name, (rows, *columns) in wanted.items():
-        is_packed = len(begun.dtypes[name]) > 1
-        if config.method == "qlora" and is_quantized(name):
-            codes, blocks = -(-rows * columns[0] // 2), -(-rows * columns[0] // BLOCK)
-            weight = Nf4Weight(
-                bytes_of((codes,), torch.uint8, is_mapped=is_packed),
-                bytes_of((blocks,), torch.uint8, is_mapped=is_packed),
-                bytes_of((-(-blocks // NESTED_BLOCK),), torch.float32, is_mapped=is_packed),
-                torch.zeros((), device="meta"),
-                (rows, columns[0]),
-            )
-            put_quantized(model, name.removesuffix(".weight"), weight, dtype)
+    for name, parts in begun.parts.items():
+        if name not in shapes:  # a head that is the embedding
+            continue
+        is_packed = len(parts) > 1
+        kind = _kind_in(parts) if is_packed else _kind_in_run(config, name)
+        if kind == "keep":
+            is_mapped = parts[""].dtype == dtype
+            set_parameter(model, name, empty(shapes[name], dtype, is_mapped=is_mapped))
         else:
-            is_mapped = begun.dtypes[name][0] == dtype
-            set_parameter(model, name, bytes_of((rows, *columns), dtype, is_mapped=is_mapped))
+            shape = shapes[name][0], shapes[name][1]
+            weight = _few_bits(kind, shape, functools.partial(empty, is_mapped=is_packed))
+            put_quantized(model, name.removesuffix(".weight"), weight, dtype)
     return mapped
+
+
+def _kind_in(parts: Mapping[str, Entry]) -> str:
+    """Return as what a weight lies in a folder: nf4, int8, or a number of bits."""
+    if bits.PARTS[0] in parts:
+        return str(parts[""].shape[1])
+    return "int8" if bnb.ROW_ABSMAX in parts else "nf4"
+
+
+def _kind_in_run(config: FinetuneConfig, name: str) -> str:
+    """Return as what a run holds a weight that is plain in its folder; in a budget of bits, as if all had the same."""
+    if config.method != "qlora":
+        return "keep"
+    is_in_budget = config.quantize.bits is not None and not name.endswith("norm.weight")
+    return str(math.ceil(config.quantize.bits or 0)) if is_in_budget else config.quantize.kind_of(name)
+
+
+def _few_bits(
+    kind: str, shape: tuple[int, int], empty: Callable[[Sequence[int], torch.dtype], Tensor]
+) -> QuantizedWeight:
+    rows, width = shape
+    if kind == "nf4":
+        blocks = -(-rows * width // nf4.BLOCK)
+        return Nf4Weight(
+            empty((-(-rows * width // 2),), torch.uint8),
+            empty((blocks,), torch.uint8),
+            empty((-(-blocks // nf4.NESTED_BLOCK),), torch.float32),
+            torch.zeros((), device="meta"),
+            shape,
+        )
+    if kind == "int8":
+        return Int8Weight(empty(shape, torch.int8), empty((rows,), torch.float32), shape)
+    blocks = -(-width // nf_bits.BLOCK)
+    return NfBitsWeight(
+        empty((rows, int(kind), -(-width // 8)), torch.uint8),
+        empty((rows, blocks), torch.int8),
+        empty((-(-rows // nf_bits.GROUP), blocks), torch.float32),
+        shape,
+    )
 
 
 def _put_principal_parts(model: Llama, config: FinetuneConfig) -> None:

@@ -2,18 +2,16 @@
 
 from entrenar.scale.ledger import Ledger
 from entrenar.scale.machine import Rates, Room, measure_rates, parse_bytes, room, status_bytes
-from entrenar.scale.planner import Calibration, Plan, calibrate, plan
+from entrenar.scale.planner import Plan, plan
 from entrenar.scale.rehearsal import Rehearsal, Scene, go_through, rehearse
 
 __all__ = [
-    "Calibration",
     "Ledger",
     "Plan",
     "Rates",
     "Rehearsal",
     "Room",
     "Scene",
-    "calibrate",
     "go_through",
     "measure_rates",
     "parse_bytes",

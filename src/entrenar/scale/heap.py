@@ -10,13 +10,14 @@ that is gone when it is freed, and only the small ones are gone through (`train.
 """
 
 import ctypes
+import mmap
 import platform
-from array import array
 
 _ALIGNMENT = 64  # torch's own, c10/core/alignment.h
 _PAGE = 4096
-_NOTE = 16
-_CAPACITY = 1 << 16  # what is noted lies in one piece from the start, or it would take holes itself
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))
+# What is noted lies in pages of its own, or it would take the holes that are to be found. Unused ones cost nothing.
+_CAPACITY = 1 << 22
 
 
 class Heap:
@@ -31,7 +32,7 @@ class Heap:
         self.returned_from = returned_from
         self._mapped = self._most_mapped = 0
         self.is_there = platform.libc_ver()[0] == "glibc"
-        self._starts, self._ends = array("Q", bytes(8 * _CAPACITY)), array("Q", bytes(8 * _CAPACITY))
+        self._starts, self._ends = (memoryview(mmap.mmap(-1, 8 * _CAPACITY)).cast("Q") for _ in range(2))
         self._count = 0
         if not self.is_there:
             return
@@ -39,23 +40,45 @@ class Heap:
         self._free, self._take = libc.free, libc.posix_memalign
         self._free.argtypes = [ctypes.c_void_p]
         self._take.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        self._ask_resident = libc.mincore
+        self._ask_resident.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self._address = ctypes.c_void_p()
         self._place = ctypes.byref(self._address)
 
     @property
     def covered_bytes(self) -> int:
-        """The most that was held: what kept blocks ever covered, and the returned ones when they were most."""
-        covered, reached = self._most_mapped, 0
-        for start, end in sorted(zip(self._starts[: self._count], self._ends, strict=False)):
-            covered += max(end - max(start, reached), 0)
-            reached = max(reached, end)
-        return covered
+        """The most that was held, in whole pages: what kept blocks ever covered, and returned ones at their most."""
+        return self._most_mapped + sum(end - start for start, end in self._covered())
 
     @property
-    def written_bytes(self) -> int:
-        """Memory that blocks of several pages took untouched: the pages in which the allocator notes their sizes."""
-        blocks = zip(self._starts[: self._count], self._ends, strict=False)
-        return len({(start - _NOTE) // _PAGE for start, end in blocks if end - start >= 2 * _PAGE}) * _PAGE
+    def own_bytes(self) -> int:
+        """What the notes take."""
+        return 16 * self._count
+
+    @property
+    def resident_bytes(self) -> int:
+        """What of the covered pages is in memory although no block was touched.
+
+        There are the notes of the allocator itself, what lay in a place before or after a block, and what was there
+        and free from the start.
+        """
+        resident = 0
+        for start, end in self._covered():
+            pages = (ctypes.c_ubyte * ((end - start) // _PAGE))()
+            if self._ask_resident(start, end - start, pages) == 0:
+                resident += bytes(pages).translate(_LOWEST_BIT).count(1)
+        return resident * _PAGE
+
+    def _covered(self) -> list[tuple[int, int]]:
+        """Return the ranges of pages that kept blocks ever covered."""
+        ranges: list[tuple[int, int]] = []
+        for start, end in sorted(zip(self._starts[: self._count], self._ends[: self._count], strict=True)):
+            first, last = start // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE
+            if ranges and first <= ranges[-1][1]:
+                ranges[-1] = ranges[-1][0], max(ranges[-1][1], last)
+            else:
+                ranges.append((first, last))
+        return ranges
 
     def take(self, size_bytes: int) -> int:
         """Take a block and return its address; 0 for one that is only counted, or not to be had."""
@@ -65,13 +88,10 @@ class Heap:
             self._mapped += _pages(size_bytes)
             self._most_mapped = max(self._most_mapped, self._mapped)
             return 0
-        if self._take(self._place, _ALIGNMENT, size_bytes) != 0:
+        if self._count == _CAPACITY or self._take(self._place, _ALIGNMENT, size_bytes) != 0:
             self.is_there = False
             return 0
         address = int(self._address.value or 0)
-        if self._count == len(self._starts):
-            self._starts.append(0)
-            self._ends.append(0)
         self._starts[self._count], self._ends[self._count] = address, address + size_bytes
         self._count += 1
         return address

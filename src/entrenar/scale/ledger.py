@@ -7,6 +7,7 @@ what they hold decides shapes, and where the two meet the real one is taken by i
 and `torch.distributed._tools.mem_tracker`; neither is used, because importing them takes longer than the whole plan.
 """
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entrenar.scale.heap import Heap
+from entrenar.scale.practice import Practice
 from entrenar.scale.shapes import Shape, rule_of, writes
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "temporaries", "batch"]
@@ -56,6 +58,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         self.flops = 0
         self.moved_bytes = 0
         self._heap = heap
+        self._practice = Practice() if heap is not None else None
         self._has_bytes = has_bytes
         self._events = 0
 
@@ -70,6 +73,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
         if not self._has_bytes and (any(t.is_meta for t in tensors) if tensors else _makes_numbers(func, kwargs)):
             result = self._without_bytes(func, args, kwargs, is_mixed=not all(t.is_meta for t in tensors))
+            if self._practice is not None:
+                self._practice.product(func._schema.name, tensors)
         else:
             result = func(*args, **kwargs)
         returned = list(_tensors((result,)))
@@ -110,6 +115,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     def lives(self) -> list[Life]:
         """Every storage that was seen, in order of birth."""
         return cast(list[Life], self._lives[: self.count])
+
+    @property
+    def own_bytes(self) -> int:
+        """What the lives take themselves."""
+        each = sys.getsizeof(self._lives[0]) + 3 * sys.getsizeof(self.count)
+        return sys.getsizeof(self._lives) + each * self.count
 
     def timeline(self, since: int = 0) -> list[tuple[int, int]]:
         """Return each birth (size, +1) and death (size, -1) from the `since`-th storage on, in order."""
@@ -166,7 +177,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             address = heap.take(life.size_bytes)
 
         def died(_: Any) -> None:
-            life.died = self._events
+            life.died, life.watch = self._events, None
             self._events += 1
             if heap is not None:
                 heap.give_back(address or 0, life.size_bytes)

@@ -16,21 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from entrenar.scale.ledger import Ledger
-from entrenar.scale.machine import Rates, measure_rates, status_bytes
+from entrenar.scale.machine import measure_rates
 from entrenar.scale.rehearsal import Scene, rehearse
 from entrenar.train.oom import return_freed_memory
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured of this process and machine.
-
-    Attributes:
-        imports_bytes: what the process held before a step of no size was taken.
-    """
-
-    imports_bytes: int
-    rates: Rates
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,6 @@ class Plan:
     flops: int
     step_s: float
     checkpoint_bytes: int
-    rates: Rates
 
     @property
     def added_bytes(self) -> int:
@@ -66,28 +53,25 @@ class Plan:
         return self.imports_bytes + self.added_bytes
 
 
-def calibrate(first_use: Callable[[], object], dtype: torch.dtype) -> Calibration:
-    """Measure the process before and after `first_use`, a small step in earnest, and the rates of `dtype`."""
-    imports = status_bytes("VmRSS")
-    first_use()
-    rates = measure_rates(dtype)
-    return_freed_memory()
-    return Calibration(imports, rates)
+def plan(
+    build: Callable[[Ledger], Scene], imports_bytes: int, compute_dtype: torch.dtype, returned_from: int | None = None
+) -> Plan:
+    """Rehearse the step that `build` sets up and put the figures together; see `Heap` for `returned_from`.
 
-
-def plan(build: Callable[[Ledger], Scene], calibration: Calibration, returned_from: int | None = None) -> Plan:
-    """Rehearse the step that `build` sets up and put the figures together; see `Heap` for `returned_from`."""
+    `imports_bytes` is what the process held before it computed anything.
+    """
     seen = rehearse(build, returned_from)
+    # The machine's rates afterwards: what is multiplied to measure them leaves buffers behind, which no run has.
+    rates = measure_rates(compute_dtype)
     return_freed_memory()
     in_heap = sum(seen.peak_bytes.values()) - seen.mapped_bytes
     return Plan(
         trained_parameters=seen.trained_parameters,
         tensors=seen.peak_bytes,
         allocator_bytes=None if seen.heap_bytes is None else seen.heap_bytes - in_heap,
-        imports_bytes=calibration.imports_bytes,
-        kernels_bytes=max(seen.held_bytes - calibration.imports_bytes, 0),
+        imports_bytes=imports_bytes,
+        kernels_bytes=max(seen.held_bytes - imports_bytes, 0),
         flops=seen.flops,
-        step_s=calibration.rates.seconds(seen.flops, seen.moved_bytes),
+        step_s=rates.seconds(seen.flops, seen.moved_bytes),
         checkpoint_bytes=seen.trained_bytes + seen.state_bytes,
-        rates=calibration.rates,
     )

@@ -77,7 +77,7 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
         for _ in range(_STEPS):
             flops, moved = ledger.flops, ledger.moved_bytes
             moved_besides = go_through(scene, optimizer, ledger)
-    held = status_bytes("VmRSS") - heap.written_bytes
+    held = status_bytes("VmRSS") - heap.resident_bytes - heap.own_bytes - ledger.own_bytes
     state = optimizer.state_dict().values()
     trained = [p for p in scene.module.parameters() if p.requires_grad]
     return Rehearsal(
