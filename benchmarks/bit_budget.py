@@ -56,10 +56,14 @@ def storage_bytes(model: Llama) -> int:
     return sum(storages.values())
 
 
-def fine_tune(model: Llama, rows: Tensor, parsed: argparse.Namespace, original: OriginalWeight | None) -> None:
-    """Train an adapter on the rows in order, over and over; it begins by LoftQ where there are original weights."""
+def adapt(model: Llama, original: OriginalWeight | None) -> None:
+    """Give the base an adapter, which begins by LoftQ where there are original weights."""
     config = LORA if original is None else LORA.model_copy(update={"lora_init": "loftq"})
     from_base(model, config, torch.Generator().manual_seed(0), original=original)
+
+
+def fine_tune(model: Llama, rows: Tensor, parsed: argparse.Namespace) -> None:
+    """Train the adapter on the rows in order, over and over."""
     steps, batch_size, lr = parsed.steps, parsed.batch_size, parsed.lr
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=lr, weight_decay=0.0, beta2=0.999), "float32")
     for step in range(steps):
@@ -117,9 +121,10 @@ def measure(parsed: argparse.Namespace) -> dict[str, Any]:
             # Stored as it is, computed in float32: what is compared is the base, not the rounding of activations.
             model = load_model(base, dtype=torch.float32)
             model.set_compute_dtype(fastest_compute_dtype(torch.float32, torch.device("cpu")))
+            adapt(model, original_weights(folder / "bfloat16") if "LoftQ" in name else None)
             found["loss_before"] = held_out_loss(model, held_out)
             started = time.process_time()
-            fine_tune(model, train, parsed, original_weights(folder / "bfloat16") if "LoftQ" in name else None)
+            fine_tune(model, train, parsed)
             found["train_cpu_s"] = time.process_time() - started
             found["loss_after"] = held_out_loss(model, held_out)
             print(name, {key: value for key, value in found.items() if key != "widths"}, flush=True)

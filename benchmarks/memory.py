@@ -48,11 +48,12 @@ class Cell:
     seq_len: int = 512
     steps: int = STEPS
     folder: str = ""
+    embedding: str = "keep"
 
     @property
     def layout(self) -> str:
-        """The layout of the folder it is trained from."""
-        return "nf4" if self.method == "qlora" else "bf16"
+        """The layout of the folder it is trained from: `make_llama.py --to`."""
+        return "bits" if self.embedding == "bits" else "nf4" if self.method == "qlora" else "bf16"
 
 
 def cells() -> Iterator[tuple[str, Cell]]:
@@ -65,6 +66,13 @@ def cells() -> Iterator[tuple[str, Cell]]:
         yield f"matrix {preset} full8bit bfloat16", full
         streamed = Cell(preset, "qlora", "bfloat16", stream_base=True, steps=steps)
         yield f"matrix {preset} qlora-streamed bfloat16", streamed
+        for embedding in ("int8", "nf4", "bits"):
+            name = "budget" if embedding == "bits" else f"qlora-embedding-{embedding}"
+            for is_streamed in (False, True):
+                yield (
+                    f"matrix {preset} {name}{'-streamed' if is_streamed else ''} bfloat16",
+                    replace(streamed, embedding=embedding, stream_base=is_streamed),
+                )
     plain = Cell("124m", "qlora", "bfloat16", checkpointing="none", freed_memory="keep")
     yield "lever 124m nothing", plain
     yield "lever 124m freed_memory=return", replace(plain, freed_memory="return")
@@ -187,10 +195,12 @@ def work(cell: Cell) -> dict[str, Any]:
 
 def folder_of(cell: Cell, place: Path) -> Path:
     """Return the folder of a cell's model, made if it is not there."""
-    folder = place / f"{cell.preset}-{cell.layout}"
+    is_plain = cell.embedding in ("keep", "bits")
+    folder = place / "-".join((cell.preset, cell.layout, *(() if is_plain else (cell.embedding,))))
     if not (folder / "config.json").is_file():
         script = Path(__file__).with_name("make_llama.py")
-        subprocess.run([sys.executable, str(script), cell.preset, str(folder), "--to", cell.layout], check=True)
+        kind = [] if is_plain else ["--embedding", cell.embedding]
+        subprocess.run([sys.executable, str(script), cell.preset, str(folder), "--to", cell.layout, *kind], check=True)
     return folder
 
 

@@ -221,11 +221,12 @@ def _reduction(cells: dict[str, Any]) -> str:
     for preset in ("124m", "1b", "7b"):
         lora = cells.get(f"matrix {preset} lora float32", {})
         whole = lora.get("added_peak_bytes", lora.get("needs_at_least_bytes"))
-        for name in ("qlora bfloat16", "qlora-streamed bfloat16"):
-            part = cells.get(f"matrix {preset} {name}", {}).get("added_peak_bytes")
-            if whole and part:
-                bound = "" if "added_peak_bytes" in lora else " (of its weights alone)"
-                said.append(f"{preset} {name.split()[0]} {1 - part / whole:.1%}{bound}")
+        bound = "" if "added_peak_bytes" in lora else " (of its weights alone)"
+        for name, cell in cells.items():
+            method = name.removeprefix(f"matrix {preset} ").removesuffix(" bfloat16")
+            part = cell.get("added_peak_bytes")
+            if whole and part and cell["cell"]["method"] == "qlora" and name == f"matrix {preset} {method} bfloat16":
+                said.append(f"{preset} {method} {1 - part / whole:.1%}{bound}")
     return "\nBelow LoRA in float32: " + "; ".join(said) + ".\n" if said else ""
 
 

@@ -42,7 +42,8 @@ def run(words: Sequence[str]) -> int:
         tokenizer.save(folder)
     print("\n".join(_lines(report, parsed.out)))
     if trained_over is not None and trained_over.is_quantized and not is_quantized:
-        print("the adapter was trained over this base in four bits: its own model is BASE converted --to nf4")
+        print("the adapter was trained over this base in four bits: its own model is BASE converted --to nf4;")
+        print("one that began by LoftQ makes up for those bits, and belongs over them alone")
     return 0
 
 
