@@ -195,8 +195,10 @@ def test_options_that_do_not_go_together_are_refused(place, flags, message):
         config_for(place, **flags)
 
 
-def test_a_calibration_text_that_is_not_there_costs_no_run(place):
-    """The message names the file."""
-    config = config_for(place, name="no", **{"quantize.bits": "4", "quantize.calibration": str(place / "nowhere")})
+def test_a_budget_that_fails_costs_no_earlier_run(place):
+    """A text that is not there is named before `--overwrite` deletes anything."""
+    earlier = recipe.finetune(config_for(place, name="kept"))
+    config = config_for(place, name="kept", **{"quantize.bits": "4", "quantize.calibration": str(place / "nowhere")})
     with pytest.raises(DataError, match=r"calibration text .*nowhere cannot be read"):
-        recipe.finetune(config)
+        recipe.finetune(config, overwrite=True)
+    assert (earlier.folder / "adapter_model.safetensors").is_file()

@@ -41,7 +41,7 @@ from entrenar.model import Llama
 from entrenar.ops import Documents
 from entrenar.peft import TrunkCache, learning_rate_factors, memory_lines, trainable_table
 from entrenar.recipe.adapters import read_weights, write_adapter
-from entrenar.recipe.frozen import open_base, put_adapter, round_base
+from entrenar.recipe.frozen import keep_base, open_base, put_adapter, round_base
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import (
@@ -131,9 +131,11 @@ def finetune(
         for stale in config.run_dir.glob(f"*{QUARANTINE_FILE}"):
             stale.unlink()
     rows = _read_rows(config, tokenizer, observer)
+    bits = config.quantize.bits if checkpoint is None else None
+    rounded = None if bits is None else round_base(config, bits, model, tokenizer, observer)
     open_run_folder(config, overwrite=overwrite, kept=QUARANTINE_FILE)
-    if config.quantize.bits is not None and checkpoint is None:
-        model, folder = round_base(config, config.quantize.bits, model, tokenizer, device, observer)
+    if rounded is not None:
+        model, folder = keep_base(config, rounded, device, observer)
     base = _choose_trained(config, model, folder, observer, is_resumed=checkpoint is not None)
     trunk = _open_trunk(config, model, tokenizer, rows, observer)
     try:

@@ -77,24 +77,30 @@ def _load(config: FinetuneConfig, folder: Path, device: torch.device) -> Llama:
     return model
 
 
-def round_base(
-    config: FinetuneConfig, bits: float, model: Llama, tokenizer: Tokenizer, device: torch.device, observer: Observer
-) -> tuple[Llama, Path]:
-    """Round a plain model to the budget, keep it in the run's folder, and return it as it is read from there.
+def round_base(config: FinetuneConfig, bits: float, model: Llama, tokenizer: Tokenizer, observer: Observer) -> Source:
+    """Round a plain model to the budget, for `keep_base`; nothing is written.
 
     Raises:
         ConfigError: the budget cannot be met; the message says the least possible.
         DataError: the calibration text cannot be used, or a weight is not finite.
-        GateFailed: what was written is not what it should be.
     """
-    folder = config.run_dir.resolve() / ROUNDED_FOLDER
     targets = find_targets(model, config.lora) if config.lora.lora_init == "loftq" else ()
     adapters = Adapters({name: config.lora.rank_of(name) for name in targets}, config.quantize.loftq_turns)
     source = Source(model, tokenizer, "hf")
     source, budget = round_to_budget(source, bits, config.quantize.calibration, observer.on_stage, adapters)
     for line in budget.lines():
         observer.on_stage(line)
-    report = convert(source, Target(folder, "nf4", can_overwrite=True))
+    return source
+
+
+def keep_base(config: FinetuneConfig, rounded: Source, device: torch.device, observer: Observer) -> tuple[Llama, Path]:
+    """Write a rounded base into the run's folder, and return it as it is read from there.
+
+    Raises:
+        GateFailed: what was written is not what it should be.
+    """
+    folder = config.run_dir.resolve() / ROUNDED_FOLDER
+    report = convert(rounded, Target(folder, "nf4", can_overwrite=True))
     observer.on_stage(f"{folder}: KL {report.kl:.3g} nats a token to the model as it was")
     return _load(config, folder, device), folder
 
