@@ -1,5 +1,7 @@
 """A step without bytes allocates what the step in earnest allocates."""
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -128,3 +130,39 @@ def test_the_finished_forward_leaves_activations_and_the_backward_gradients():
     gradients = {life.size_bytes for life in rehearsed.lives if life.kind == "gradients"}
     assert 4 * 64 * 512 in gradients
     assert any(life.kind == "activations" for life in rehearsed.lives)
+
+
+def planned_weights(folder, **flags):
+    sft = {"sft.data": "rows.jsonl", "sft.batch_size": "2", "sft.seq_len": "32", "compute_dtype": "float32"}
+    config = load_finetune_config(None, {"model": str(folder), "train.precision": "bfloat16", **sft, **flags})
+    return planning.plan_run(config).step.tensors["weights"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write the small model."""
+    config = load_config(None, SMALL | {"train.max_steps": "1"}).model
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(tmp_path, config, model.to(torch.bfloat16).state_dict())
+    return tmp_path
+
+
+def test_a_streamed_base_is_there_a_layer_at_a_time(folder):
+    """At the peak there is one of the two layers, or none of them."""
+    layer = sum(p.nbytes for p in load_model(folder).model.layers[0].parameters())
+    away = planned_weights(folder, method="lora")
+    away -= planned_weights(folder, method="lora", **{"train.stream_base": "true"})
+    assert away in (layer, 2 * layer)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_embedding_is_planned_as_what_it_is(kind, folder):
+    """The plan counts the codes and scales of the model that is loaded."""
+    flags = {"quantize.embedding": kind}
+    config = load_finetune_config(None, {"model": str(folder), "method": "qlora", "sft.data": "rows.jsonl", **flags})
+    model = load_model(folder, dtype=torch.bfloat16, quantize=True, held=config.quantize)
+    from_base(model, config.lora, torch.Generator().manual_seed(0))
+    build_optimizer(model.named_parameters(), config.optim, "bfloat16")
+    expected = sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers()))
+    assert planned_weights(folder, method="qlora", **flags) == expected

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import cast
 
 import torch
@@ -22,6 +23,7 @@ from entrenar.interop.assemble import set_parameter
 from entrenar.interop.hf import open_folder, read_config
 from entrenar.interop.safetensors_file import Entry
 from entrenar.model import Llama, LlamaConfig
+from entrenar.model.streaming import LayerStream
 from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight, nf4, nf_bits
 from entrenar.peft import LoraLinear, from_base, put_quantized, wrappers
 from entrenar.recipe.models import give_storage, model_folder
@@ -89,7 +91,12 @@ def plan_run(config: AnyConfig, imports_bytes: int | None = None) -> RunPlan:
     def build(ledger: Ledger) -> Scene:
         mapped = give_shapes(config, begun, ledger)
         batch = full_rows(rows, length, architecture.vocab_size, has_documents=has_documents_in(config))
-        return scene_of(config, begun.model, [batch] * rehearsed, mapped)
+        scene = scene_of(config, begun.model, [batch] * rehearsed, mapped)
+        if not config.train.stream_base:
+            return scene
+        stream = _Stream(begun.model, mapped, ledger)
+        begun.model.stream = cast(LayerStream, stream)
+        return replace(scene, streamed_bytes=stream.size_bytes)
 
     returned_from = None if keeps_freed_memory(config) else RETURNED_FROM
     step = plan(build, imports_bytes, getattr(torch, config.compute_dtype), returned_from)
@@ -259,6 +266,36 @@ def scene_of(config: AnyConfig, model: Llama, batches: list[Batch], mapped: list
     if config.train.offload == "disk":
         loss = _offloaded(model, loss)
     return Scene(model, loss, batches, config.optim, config.train.precision, mapped)
+
+
+class _Stream:
+    """Stands for `model.streaming.LayerStream`: the mapped weights of a layer are there while it is used.
+
+    Attributes:
+        size_bytes: what of all layers comes and goes.
+    """
+
+    def __init__(self, model: Llama, mapped: Sequence[Tensor], ledger: Ledger) -> None:
+        own = {tensor.untyped_storage()._cdata for tensor in mapped}
+        self._sizes = [
+            sum(t.nbytes for t in chain(layer.parameters(), layer.buffers()) if t.untyped_storage()._cdata in own)
+            for layer in model.model.layers
+        ]
+        self.size_bytes = sum(self._sizes)
+        self._ledger = ledger
+        self._held: Tensor | None = None
+
+    def begin(self, layer: int) -> None:
+        """Let a layer be there, and no other."""
+        with self._ledger.mapped():
+            self._held = torch.empty(self._sizes[layer], dtype=torch.uint8, device="meta")
+        self._ledger.mark([self._held], "weights")
+
+    def end(self, layer: int, out: Tensor) -> None:
+        """Let it go until the backward comes to it."""
+        self._held = None
+        if out.requires_grad:
+            out.register_hook(lambda _: self.begin(layer))  # type: ignore[no-untyped-call]
 
 
 def _offloaded(model: Llama, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:

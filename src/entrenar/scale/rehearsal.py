@@ -27,6 +27,7 @@ class Scene:
 
     Attributes:
         mapped: weights that lie in a mapped file and take no room of the heap.
+        streamed_bytes: what of these comes and goes, and is noted by the ledger when it does.
     """
 
     module: nn.Module
@@ -35,6 +36,7 @@ class Scene:
     optim: OptimConfig
     precision: Literal["float32", "bfloat16"]
     mapped: Sequence[Tensor] = ()
+    streamed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Rehearsal:
         peak_bytes: by kind, at the moment when most was alive.
         heap_bytes: what the allocator covered for it; None where the allocator cannot be asked.
         held_bytes: what the process held at the end, without a byte of these tensors: modules, graph, small objects.
-        mapped_bytes: weights in mapped files, which are in `peak_bytes` and not in `heap_bytes`.
+        mapped_bytes: weights in mapped files that are there all the time, in `peak_bytes` and not in `heap_bytes`.
         state_bytes: the optimizer's state, as a checkpoint holds it.
         trained_bytes: the trained weights, as a checkpoint holds them.
         flops, moved_bytes: matrix products carried out, and bytes that other operations read and wrote, in one step.
@@ -79,12 +81,14 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
             moved_besides = go_through(scene, optimizer, ledger)
     held = status_bytes("VmRSS") - heap.resident_bytes - heap.own_bytes - ledger.own_bytes
     state = optimizer.state_dict().values()
+    peak = ledger.peak()
+    peak["weights"] -= scene.streamed_bytes
     trained = [p for p in scene.module.parameters() if p.requires_grad]
     return Rehearsal(
-        peak_bytes={kind: size for kind, size in ledger.peak().items() if size},
+        peak_bytes={kind: size for kind, size in peak.items() if size},
         heap_bytes=heap.covered_bytes if heap.is_there else None,
         held_bytes=held,
-        mapped_bytes=sum(t.nbytes for t in scene.mapped),
+        mapped_bytes=sum(t.nbytes for t in scene.mapped) - scene.streamed_bytes,
         state_bytes=sum(t.nbytes for t in state),
         trained_bytes=sum(p.nbytes for p in trained),
         trained_parameters=sum(p.numel() for p in trained),
