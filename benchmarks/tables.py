@@ -347,12 +347,32 @@ def load() -> str:
     return rows(["", "s", "processor s", "added peak memory"], lines) + note
 
 
+def plan() -> str:
+    """Planned and measured peaks; where freed memory is kept the median of several, and the range of both."""
+    cells = (result("plan") or {"cells": {}})["cells"]
+    lines = [
+        [
+            name,
+            _megabytes(cell["planned_bytes"], cell.get("all_planned_bytes")),
+            _megabytes(cell["measured_bytes"], cell.get("all_measured_bytes")),
+            f"{cell['ratio']:.3f}" if abs(cell["ratio"] - 1) <= 0.05 else f"**{cell['ratio']:.3f}**",
+        ]
+        for name, cell in sorted(cells.items())
+    ]
+    return rows(["cell", "planned, MB over imports", "measured", "ratio (bold: off by more than 5 %)"], lines)
+
+
+def _megabytes(size_bytes: int, all_bytes: list[int] | None) -> str:
+    spread = f" ({all_bytes[0] / 1e6:.0f} to {all_bytes[-1] / 1e6:.0f})" if all_bytes else ""
+    return f"{size_bytes / 1e6:,.0f}{spread}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": bit_budget, "qlora": qlora,
     "memory": memory, "test_data": test_data, "tiers": tiers,
     **{name: functools.partial(of_quality, name) for name in quality_tables.TABLES},
-    "decode": decode, "load": load,
+    "decode": decode, "load": load, "plan": plan,
 }  # fmt: skip
 
 

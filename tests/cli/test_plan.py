@@ -6,7 +6,11 @@ import re
 import pytest
 
 from entrenar.cli.main import main
+from entrenar.cli.plan import measured
+from entrenar.config import load_config
 from entrenar.model import LlamaConfig
+from entrenar.recipe.plan import plan_run
+from entrenar.scale import status_bytes
 
 SMALL = ["plan", "--preset", "tiny", "--num-layers", "2", "--seq-len", "128", "--compute-dtype", "float32"]
 
@@ -74,3 +78,14 @@ def test_a_fine_tuning_run_needs_its_model(capsys, tmp_path):
     code = main(["plan", "--model", str(tmp_path / "gone"), "--data", "rows.jsonl"])
     assert code == 2
     assert "gone" in capsys.readouterr().err
+
+
+def test_after_a_run_the_peak_is_told_and_the_plan_beside_it():
+    """The kernel's own figure, and how far the plan was off."""
+    assert re.fullmatch(r"  memory            peak [\d.,]+ [MG]B", measured(None))
+    planned = plan_run(load_config(None, {"preset": "tiny", "model.num_layers": "2", "compute_dtype": "float32"}))
+    found = re.fullmatch(
+        r"  memory            planned peak ([\d.,]+) [MG]B, measured [\d.,]+ [MG]B \(([+-][\d.]+)%\)", measured(planned)
+    )
+    assert found
+    assert float(found[2]) == pytest.approx((planned.step.peak_bytes / status_bytes("VmHWM") - 1) * 100, abs=1)

@@ -33,8 +33,7 @@ def run(words: Sequence[str]) -> int:
         observer=view.observer(),
     )
     _print_report(report, config)
-    if planned is not None:
-        print(measured(planned))
+    print(measured(planned))
     return 0
 
 

@@ -52,9 +52,12 @@ def run(words: Sequence[str]) -> int:
     return 1
 
 
-def measured(planned: RunPlan) -> str:
-    """Say after a run what was planned and what the kernel measured."""
-    peak, plan = status_bytes("VmHWM"), planned.step.peak_bytes
+def measured(planned: RunPlan | None) -> str:
+    """Say after a run what the kernel measured, and what was planned if it was."""
+    peak = status_bytes("VmHWM")
+    if planned is None:
+        return f"  memory            peak {_gb(peak)}"
+    plan = planned.step.peak_bytes
     return f"  memory            planned peak {_gb(plan)}, measured {_gb(peak)} ({plan / peak - 1:+.1%})"
 
 

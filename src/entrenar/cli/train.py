@@ -43,8 +43,7 @@ def run(words: Sequence[str]) -> int:
         observer=view.observer(),
     )
     _print_report(report)
-    if planned is not None:
-        print(measured(planned))
+    print(measured(planned))
     return 0
 
 
