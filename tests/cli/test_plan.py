@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
+import torch
 
 from entrenar.cli.main import main
 from entrenar.cli.plan import measured
 from entrenar.config import load_config
-from entrenar.model import LlamaConfig
+from entrenar.interop.hf import save_model
+from entrenar.model import Llama, LlamaConfig
 from entrenar.recipe.plan import plan_run
 from entrenar.scale import status_bytes
 
@@ -89,3 +91,16 @@ def test_after_a_run_the_peak_is_told_and_the_plan_beside_it():
     )
     assert found
     assert float(found[2]) == pytest.approx((planned.step.peak_bytes / status_bytes("VmHWM") - 1) * 100, abs=1)
+
+
+@pytest.mark.parametrize("words", [["--lora-init", "loftq"], ["--embedding", "int8"], ["--bits", "3.9"]])
+def test_every_way_to_hold_a_base_is_planned(capsys, tmp_path, words):
+    """What `finetune` takes, `plan` takes: the base is not quantized for it."""
+    config = LlamaConfig.preset("tiny", num_layers=1)
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(tmp_path / "base", config, model.state_dict())
+    code = main(["plan", "--model", str(tmp_path / "base"), "--data", "rows.jsonl", "--method", "qlora", *words])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "it fits" in out

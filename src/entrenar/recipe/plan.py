@@ -331,7 +331,8 @@ def _smallest_step(config: AnyConfig) -> None:
     model = Llama(LlamaConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=128))
     model.init_weights(torch.Generator().manual_seed(0))
     if isinstance(config, FinetuneConfig) and config.method != "full":
-        from_base(model, config.lora.model_copy(update={"layers": "all", "lora_dropout": 0.0}), torch.Generator())
+        plain = {"layers": "all", "lora_dropout": 0.0, "lora_init": "default"}
+        from_base(model, config.lora.model_copy(update=plain), torch.Generator())
     scene = scene_of(config, model, [full_rows(2, 64, 64, has_documents=has_documents_in(config))], [])
     optimizer = build_optimizer(model.named_parameters(), scene.optim, scene.precision)
     go_through(scene, optimizer, Ledger())
