@@ -99,8 +99,8 @@ def test_every_way_to_hold_a_base_is_planned(capsys, tmp_path, words):
     config = LlamaConfig.preset("tiny", num_layers=1)
     model = Llama(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    save_model(tmp_path / "base", config, model.state_dict())
-    code = main(["plan", "--model", str(tmp_path / "base"), "--data", "rows.jsonl", "--method", "qlora", *words])
+    save_model(tmp_path, config, model.state_dict())
+    code = main(["plan", "--model", str(tmp_path), "--data", "rows.jsonl", "--method", "qlora", *words])
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     assert "it fits" in out
