@@ -286,9 +286,9 @@ class _Stream:
         self._held: Tensor | None = None
 
     def begin(self, layer: int) -> None:
-        """Let a layer be there, and no other."""
-        with self._ledger.mapped():
-            self._held = torch.empty(self._sizes[layer], dtype=torch.uint8, device="meta")
+        """Let a layer be there, and no other; it counts among what comes and goes, which is not in the mapped rest."""
+        self._held = None
+        self._held = torch.empty(self._sizes[layer], dtype=torch.uint8, device="meta")
         self._ledger.mark([self._held], "weights")
 
     def end(self, layer: int, out: Tensor) -> None:
