@@ -93,14 +93,43 @@ def test_after_a_run_the_peak_is_told_and_the_plan_beside_it():
     assert float(found[2]) == pytest.approx((planned.step.peak_bytes / status_bytes("VmHWM") - 1) * 100, abs=1)
 
 
-@pytest.mark.parametrize("words", [["--lora-init", "loftq"], ["--embedding", "int8"], ["--bits", "3.9"]])
-def test_every_way_to_hold_a_base_is_planned(capsys, tmp_path, words):
-    """What `finetune` takes, `plan` takes: the base is not quantized for it."""
+@pytest.fixture
+def base(tmp_path):
+    """Write a model of one layer, whose head is its embedding."""
     config = LlamaConfig.preset("tiny", num_layers=1)
     model = Llama(config)
     model.init_weights(torch.Generator().manual_seed(0))
     save_model(tmp_path, config, model.state_dict())
-    code = main(["plan", "--model", str(tmp_path), "--data", "rows.jsonl", "--method", "qlora", *words])
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--lora-init", "loftq"],
+        ["--embedding", "int8"],
+        ["--bits", "3.9"],
+        ["--bits", "20"],
+        ["--rank", "100"],
+    ],
+)
+def test_what_finetune_takes_is_planned(capsys, base, words):
+    """Each way to hold a base and to begin an adapter, and ranks beyond those of a small model."""
+    code = main(["plan", "--model", base, "--data", "rows.jsonl", "--method", "qlora", *words])
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     assert "it fits" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bits", "1.5"], r"--bits must be >= 2\.\d+ for this model, got 1.5"),
+        (["--head", "int8"], r"quantize.head must be left out for this model, whose head is its embedding, got int8"),
+    ],
+)
+def test_what_finetune_refuses_is_not_planned(capsys, base, words, message):
+    """The plan says what the run would say."""
+    code = main(["plan", "--model", base, "--data", "rows.jsonl", "--method", "qlora", *words])
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -173,7 +173,7 @@ def quantize_to_budget(
     kept = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 1)
     shapes = {name: _shape(module) for name, module in matrices.items()}
     sizes = {name: {bits: ops.nf_bits_size(shape, bits) for bits in WIDTHS} for name, shape in shapes.items()}
-    _check_budget(sizes, kept, numbers, bits)
+    check_budget(model, bits)
     on_stage(f"Estimating what rounding {len(matrices)} matrices costs, on {len(rows[:_SENSITIVITY_ROWS])} rows")
     losses = sensitivities(model, matrices, rows[:_SENSITIVITY_ROWS])
     left = {name: _LEFT_BY_ADAPTER if name in adapters.ranks else 1.0 for name in matrices}
@@ -197,8 +197,17 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return rows, width
 
 
-def _check_budget(sizes: Mapping[str, Mapping[int, int]], kept: int, numbers: int, bits: float) -> None:
-    least = 8 * (kept + sum(min(some.values()) for some in sizes.values())) / numbers
+def check_budget(model: Llama, bits: float, stored: torch.dtype | None = None) -> None:
+    """Check that a plain model can be held in `bits` bits a weight; shapes are enough, norms held as `stored`.
+
+    Raises:
+        ConfigError: with the least that is possible.
+    """
+    matrices = [_shape(module) for module in model.modules() if _is_matrix(module)]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    kept = sum(norm.numel() * (stored or norm.dtype).itemsize for norm in norms)
+    rounded = sum(ops.nf_bits_size(shape, min(WIDTHS)) for shape in matrices)
+    least = 8 * (kept + rounded) / sum(parameter.numel() for parameter in model.parameters())
     if not bits >= least:
         raise ConfigError(
             f"--bits must be >= {math.ceil(least * 1000) / 1000:.3f} for this model, got {bits:g}: that is every "

@@ -25,7 +25,9 @@ from entrenar.interop.safetensors_file import Entry
 from entrenar.model import Llama, LlamaConfig
 from entrenar.model.streaming import LayerStream
 from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight, nf4, nf_bits
-from entrenar.peft import LoraLinear, from_base, put_quantized, wrappers
+from entrenar.ops.nf_bits import WIDTHS
+from entrenar.peft import LoraConfig, LoraLinear, from_base, put_quantized, wrappers
+from entrenar.recipe.bit_budget import check_budget
 from entrenar.recipe.models import give_storage, model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import keeps_freed_memory, settle_compute_dtype, use_machine
@@ -184,6 +186,9 @@ def _load_shapes(config: FinetuneConfig, begun: Skeleton, ledger: Ledger) -> lis
     plain = [parts[""].dtype for parts in begun.parts.values() if len(parts) == 1]
     dtype = storage_dtype(config) or functools.reduce(torch.promote_types, plain)
     model = begun.model
+    config.quantize.check_tied(is_tied=model.config.tie_word_embeddings)
+    if config.quantize.bits is not None and len(plain) == len(begun.parts):
+        check_budget(model, config.quantize.bits, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     mapped: list[Tensor] = []
 
@@ -220,7 +225,9 @@ def _kind_in_run(config: FinetuneConfig, name: str) -> str:
     if config.method != "qlora":
         return "keep"
     is_in_budget = config.quantize.bits is not None and not name.endswith("norm.weight")
-    return str(math.ceil(config.quantize.bits or 0)) if is_in_budget else config.quantize.kind_of(name)
+    if not is_in_budget:
+        return config.quantize.kind_of(name)
+    return str(min(max(WIDTHS), math.ceil(config.quantize.bits or 0)))
 
 
 def _few_bits(
@@ -331,8 +338,8 @@ def _smallest_step(config: AnyConfig) -> None:
     model = Llama(LlamaConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=128))
     model.init_weights(torch.Generator().manual_seed(0))
     if isinstance(config, FinetuneConfig) and config.method != "full":
-        plain = {"layers": "all", "lora_dropout": 0.0, "lora_init": "default"}
-        from_base(model, config.lora.model_copy(update=plain), torch.Generator())
+        # Whatever fits a model of this size: ranks and places are the real model's.
+        from_base(model, LoraConfig(rank=1, use_dora=config.lora.use_dora), torch.Generator())
     scene = scene_of(config, model, [full_rows(2, 64, 64, has_documents=has_documents_in(config))], [])
     optimizer = build_optimizer(model.named_parameters(), scene.optim, scene.precision)
     go_through(scene, optimizer, Ledger())
