@@ -248,6 +248,12 @@ def with_state(**changes):
     return change
 
 
+def without_offset(tensors):
+    state = json.loads(bytes(tensors[STATE].tolist()))
+    del state["nested_offset"]
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
 def replaced(name, function):
     return lambda tensors: tensors.update({name: function(tensors[name]).contiguous()})
 
@@ -265,6 +271,7 @@ BAD = {
     "no shape": (with_state(shape=[64]), "shape must be two positive numbers, got [64]"),
     "a huge shape": (with_state(shape=[2**40, 64]), f"must hold {2**45} of torch.uint8, got 2048 of torch.uint8"),
     "another shape": (with_state(shape=[32, 128]), "has shape (32, 128), config.json asks for (64, 64)"),
+    "no offset at all": (without_offset, "nested_offset must be a finite number of float32, got None"),
     "no offset": (with_state(nested_offset=None), "nested_offset must be a finite number of float32, got None"),
     "NaN offset": (with_state(nested_offset=float("nan")), "nested_offset must be a finite number of float32, got nan"),
     "an offset beyond float32": (with_state(nested_offset=1e39), "nested_offset must be a finite number of float32, "),

@@ -188,7 +188,8 @@ def _state(raw: bytes, place: str) -> dict[str, Any]:
                 f"{place}.{STATE}: {key} must be {value!r}, got {state.get(key)!r}; quantize the original weights "
                 "again with `entrenar convert --to nf4`"
             )
-    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
+    shape = state.get("shape")
+    offset: Any = state.get("nested_offset", None if "nested_blocksize" in state else 0.0)
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
         raise FormatError(f"{place}.{STATE}: shape must be two positive numbers, got {shape!r}")
     if not (type(offset) in (int, float) and abs(offset) <= _LARGEST_OFFSET):  # false for NaN
