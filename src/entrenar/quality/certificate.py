@@ -20,7 +20,7 @@ from entrenar.quality.risk import read_coverage
 NOT_MEASURED = "not measured"
 # Figures of a run and a machine, which are no part of a statement.
 _OF_A_RUN = {"seconds", "relative", "roundings", "sqnr_db", "differing", "products", "when_frozen", "threshold"}
-# A kill rate is a share of a few hundred mutants: one of them more or less is no loss. Some drawn cases are passed over.
+# A kill rate is a share of a few hundred mutants: one more or less is no loss. Some drawn cases are passed over.
 _RATE_SLACK, _CASES_SLACK = 0.5, 0.1
 _SHARES = ("score", "line", "branch")
 
