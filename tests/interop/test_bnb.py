@@ -299,7 +299,18 @@ BAD = {
         replaced(f"{Q}.nested_absmax", lambda scales: scales * torch.nan), "holds NaN or infinite weights"
     ),
     "truncated codes": (replaced(Q, lambda codes: codes[:-1]), "must hold 2048 of torch.uint8, got 2047 of torch"),
-    "missing codes": (dropped(Q), "lacks its codes; a weight in NF4 has codes and absmax, "),
+    "missing codes": (dropped(Q), "is missing, of it there is only absmax, nested_absmax, nested_quant_map, quant_map"),
+    "state of numbers": (
+        replaced(STATE, torch.Tensor.float), "nf4 must be bytes in a row, got torch.float32 of shape ("
+    ),
+    "state of rows": (replaced(STATE, lambda raw: raw[None]), "must be bytes in a row, got torch.uint8 of shape (1, "),
+    "a deep state": (
+        replaced(STATE, lambda _: torch.full((100_000,), ord("["), dtype=torch.uint8)), "nf4 is no JSON: maximum recurs"
+    ),
+    "codes without scales": (
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(f"{Q}.")],
+        "holds codes (torch.uint8), but lacks its scales",
+    ),
     "missing state": (dropped(STATE), "lacks its quant_state.bitsandbytes__nf4; a weight in NF4 has "),
     "missing scales": (dropped(f"{Q}.absmax"), "lacks its absmax; a weight in NF4 has codes and absmax, "),
     "missing nested scales": (dropped(f"{Q}.nested_absmax"), "lacks its nested_absmax; a weight in NF4 has codes and"),
@@ -314,6 +325,23 @@ def test_a_damaged_or_foreign_weight_is_refused_by_name(folder, fault):
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(FormatError, match=rf"model\.safetensors: tensor {re.escape(Q)}.*{re.escape(message)}"):
+        hf.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("added", "dropped", "message"),
+    [
+        ("model.norm.weight.absmax", (), "model.norm.weight cannot be in few bits, but beside it there is its absmax"),
+        ("model.norm.weight.absmax", ("model.norm.weight",), "model.norm.weight is missing, of it there is only abs"),
+        ("model.nowhere.weight", (), "model.nowhere.weight, which the architecture in config.json does not have"),
+    ],
+)  # fmt: skip
+def test_what_is_no_matrix_has_no_parts(folder, added, dropped, message):
+    """Scales beside a norm, or in its place, are no weight of the architecture."""
+    tensors = load_file(folder / "model.safetensors") | {added: torch.ones(64)}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(FormatError, match=rf"model\.safetensors.*tensor {re.escape(message)}"):
         hf.load_model(folder)
 
 

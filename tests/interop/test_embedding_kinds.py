@@ -84,6 +84,11 @@ def test_a_tied_head_is_its_embedding(tmp_path, make_model, kind):
         hf.load_model(source, quantize=True, held=QuantizeConfig(embedding=kind))
     with pytest.raises(ConfigError, match=r"quantize.head must be left out for this model, .* got keep beside"):
         hf.load_model(source, quantize=True, held=QuantizeConfig(embedding=kind, head="keep"))
+    tensors = load_file(folder / "model.safetensors")
+    twice = {f"{HEAD}{name.removeprefix(EMBEDDING)}": t for name, t in tensors.items() if name.startswith(EMBEDDING)}
+    save_file(tensors | {name: tensor.clone() for name, tensor in twice.items()}, folder / "model.safetensors")
+    with pytest.raises(FormatError, match=rf"{HEAD} cannot be in few bits, but beside it there is its "):
+        hf.load_model(folder)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -162,7 +167,8 @@ BAD = {
     "truncated scales": (lambda t: t.update({f"{HEAD}.row_absmax": t[f"{HEAD}.row_absmax"][:-1].clone()}),
                          "row_absmax must hold 97 of torch.float32, got 96 of torch.float32"),
     "no codes": (lambda t: t.update({f"{HEAD}.absmax": t.pop(HEAD)}),
-                 "lacks its codes; a weight in int8 has codes and row_absmax"),
+                 "is missing, of it there is only absmax, row_absmax"),
+    "no scales": (lambda t: t.pop(f"{HEAD}.row_absmax"), "holds codes (torch.int8), but lacks its row_absmax"),
     "bytes": (lambda t: t.update({HEAD: t[HEAD].view(torch.uint8)}), "must be a matrix of torch.int8, got torch.uint8"),
     "a row too few": (lambda t: t.update({HEAD: t[HEAD][:-1].clone(), f"{HEAD}.row_absmax": torch.ones(96)}),
                       "has shape (96, 32), config.json asks for (97, 32)"),

@@ -84,9 +84,7 @@ def check_matrices(
             + (f"lacks {name}, which is held in few bits" if name in held else f"has {name}, which is not there")
         )
     for name, said in announced.items():
-        codes = places[f"{name}.weight"].get("")
-        if codes is None:
-            continue  # `unpack` says which part is missing
+        _, codes = places[f"{name}.weight"][""]
         match said:
             case {"bits": int(bits), "shape": [int(rows), int(width)]} if str(bits) in levels:
                 wanted: tuple[int, ...] = (rows, bits, math.ceil(width / 8))
@@ -95,10 +93,10 @@ def check_matrices(
                     f"{path}: quantization_config.matrices of {name} must have bits, one of {', '.join(levels)}, and "
                     f"a shape of two numbers, got {said!r:.80}"
                 )
-        if codes[1].shape != wanted:
+        if codes.shape != wanted:
             raise FormatError(
                 f"{path}: quantization_config.matrices says that {name} has {bits} bits and shape {(rows, width)}, "
-                f"its codes {codes[1].shape} are of another weight"
+                f"its codes {codes.shape} are of another weight"
             )
 
 
@@ -120,14 +118,16 @@ def pack(name: str, weight: NfBitsWeight) -> dict[str, Tensor]:
 def unpack(
     name: str, read: Callable[[str], Tensor], parts: Set[str], shape: tuple[int, int], path: Path
 ) -> NfBitsWeight:
-    """Put a weight of a known shape and an announced width together; `read` returns the tensor of one of its `parts`.
+    """Put a weight of a known shape and an announced width together.
+
+    `read` returns the tensor of one of its `parts`, '' the codes, which are there.
 
     Raises:
         FormatError: it lacks a part, or a part is not as the shape asks.
     """
     place, (rows, width) = f"{path}: tensor {name}", shape
-    for part in sorted({"", *PARTS} - parts):
-        raise FormatError(f"{place} lacks its {part or 'codes'}; a weight of a width has codes, scales and tops")
+    for part in sorted(set(PARTS) - parts):
+        raise FormatError(f"{place} lacks its {part}; a weight of a width has codes, scales and tops")
     codes, blocks = read(""), math.ceil(width / BLOCK)
     return NfBitsWeight(
         _checked(codes, torch.uint8, (rows, codes.shape[1], math.ceil(width / 8)), place),

@@ -129,16 +129,16 @@ def weight_part(name: str) -> tuple[str, str]:
 
 
 def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path) -> Nf4Weight | Int8Weight:
-    """Put a weight together; `read` returns the tensor of one of its `parts`.
+    """Put a weight together; `read` returns the tensor of one of its `parts`, '' the codes, which are there.
 
     Raises:
         FormatError: it lacks a part, a part has another size than the shape asks for, or it means other numbers.
     """
     place = f"{path}: tensor {name}"
     if ROW_ABSMAX in parts:
-        return _unpack_int8(read, parts, place)
-    _check_parts(parts, {"", STATE}, place)
-    state = _state(bytes(read(STATE).tolist()), place)
+        return _unpack_int8(read, place)
+    _check_parts(parts, {STATE}, place)
+    state = _state(read(STATE), place)
     is_nested = "nested_blocksize" in state
     _check_parts(
         parts, {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if is_nested else set()), place
@@ -156,9 +156,7 @@ def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path
     return Nf4Weight(codes, absmax, nested, offset, (rows, columns))
 
 
-def _unpack_int8(read: Callable[[str], Tensor], parts: Set[str], place: str) -> Int8Weight:
-    if "" not in parts:
-        raise FormatError(f"{place} lacks its codes; a weight in int8 has codes and {ROW_ABSMAX}")
+def _unpack_int8(read: Callable[[str], Tensor], place: str) -> Int8Weight:
     codes = read("")
     if codes.dtype != torch.int8 or codes.ndim != 2:
         raise FormatError(f"{place} must be a matrix of torch.int8, got {codes.dtype} of {tuple(codes.shape)}")
@@ -169,16 +167,18 @@ def _unpack_int8(read: Callable[[str], Tensor], parts: Set[str], place: str) -> 
 
 def _check_parts(found: Set[str], needed: Set[str], place: str) -> None:
     for part in sorted(needed - found):
-        raise FormatError(f"{place} lacks its {part or 'codes'}; a weight in NF4 has codes and {', '.join(_PARTS)}")
+        raise FormatError(f"{place} lacks its {part}; a weight in NF4 has codes and {', '.join(_PARTS)}")
 
 
-def _state(raw: bytes, place: str) -> dict[str, Any]:
+def _state(raw: Tensor, place: str) -> dict[str, Any]:
+    if raw.dtype != torch.uint8 or raw.ndim != 1:
+        raise FormatError(f"{place}.{STATE} must be bytes in a row, got {raw.dtype} of shape {tuple(raw.shape)}")
     try:
-        state = json.loads(raw)
-    except ValueError as error:
+        state = json.loads(bytes(raw.tolist()))
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{place}.{STATE} is no JSON: {error}") from error
     if not isinstance(state, dict):
-        raise FormatError(f"{place}.{STATE} must be a JSON object, got {state!r}")
+        raise FormatError(f"{place}.{STATE} must be a JSON object, got {state!r:.80}")
     wanted = {"quant_type": "nf4", "blocksize": BLOCK}
     if "nested_blocksize" in state:
         wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}

@@ -267,19 +267,37 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
         model = Llama(config)
     model.eval()
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = {HEAD} if config.tie_word_embeddings else set()
     for name, parts in places.items():
-        path, entry = next(iter(parts.values()))
-        if name not in wanted.keys() | tied:
-            raise FormatError(f"{path} holds tensor {name}, which the architecture in config.json does not have")
-        if name in wanted and len(parts) == 1 and (entry.shape != wanted[name] or not entry.dtype.is_floating_point):
-            raise FormatError(f"{path}: tensor {name} has shape {entry.shape}, config.json asks for {wanted[name]}")
+        is_tied = config.tie_word_embeddings and name == HEAD
+        _check_parts(name, parts, wanted.get(EMBEDDING if is_tied else name), may_be_codes=not is_tied)
     missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise FormatError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} first")
     if is_packed:
         _check_announced(folder, places)
     return model, places, is_packed
+
+
+def _check_parts(
+    name: str, parts: Mapping[str, tuple[Path, Entry]], shape: tuple[int, ...] | None, *, may_be_codes: bool
+) -> None:
+    """Check what is held of a weight against the shape that the architecture has for it, if it has one."""
+    path, entry = parts.get("") or next(iter(parts.values()))
+    place = f"{path}: tensor {name}"
+    if shape is None:
+        raise FormatError(f"{path} holds tensor {name}, which the architecture in config.json does not have")
+    if "" not in parts:
+        raise FormatError(f"{place} is missing, of it there is only {', '.join(sorted(parts))}")
+    if len(parts) > 1:
+        if not may_be_codes or len(shape) != 2:
+            beside = ", ".join(sorted(parts.keys() - {""}))
+            raise FormatError(f"{place} cannot be in few bits, but beside it there is its {beside}")
+        return
+    if entry.dtype in (torch.int8, torch.uint8):
+        missing = bnb.ROW_ABSMAX if entry.dtype == torch.int8 else "scales"
+        raise FormatError(f"{place} holds codes ({entry.dtype}), but lacks its {missing}")
+    if entry.shape != shape:
+        raise FormatError(f"{place} has shape {entry.shape}, config.json asks for {shape}")
 
 
 def _check_announced(folder: Path, places: Places) -> None:
