@@ -202,3 +202,25 @@ def test_a_budget_that_fails_costs_no_earlier_run(place):
     with pytest.raises(DataError, match=r"calibration text .*nowhere cannot be read"):
         recipe.finetune(config, overwrite=True)
     assert (earlier.folder / "adapter_model.safetensors").is_file()
+
+
+def test_adapter_options_that_fail_cost_no_earlier_run(place, monkeypatch):
+    """What cannot be trained is named before `--overwrite` deletes anything and before a budget is rounded."""
+    assert main(["convert", str(place / "plain"), str(place / "packed"), "--to", "nf4"]) == 0
+    earlier = recipe.finetune(config_for(place, name="careful"))
+    monkeypatch.setattr("entrenar.recipe.frozen.round_to_budget", lambda *_: pytest.fail("rounded for nothing"))
+    for flags, message in (
+        ({"lora.target_modules": "q_proj,nonsense"}, "no projection is named 'nonsense'"),
+        ({"lora.rank": "500"}, "rank must be <= "),
+        ({"lora.modules_to_save": "nonsense"}, "modules_to_save: no module outside the layers is named 'nonsense'"),
+        ({"lora.lora_init": "loftq", "model": str(place / "packed")}, "packed is in few bits already: give the orig"),
+        ({"quantize.bits": "4", "lora.rank": "500"}, "rank must be <= "),
+        ({"quantize.bits": "4", "lora.modules_to_save": "embed_tokens"}, "model.embed_tokens is held in few bits"),
+        ({"quantize.bits": "4", "lora.modules_to_save": "lm_head"}, "lm_head is held in few bits within quantize.bits"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe.finetune(config_for(place, name="careful", **flags), overwrite=True)
+        with pytest.raises(ConfigError, match=message):
+            recipe.finetune(config_for(place, name="fresh", **flags))
+    assert (earlier.folder / "adapter_model.safetensors").is_file()
+    assert not (place / "runs/fresh").exists()

@@ -41,7 +41,7 @@ from entrenar.model import Llama
 from entrenar.ops import Documents
 from entrenar.peft import TrunkCache, learning_rate_factors, memory_lines, trainable_table
 from entrenar.recipe.adapters import read_weights, write_adapter
-from entrenar.recipe.frozen import keep_base, open_base, put_adapter, round_base
+from entrenar.recipe.frozen import check_adapter, keep_base, open_base, put_adapter, round_base
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import (
@@ -124,6 +124,7 @@ def finetune(
     checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
     config = settle_compute_dtype(config, device, checkpoint)
     model, tokenizer, folder = open_base(config, device, is_resumed=checkpoint is not None)
+    check_adapter(config, model, folder, is_resumed=checkpoint is not None)
     config = _fit_context(config, model)
     if checkpoint is not None and not allow_changes:
         check_same_config(checkpoint.state["config"], recorded(config), may_differ=_MAY_DIFFER)

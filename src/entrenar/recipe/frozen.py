@@ -17,10 +17,10 @@ from entrenar.interop.convert import Source, Target, convert
 from entrenar.interop.hf import open_folder
 from entrenar.interop.safetensors_file import TensorReader
 from entrenar.model import Llama
-from entrenar.peft import find_targets, from_base
+from entrenar.peft import find_saved, find_targets, from_base
 from entrenar.peft.lora import OriginalWeight
 from entrenar.recipe.adapters import is_adapter
-from entrenar.recipe.bit_budget import Adapters, round_to_budget
+from entrenar.recipe.bit_budget import EMBEDDING, HEAD, Adapters, round_to_budget
 from entrenar.recipe.models import model_folder
 from entrenar.recipe.run import Observer
 
@@ -75,6 +75,29 @@ def _load(config: FinetuneConfig, folder: Path, device: torch.device) -> Llama:
     model = load_model(folder, dtype=dtype, device=device, quantize=is_low, held=config.quantize)
     model.set_compute_dtype(getattr(torch, config.compute_dtype))
     return model
+
+
+def check_adapter(config: FinetuneConfig, model: Llama, folder: Path, *, is_resumed: bool) -> None:
+    """Check that the adapter can be put over the base, before an earlier run or minutes of rounding are lost to it.
+
+    Raises:
+        ConfigError: a word of its options means nothing in this model, or it cannot begin or be trained over it.
+    """
+    if config.method == "full":
+        return
+    find_targets(model, config.lora)
+    saved = find_saved(model, config.lora).keys()
+    rounded = [name for name in (EMBEDDING, HEAD) if name in saved]
+    if config.quantize.bits is not None and rounded:
+        raise ConfigError(
+            f"modules_to_save: {rounded[0]} is held in few bits within quantize.bits, and those cannot be trained; "
+            "leave one of the two out"
+        )
+    if config.lora.lora_init == "loftq" and not is_resumed and is_quantized(folder):
+        raise ConfigError(
+            "lora_init = loftq begins at what quantizing takes away, and needs a base that is quantized for this run; "
+            f"{folder} is in few bits already: give the original model"
+        )
 
 
 def round_base(config: FinetuneConfig, bits: float, model: Llama, tokenizer: Tokenizer, observer: Observer) -> Source:
