@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from entrenar.interop import hf, rounding
 from entrenar.interop.convert import Source, Target, convert, open_source
 from entrenar.interop.readback import read_hf_folder
 from entrenar.ops import NfBitsWeight, dequantize
-from entrenar.peft import LoraConfig, find_targets, quantized_projections, widen
+from entrenar.peft import LoraConfig, QuantizeConfig, find_targets, quantized_projections, widen
 from entrenar.peft.layers import leading_factors
 from entrenar.recipe.bit_budget import Adapters, calibration_rows, quantize_to_budget, round_to_budget
 
@@ -58,6 +59,10 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(values))
 
 
+def announced(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
     weights = load_file(folder / "model.safetensors") | changes
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
@@ -79,6 +84,15 @@ def test_a_folder_reads_back_as_it_was_rounded(make_model, tokenizer, text, tmp_
     assert budget.numbers == sum(parameter.numel() for parameter in model.parameters())
     assert set(budget.widths) == {n for n, p in model.named_modules() if getattr(p, "weight", torch.ones(1)).ndim == 2}
     assert 0 < report.kl < 0.1
+
+
+@pytest.mark.parametrize(("key", "name"), [("embedding", "model.embed_tokens"), ("head", "lm_head")])
+def test_what_a_budget_chose_is_not_held_otherwise(folder, key, name):
+    """Asking for a kind over a folder that has a width already is refused, and the message says which width."""
+    width = announced(folder)["matrices"][name]["bits"]
+    message = rf"quantize\.{key} is int8, but .*out holds it as {width}-bit codes already; leave it out"
+    with pytest.raises(ConfigError, match=message):
+        hf.load_model(folder, quantize=True, held=QuantizeConfig(**{key: "int8"}))
 
 
 def test_the_numpy_reader_agrees_with_the_weights_in_use(folder, source):
@@ -238,7 +252,7 @@ def test_other_versions_and_code_books_are_refused(folder, changes, message):
 )
 def test_a_matrix_must_be_announced_as_it_is(folder, said, message):
     """Width and shape of `config.json` are checked before a code is read, and so is which matrices there are."""
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = announced(folder)
     matrices, name = config["matrices"], Q.removesuffix(".weight")
     edit(folder / "config.json", matrices=matrices | {name: said})
     with pytest.raises(FormatError, match=message):

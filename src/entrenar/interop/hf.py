@@ -23,7 +23,7 @@ from entrenar.model import Llama, LlamaConfig
 from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight
 from entrenar.peft import QuantizeConfig, kinds_held, put_quantized, quantized_projections
 from entrenar.peft import quantize as quantize_weight
-from entrenar.peft.quantize import EMBEDDING, HEAD
+from entrenar.peft.quantize import EMBEDDING, HEAD, weights_held
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -219,7 +219,9 @@ def load_model(
 
 def _check_held(model: Llama, held: QuantizeConfig, folder: Path) -> None:
     """Check that what was asked for is what is held: a folder may hold it in other bits already."""
-    for key, found in kinds_held(model).items():
+    kinds = kinds_held(model)
+    for key, weight in weights_held(model).items():
+        found = f"{weight.bits}-bit codes" if isinstance(weight, NfBitsWeight) else kinds[key]
         wanted = held.kind_of(HEAD if key == "head" else EMBEDDING)
         if wanted not in ("keep", found):
             raise ConfigError(f"quantize.{key} is {wanted}, but {folder} holds it as {found} already; leave it out")

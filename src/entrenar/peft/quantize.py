@@ -81,7 +81,11 @@ def quantize(name: str, weight: Float[Tensor, "O I"], kind: Kind) -> QuantizedWe
 def kinds_held(model: nn.Module) -> dict[str, Kind]:
     """Return how embedding and head of a model are held, those in another number of bits left out."""
     kinds: dict[type, Kind] = {type(None): "keep", Int8Weight: "int8", Nf4Weight: "nf4"}
+    return {key: kinds[type(weight)] for key, weight in weights_held(model).items() if type(weight) in kinds}
+
+
+def weights_held(model: nn.Module) -> dict[str, QuantizedWeight | None]:
+    """Return what embedding and head of a model are held as; None is a plain weight."""
     modules = dict(model.named_modules())
     places = {key: name.removesuffix(".weight") for key, name in (("embedding", EMBEDDING), ("head", HEAD))}
-    held = {key: getattr(modules[place], "quantized", None) for key, place in places.items() if place in modules}
-    return {key: kinds[type(weight)] for key, weight in held.items() if type(weight) in kinds}
+    return {key: getattr(modules[place], "quantized", None) for key, place in places.items() if place in modules}
