@@ -95,6 +95,9 @@ def test_a_damaged_word_on_the_base_is_refused(place, tmp_path):
     )
     with pytest.raises(FormatError, match=r"base.json must hold name, dtype and sha256 of the base: .*\n?.*head"):
         read_base(tmp_path)
+    (tmp_path / "base.json").write_text(json.dumps({"name": None, "dtype": "nf4 torch.int3", "sha256": "0"}))
+    with pytest.raises(FormatError, match=r"base.json must hold name, dtype and sha256 of the base: .*int3"):
+        read_base(tmp_path)
 
 
 def test_a_budget_is_rounded_once_and_its_folder_is_the_base(place):
@@ -224,3 +227,24 @@ def test_adapter_options_that_fail_cost_no_earlier_run(place, monkeypatch):
             recipe.finetune(config_for(place, name="fresh", **flags))
     assert (earlier.folder / "adapter_model.safetensors").is_file()
     assert not (place / "runs/fresh").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(("stored", "precision"), [("f32", "bfloat16"), ("bf16", "float32")])
+def test_a_changed_base_is_noticed_in_whatever_dtype_it_is_stored(place, tmp_path, method, stored, precision):
+    """Trained in another dtype than the folder's, the adapter opens in its own and in float32, until a weight moves."""
+    plain = tmp_path / "base"
+    assert main(["convert", str(place / "plain"), str(plain), "--to", "hf", "--dtype", stored]) == 0
+    flags = {"quantize.embedding": "int8"} if method == "qlora" else {}
+    config = config_for(place, name="cast", method=method, model=str(plain), runs_dir=str(tmp_path / "runs"), **flags)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    adapter = recipe.finetune(config).folder
+    assert recipe.open_model(adapter)[0].dtype == getattr(torch, precision)
+    assert recipe.open_model(adapter, dtype=torch.float32)[0].dtype == torch.float32
+    model, tokenizer = recipe.open_model(plain)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0] += 1
+    recipe.write_model_folder(plain, model, dict(model.named_parameters()), tokenizer)
+    for dtype in (None, torch.float32):
+        with pytest.raises(FormatError, match="was trained on another base"):
+            recipe.open_model(adapter, dtype=dtype)

@@ -47,6 +47,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 PREFIX = "base_model.model."
 _QUANTIZED = "nf4 "
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _INITS = {True: "default", False: "default", "gaussian": "gaussian", "eva": "default", "orthogonal": "default"}
@@ -81,19 +82,24 @@ class BaseIdentity:
         return self.dtype.startswith(_QUANTIZED)
 
     @property
+    def plain_dtype(self) -> torch.dtype:
+        """The dtype of what was not in few bits."""
+        return _DTYPES[self.dtype.removeprefix(_QUANTIZED)]
+
+    @property
     def held(self) -> QuantizeConfig:
         """How embedding and head of the base were held."""
         return QuantizeConfig.model_validate(self.quantize or {})
 
 
-def identify_base(model: Llama, name: str | None = None) -> BaseIdentity:
-    """Hash the model's base weights."""
-    weights = plain_state(model)
-    dtype = str(model.dtype)
+def identify_base(model: Llama, name: str | None = None, *, dtype: torch.dtype | None = None) -> BaseIdentity:
+    """Hash the model's base weights, as they would be in `dtype` if it is another than theirs."""
+    other = dtype if dtype != model.dtype else None
+    sha256, held_in = fingerprint(plain_state(model), other), str(other or model.dtype)
     is_quantized = next(quantized_projections(model), None) is not None
     if not is_quantized:
-        return BaseIdentity(name, dtype, fingerprint(weights))
-    return BaseIdentity(name, f"{_QUANTIZED}{dtype}", fingerprint(weights), kinds_held(model))
+        return BaseIdentity(name, held_in, sha256)
+    return BaseIdentity(name, f"{_QUANTIZED}{held_in}", sha256, kinds_held(model))
 
 
 def save_adapter(
@@ -323,7 +329,8 @@ def read_base(folder: Path) -> BaseIdentity | None:
     try:
         base = BaseIdentity(**values)
         QuantizeConfig.model_validate(base.quantize or {})
-    except (TypeError, ValidationError) as error:
+        _ = base.plain_dtype
+    except (TypeError, AttributeError, KeyError, ValidationError) as error:
         raise FormatError(f"{path} must hold name, dtype and sha256 of the base: {error}") from error
     return base
 
@@ -332,12 +339,13 @@ def check_base(folder: Path, model: Llama) -> None:
     """Compare the base that the adapter was trained on with this one, as far as it is recorded.
 
     Raises:
-        FormatError: the hashes differ in the same dtype; in another dtype they say nothing.
+        FormatError: the hashes differ in the dtype that is recorded. They say nothing if this one's is narrower, for
+            then its numbers are no longer those of its file, or if only one of the two is in few bits.
     """
     recorded = read_base(folder)
-    if recorded is None:
+    if recorded is None or torch.promote_types(model.dtype, recorded.plain_dtype) != model.dtype:
         return
-    own = identify_base(model)
+    own = identify_base(model, dtype=recorded.plain_dtype)
     if recorded.dtype == own.dtype and recorded.sha256 != own.sha256:
         raise FormatError(
             f"{folder} was trained on another base: {recorded.name or 'unnamed'} with sha256 {recorded.sha256[:12]}…, "

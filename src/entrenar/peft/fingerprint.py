@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Return the hex SHA-256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    With `dtype` it is that of the same weights rounded to it, one at a time; codes and scales stay what they are.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
+        cast = dtype if name.endswith(".weight") else None
+        tensor = tensors[name].detach().to("cpu", cast).contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -56,11 +56,12 @@ def _is_llama2c_or_gguf(path: Path) -> bool:
 def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
     """Load model and tokenizer from a model folder, a checkpoint, a run, a GGUF file or one of llama2.c's.
 
-    An adapter brings its base along, in four bits where it was trained over those.
+    An adapter brings its base along, in four bits where it was trained over those, and in the dtype it was trained over
+    unless another is asked for.
 
     Raises:
         DataError: there is no model, or none with a tokenizer.
-        FormatError: it is damaged.
+        FormatError: it is damaged, or the base of an adapter is another than it was.
     """
     if _is_llama2c_or_gguf(path):
         source = open_source(path)
@@ -74,6 +75,7 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
     if not is_adapter(folder):
         return load_model(folder, dtype=dtype), Tokenizer.load(folder)
     base, identity = base_of(folder)
+    dtype = dtype or identity.plain_dtype
     model = load_model(base, dtype=dtype, quantize=identity.is_quantized, held=identity.held)
     use_adapter(folder, model)
     return model, Tokenizer.load(base)
