@@ -43,6 +43,8 @@ class QuantizeConfig(BaseModel):
             raise ValueError("bits chooses a width for embedding and head too; leave embedding and head out, or bits")
         if self.calibration is not None and self.bits is None:
             raise ValueError("calibration has no effect without bits; give a budget, or leave it out")
+        if self.loftq_turns != type(self).model_fields["loftq_turns"].default and self.bits is None:
+            raise ValueError("loftq_turns has no effect without bits; give a budget, or leave it out")
         return self
 
     def kind_of(self, name: str) -> Kind:
