@@ -1,5 +1,6 @@
 """The tiers exist where they are named, and none of them can fail unseen."""
 
+import json
 import re
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def test_the_examples_have_the_tiers_of_the_root():
     """examples/llama2 names no target that the root does not have, and has the three tiers."""
     named = set(re.search(r"^TIERS := (.+)$", EXAMPLES, flags=re.MULTILINE)[1].split())
     assert {"tier1", "tier2", "tier3", "coverage-critical", "mutation-llama"} <= named <= targets(MAKEFILE)
+
+
+def test_the_counted_properties_are_there():
+    """Each row of the kept counts names a property, so a renamed one does not count twice."""
+    rows = json.loads((ROOT / "quality" / "results" / "properties.json").read_text(encoding="utf-8"))
+    for name in rows["properties"]:
+        path, _, test = name.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / path).read_text(encoding="utf-8"), name
+    assert rows["count"] == len(rows["properties"]) >= 40
+    assert rows["cases"] == sum(row["cases"] for row in rows["properties"].values())
 
 
 @pytest.mark.parametrize(
