@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,18 @@ def test_a_changed_base_is_noticed_in_whatever_dtype_it_is_stored(place, tmp_pat
     for dtype in (None, torch.float32):
         with pytest.raises(FormatError, match="was trained on another base"):
             recipe.open_model(adapter, dtype=dtype)
+
+
+def test_a_run_within_a_budget_can_be_moved(place, tmp_path):
+    """The base that it keeps is found beside its checkpoints, and is refused there if it is another."""
+    flags = {"quantize.bits": "4.2", "quantize.calibration": str(place / "text.txt"), "name": "moving"}
+    model, _ = started(config_for(place, **flags))
+    (place / "runs/moving").rename(tmp_path / "moved")
+    torch.testing.assert_close(logits(recipe.open_model(tmp_path / "moved")[0]), logits(model), rtol=0, atol=0)
+    assert main(["generate", str(tmp_path / "moved"), "--prompt", "say cat", "--max-new-tokens", "2"]) == 0
+    shutil.rmtree(tmp_path / "moved/base")
+    with pytest.raises(DataError, match=r"has its base at .*runs/moving/base, and it is not there; merge it"):
+        recipe.open_model(tmp_path / "moved")
+    shutil.copytree(place / "plain", tmp_path / "moved/base")
+    with pytest.raises(FormatError, match="was trained on another base"):
+        recipe.open_model(tmp_path / "moved")

@@ -18,6 +18,9 @@ from entrenar.interop.safetensors_file import TensorReader, read_header
 from entrenar.model import Llama
 from entrenar.peft import DEFAULT_ADAPTER, LoraConfig, LoraLinear, LowRank, set_adapter, wrappers
 
+# A base that was rounded for a run lies in the run's folder under this name.
+ROUNDED_FOLDER = "base"
+
 
 def is_adapter(folder: Path) -> bool:
     """Say whether a folder holds an adapter."""
@@ -27,14 +30,20 @@ def is_adapter(folder: Path) -> bool:
 def base_of(folder: Path) -> tuple[Path, BaseIdentity]:
     """Return the base model's folder, which an adapter of ours remembers, and what it knows of the base.
 
+    If it is gone, it may be the one in the adapter's own run; whether that is the base, its hash says when it is used.
+
     Raises:
         DataError: it does not say, or the folder is gone.
     """
     base = read_base(folder)
-    if base is None or base.name is None or not Path(base.name).is_dir():
-        named = "does not say what its base is" if base is None or base.name is None else f"has its base at {base.name}"
-        raise DataError(f"adapter {folder} {named}, and it is not there; merge it into its base with `entrenar merge`")
-    return Path(base.name), base
+    named = "does not say what its base is"
+    if base is not None and base.name is not None:
+        # A run that was moved took its own base along: RUN/checkpoints/STEP/model is over RUN/base.
+        for place in (Path(base.name), folder.resolve().parent.parent.parent / ROUNDED_FOLDER):
+            if (place / "config.json").is_file():
+                return place, base
+        named = f"has its base at {base.name}"
+    raise DataError(f"adapter {folder} {named}, and it is not there; merge it into its base with `entrenar merge`")
 
 
 def use_adapter(folder: Path, model: Llama) -> None:

@@ -19,12 +19,10 @@ from entrenar.interop.safetensors_file import TensorReader
 from entrenar.model import Llama
 from entrenar.peft import find_saved, find_targets, from_base
 from entrenar.peft.lora import OriginalWeight
-from entrenar.recipe.adapters import is_adapter
+from entrenar.recipe.adapters import ROUNDED_FOLDER, is_adapter
 from entrenar.recipe.bit_budget import EMBEDDING, HEAD, Adapters, round_to_budget
 from entrenar.recipe.models import model_folder
 from entrenar.recipe.run import Observer
-
-ROUNDED_FOLDER = "base"
 
 
 def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool) -> tuple[Llama, Tokenizer, Path]:
