@@ -266,6 +266,16 @@ def test_a_matrix_must_be_announced_as_it_is(folder, said, message):
         hf.load_model(folder)
 
 
+def test_a_matrix_of_another_layout_in_the_folder_is_refused(folder):
+    """A matrix that is not announced and lies there as int8 is named."""
+    config, name = announced(folder), Q.removesuffix(".weight")
+    edit(folder / "config.json", matrices={key: said for key, said in config["matrices"].items() if key != name})
+    int8 = {Q: torch.ones(64, 64, dtype=torch.int8), f"{Q}.row_absmax": torch.ones(64)}
+    rewrite(folder, **int8, **{f"{Q}.scales": None, f"{Q}.tops": None})
+    with pytest.raises(FormatError, match=rf"matrices lacks {name}, which is held in few bits"):
+        hf.load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [

@@ -163,6 +163,28 @@ def test_another_version_or_kind_than_announced_is_refused(tmp_path, source, cha
         hf.load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("method", "part", "name"),
+    [
+        ("bitsandbytes", "row_absmax", EMBEDDING),
+        ("entrenar-nf4", "row_absmax", "model.layers.0.self_attn.q_proj.weight"),
+        ("entrenar-nf4", "scales", "model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_what_the_announced_method_does_not_have_is_refused(tmp_path, source, method, part, name):
+    """Int8 where bitsandbytes is announced, or a projection in another layout, is what no other reader reads."""
+    folder = written(source, tmp_path / "few", embedding="int8", head="keep")
+    values = json.loads((folder / "config.json").read_text())
+    theirs = {"quant_method": method, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    values["quantization_config"] |= theirs
+    (folder / "config.json").write_text(json.dumps(values))
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {f"{name}.{part}": torch.ones(97)}, folder / "model.safetensors")
+    message = f"quantization_config.quant_method is '{method}', which has no {part} of {name}, but the file has"
+    with pytest.raises(FormatError, match=re.escape(message)):
+        hf.load_model(folder)
+
+
 BAD = {
     "truncated scales": (lambda t: t.update({f"{HEAD}.row_absmax": t[f"{HEAD}.row_absmax"][:-1].clone()}),
                          "row_absmax must hold 97 of torch.float32, got 96 of torch.float32"),

@@ -77,7 +77,7 @@ def check_matrices(
     announced, levels = config.get("matrices"), config["levels"]
     if not isinstance(announced, Mapping):
         raise FormatError(f"{path}: quantization_config.matrices must be a table by name, got {announced!r:.80}")
-    held = {name.removesuffix(".weight") for name, parts in places.items() if parts.keys() & set(PARTS)}
+    held = {name.removesuffix(".weight") for name, parts in places.items() if len(parts) > 1}
     for name in sorted(held ^ announced.keys()):
         raise FormatError(
             f"{path}: quantization_config.matrices "

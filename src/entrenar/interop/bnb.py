@@ -89,20 +89,26 @@ def check_config(values: Mapping[str, Any], path: Path) -> bool:
 
 
 def check_kinds(values: Mapping[str, Any], parts: Mapping[str, Set[str]], path: Path) -> None:
-    """Check that embedding and head of a folder are held as its `config.json` announces.
+    """Check that the weights of a folder are held as its `config.json` announces: int8 only where it names it.
 
     Raises:
         FormatError.
     """
     config = values[CONFIG_KEY]
-    if config["quant_method"] != METHOD:
-        return
-    for key, name in (("embedding", EMBEDDING), ("head", HEAD)):
+    method = config["quant_method"]
+    named = {"embedding": EMBEDDING, "head": HEAD} if method == METHOD else {}
+    for key, name in named.items():
         found: Kind = "int8" if ROW_ABSMAX in parts.get(name, ()) else "nf4" if STATE in parts.get(name, ()) else "keep"
         if config.get(key) != found:
             raise FormatError(
                 f"{path}: {CONFIG_KEY}.{key} is {config.get(key)!r}, but {name} is held as {found}; quantize the "
                 "original weights again with `entrenar convert --to nf4`"
+            )
+    for name, held in parts.items():
+        for part in sorted(held - {"", *_PARTS, *([ROW_ABSMAX] if name in named.values() else [])}):
+            raise FormatError(
+                f"{path}: {CONFIG_KEY}.quant_method is {method!r}, which has no {part} of {name}, but the file has; "
+                "quantize the original weights again with `entrenar convert --to nf4`"
             )
 
 
