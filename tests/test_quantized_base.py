@@ -264,3 +264,14 @@ def test_a_run_within_a_budget_can_be_moved(place, tmp_path):
     shutil.copytree(place / "plain", tmp_path / "moved/base")
     with pytest.raises(FormatError, match="was trained on another base"):
         recipe.open_model(tmp_path / "moved")
+
+
+def test_a_run_within_a_budget_goes_on_without_the_model_it_began_with(place, tmp_path):
+    """Its rounded base, its tokenizer and what LoftQ began at are all in the run."""
+    shutil.copytree(place / "plain", tmp_path / "plain")
+    flags = {"quantize.bits": "4.2", "quantize.calibration": str(place / "text.txt"), "lora.lora_init": "loftq"}
+    given = {"model": str(tmp_path / "plain"), "runs_dir": str(tmp_path / "runs")}
+    recipe.finetune(config_for(place, **given, **flags))
+    shutil.rmtree(tmp_path / "plain")
+    longer = load_finetune_config(tmp_path / "runs/run/config.toml", {"train.max_steps": "5"})
+    assert recipe.finetune(longer, resume=True).outcome.step == 5

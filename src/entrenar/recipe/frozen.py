@@ -31,15 +31,12 @@ def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool)
     Raises:
         ConfigError, DataError, FormatError: there is no such model, or not one for these options.
     """
-    folder = model_folder(config.model).resolve()
-    if is_adapter(folder):
-        raise ConfigError(
-            f"model must be a whole model, got the adapter {folder}; merge it first with `entrenar merge`"
-        )
-    _check_method(config, folder)
     has_budget = config.quantize.bits is not None
-    if has_budget and is_resumed:
+    if has_budget and is_resumed:  # the model that was rounded is needed no more
         folder = config.run_dir.resolve() / ROUNDED_FOLDER
+    else:
+        folder = model_folder(config.model).resolve()
+        _check_method(config, folder)
     model = load_model(folder) if has_budget and not is_resumed else _load(config, folder, device)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -51,6 +48,10 @@ def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool)
 
 
 def _check_method(config: FinetuneConfig, folder: Path) -> None:
+    if is_adapter(folder):
+        raise ConfigError(
+            f"model must be a whole model, got the adapter {folder}; merge it first with `entrenar merge`"
+        )
     if not is_quantized(folder):
         return
     if config.method != "qlora":
@@ -129,10 +130,10 @@ def keep_base(config: FinetuneConfig, rounded: Source, device: torch.device, obs
 def put_adapter(config: FinetuneConfig, model: Llama, *, is_resumed: bool) -> None:
     """Freeze the model and give it a new adapter; that of a resumed run is read over it, so it may begin anyhow."""
     lora, original = config.lora, None
-    if lora.lora_init == "loftq":
+    if lora.lora_init == "loftq" and is_resumed:
+        lora = lora.model_copy(update={"lora_init": "default"})
+    elif lora.lora_init == "loftq":
         original = original_weights(model_folder(config.model))
-        if is_resumed:
-            lora = lora.model_copy(update={"lora_init": "default"})
     from_base(model, lora, torch.Generator().manual_seed(config.train.seed), original=original)
 
 
