@@ -27,13 +27,14 @@ def test_jsonl_rows_have_their_lines(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_rows_have_their_lines(tmp_path, indent):
-    """An element's place is the line it begins on, however the list is written."""
+    """An element's place is the line it begins on, and its number where another begins on the same line."""
     values = [{"text": "one\ntwo"}, {"text": "x"}, {"text": ""}]
     path = write(tmp_path, "a.json", "\n" + json.dumps(values, indent=indent))
     rows = list(read_rows(path))
     assert [row.fields for row in rows] == values
     lines = path.read_text().splitlines()
-    starts = [number for number, line in enumerate(lines, start=1) if line.strip() == "{"] if indent else [2, 2, 2]
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip() == "{"]
+    starts = numbers if indent else [2, "2 (row 2)", "2 (row 3)"]
     assert [row.place for row in rows] == [f"{path}:{line}" for line in starts]
 
 

@@ -44,6 +44,16 @@ def test_every_fault_is_found_in_one_pass(file, tokenizer):
     assert "2 rows cannot be used: 1 empty_answer, 1 broken" in notes
 
 
+def test_rows_of_a_json_file_in_one_line_are_told_apart(tokenizer, tmp_path):
+    """A duplicate and a long row are named by their numbers, for they all stand in line 1."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    rows = read_examples([path], tokenizer, config(path))
+    notes = "\n".join(rows.notes(config(path)))
+    assert f"1 rows longer than seq_len = 40 left out ({path}:1 (row 5) …)" in notes
+    assert f"1 rows stand twice ({path}:1 (row 4) is {path}:1)" in notes
+
+
 def test_bad_rows_stop_the_run_or_go_to_quarantine(file, tokenizer, tmp_path):
     """`stop` names the lines; quarantine writes them with their reasons and lets the others through."""
     rows = read_examples([file], tokenizer, config(file))

@@ -20,7 +20,7 @@ _MAX_FILE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Row:
-    """The fields of a row; `place` is file:line."""
+    """The fields of a row; `place` is file:line, and the row's number where it is not the first of its line."""
 
     place: str
     fields: dict[str, Any]
@@ -92,16 +92,17 @@ def _jsonl(path: Path, text: str) -> Iterator[Row | BadRow]:
 
 
 def _json(path: Path, text: str) -> Iterator[Row | BadRow]:
-    """Read a list element by element, so that each has its line and those before a fault are not lost."""
-    decoder, at, line, counted = json.JSONDecoder(), 0, 1, 0
+    """Read a list element by element, so that each has a place of its own and those before a fault are not lost."""
+    decoder, at, line, counted, number = json.JSONDecoder(), 0, 1, 0, 0
     at = _skip(text, at)
     if text[at : at + 1] != "[":
         yield BadRow(f"{path}:1", "broken", "the file must hold a JSON list of rows", text[:1000])
         return
     at = _skip(text, at + 1)
     while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        place = f"{path}:{line}"
+        breaks, number = text.count("\n", counted, at), number + 1
+        line, counted = line + breaks, at
+        place = f"{path}:{line}" if breaks or number == 1 else f"{path}:{line} (row {number})"
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
