@@ -275,3 +275,32 @@ def test_a_run_within_a_budget_goes_on_without_the_model_it_began_with(place, tm
     shutil.rmtree(tmp_path / "plain")
     longer = load_finetune_config(tmp_path / "runs/run/config.toml", {"train.max_steps": "5"})
     assert recipe.finetune(longer, resume=True).outcome.step == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ({}, "in four bits: its own model is BASE converted --to nf4;"),
+        ({"quantize.embedding": "int8"}, "in four bits: its own model is BASE converted --to nf4 --embedding int8;"),
+        (
+            {"quantize.embedding": "int8", "quantize.head": "keep"},
+            "in four bits: its own model is BASE converted --to nf4 --embedding int8 --head keep;",
+        ),
+        ({"quantize.head": "nf4"}, "in four bits: its own model is BASE converted --to nf4 --head nf4;"),
+        ({"quantize.bits": "4.2"}, "in a budget of bits: its own model is {base};"),
+    ],
+)
+def test_merging_into_the_original_names_the_model_that_was_trained(place, tmp_path, capsys, flags, advice):
+    """What the advice gives is the base that the adapter knows: merged over it, nothing more is said."""
+    config = config_for(place, runs_dir=str(tmp_path), **flags | {"train.max_steps": "1"})
+    adapter = recipe.finetune(config).folder
+    assert main(["merge", str(place / "plain"), str(adapter), str(tmp_path / "merged")]) == 0
+    own = tmp_path / "run/base"
+    assert f"the adapter was trained over this base {advice.format(base=own)}\n" in capsys.readouterr().out
+    if "quantize.bits" not in flags:
+        own = tmp_path / "own"
+        words = advice.partition("converted ")[2].removesuffix(";").split()
+        assert main(["convert", str(place / "plain"), str(own), *words]) == 0
+    capsys.readouterr()
+    assert main(["merge", str(own), str(adapter), str(tmp_path / "again")]) == 0
+    assert "the adapter was trained over" not in capsys.readouterr().out

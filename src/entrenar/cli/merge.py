@@ -11,7 +11,7 @@ from entrenar.data import Tokenizer
 from entrenar.errors import ConfigError, DataError
 from entrenar.files import atomic_directory
 from entrenar.interop import save_model
-from entrenar.interop.hf_peft import load_adapter, read_base
+from entrenar.interop.hf_peft import BaseIdentity, load_adapter, read_base
 from entrenar.model import Llama
 from entrenar.peft import DEFAULT_ADAPTER, MergeReport, checked_merge, quantized_projections, unload, widen
 from entrenar.recipe import model_folder, open_model
@@ -42,9 +42,18 @@ def run(words: Sequence[str]) -> int:
         tokenizer.save(folder)
     print("\n".join(_lines(report, parsed.out)))
     if trained_over is not None and trained_over.is_quantized and not is_quantized:
-        print("the adapter was trained over this base in four bits: its own model is BASE converted --to nf4;")
+        print(f"the adapter was trained over this base in {_own_model(trained_over)};")
         print("one that began by LoftQ makes up for those bits, and belongs over them alone")
     return 0
+
+
+def _own_model(base: BaseIdentity) -> str:
+    if base.is_within_budget:
+        return f"a budget of bits: its own model is {base.name or 'that rounded one'}"
+    held = base.held
+    embedding = "" if held.embedding == "keep" else f" --embedding {held.embedding}"
+    head = "" if held.head in (None, held.embedding) else f" --head {held.head}"
+    return f"four bits: its own model is BASE converted --to nf4{embedding}{head}"
 
 
 def _arguments() -> argparse.ArgumentParser:

@@ -82,6 +82,11 @@ class BaseIdentity:
         return self.dtype.startswith(_QUANTIZED)
 
     @property
+    def is_within_budget(self) -> bool:
+        """Whether embedding and head had, as each projection, a width of their own (`kinds_held` leaves those out)."""
+        return self.quantize is not None and "embedding" not in self.quantize
+
+    @property
     def plain_dtype(self) -> torch.dtype:
         """The dtype of what was not in few bits."""
         return _DTYPES[self.dtype.removeprefix(_QUANTIZED)]
