@@ -248,6 +248,8 @@ def test_other_versions_and_code_books_are_refused(folder, changes, message):
         ({"bits": "4", "shape": [64, 64]}, "q_proj must have bits, one of"),
         ({"bits": 4, "shape": [64]}, "q_proj must have bits, one of"),
         (4, "q_proj must have bits, one of .* got 4"),
+        ({"bits": 4, "shape": [64, 63]}, r"q_proj has shape \(64, 63\), the rest of the file asks for \(64, 64\)"),
+        ({"bits": 4, "shape": [63, 64]}, r"q_proj has shape \(63, 64\), the rest of the file asks for \(64, 64\)"),
     ],
 )
 def test_a_matrix_must_be_announced_as_it_is(folder, said, message):

@@ -67,9 +67,14 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def check_matrices(
-    config: Mapping[str, Any], places: Mapping[str, Mapping[str, tuple[Path, Entry]]], path: Path
+    config: Mapping[str, Any],
+    places: Mapping[str, Mapping[str, tuple[Path, Entry]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
 ) -> None:
     """Check that each matrix has the width and shape that `config.json` announces, and that there are no others.
+
+    `shapes` are the architecture's: codes fill whole bytes, and cannot tell a width from the next.
 
     Raises:
         FormatError.
@@ -93,6 +98,11 @@ def check_matrices(
                     f"{path}: quantization_config.matrices of {name} must have bits, one of {', '.join(levels)}, and "
                     f"a shape of two numbers, got {said!r:.80}"
                 )
+        if (rows, width) != shapes[f"{name}.weight"]:
+            raise FormatError(
+                f"{path}: quantization_config.matrices says {name} has shape {(rows, width)}, the rest of the file "
+                f"asks for {shapes[f'{name}.weight']}"
+            )
         if codes.shape != wanted:
             raise FormatError(
                 f"{path}: quantization_config.matrices says that {name} has {bits} bits and shape {(rows, width)}, "

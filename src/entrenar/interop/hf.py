@@ -276,7 +276,7 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     if missing:
         raise FormatError(f"{folder} lacks {len(missing)} tensors of the model, {missing[0]} first")
     if is_packed:
-        _check_announced(folder, places)
+        _check_announced(folder, places, wanted)
     return model, places, is_packed
 
 
@@ -302,10 +302,10 @@ def _check_parts(
         raise FormatError(f"{place} has shape {entry.shape}, config.json asks for {shape}")
 
 
-def _check_announced(folder: Path, places: Places) -> None:
+def _check_announced(folder: Path, places: Places, shapes: Mapping[str, tuple[int, ...]]) -> None:
     values, path = _config_values(folder), folder / "config.json"
     if values[bnb.CONFIG_KEY]["quant_method"] == bits.METHOD:
-        bits.check_matrices(values[bnb.CONFIG_KEY], places, path)
+        bits.check_matrices(values[bnb.CONFIG_KEY], places, shapes, path)
     else:
         bnb.check_kinds(values, {name: parts.keys() for name, parts in places.items()}, path)
 
