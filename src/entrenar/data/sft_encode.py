@@ -101,8 +101,9 @@ class Encoder:
         if self._tokenizer.add_bos and not is_chat and self._tokenizer.bos_id is not None:
             ids.append(self._tokenizer.bos_id)
         marks = [False] * len(ids)
+        before_text = len(ids)
         for number, segment in enumerate(segments):
-            added = self._ids(segment, is_first=number == 0)
+            added = self._ids(segment, is_first=len(ids) == before_text)  # also behind a prompt of nothing
             ids += added
             marks += [number in trained] * len(added)
         if len(ids) < 2 or not any(marks[1:]):
