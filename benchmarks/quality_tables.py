@@ -5,6 +5,9 @@ from typing import Any
 
 Table = tuple[list[str], list[list[str]], str]
 
+# libFuzzer's exit codes that name no fault.
+_ENDS = {0: "none", 72: "none; stopped before the end"}
+
 
 def mutation(measured: dict[str, Any]) -> Table:
     """Scores of each file, and of all."""
@@ -36,7 +39,7 @@ def properties(measured: dict[str, Any]) -> Table:
 def fuzz(measured: dict[str, Any]) -> Table:
     """Inputs of each target, and how soon its planted fault was found."""
     lines = [
-        [f"`{name}`", f"{row['runs']:,}", "none" if row["exit"] == 0 else "**found**", str(row["edges"]),
+        [f"`{name}`", f"{row['runs']:,}", _ENDS.get(row["exit"], "**found**"), str(row["edges"]),
          f"{row['control_found_after']:,} inputs", f"{row['elapsed_s']:,.0f} s"]
         for name, row in measured["targets"].items()
     ]  # fmt: skip
