@@ -112,6 +112,8 @@ class FinetuneConfig(BaseModel):
                 f"lora.lora_init = loftq begins at what quantizing takes away, but method = {self.method} quantizes "
                 "nothing; set method = qlora"
             )
+        if self.lora.lora_init != "loftq" and self.quantize.loftq_turns != QuantizeConfig().loftq_turns:
+            raise ValueError("quantize.loftq_turns has no effect without lora.lora_init = loftq; set both or none")
         if self.trunk.cache_trunk and self.train.compile:
             raise ValueError("trunk.cache_trunk and train.compile exclude each other; leave one out")
         return self
