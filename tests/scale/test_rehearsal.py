@@ -1,6 +1,8 @@
 """A step without bytes allocates what the step in earnest allocates."""
 
+import os
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,11 @@ def test_a_rehearsal_allocates_nothing_of_the_model():
     assert seen.step.tensors["weights"] == 4 * seen.parameters
     assert seen.step.tensors["optimizer"] > 8 * seen.parameters
     assert seen.step.kernels_bytes < 500e6
+    # Beyond the machine's memory the allocator is not asked: a heap of that size would let this process fork no more.
+    assert seen.step.allocator_bytes is None
+    with Path("/proc/self/maps").open(encoding="utf-8") as maps:
+        heap = next(line.split()[0].split("-") for line in maps if line.endswith("[heap]\n"))
+    assert int(heap[1], 16) - int(heap[0], 16) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_finished_forward_leaves_activations_and_the_backward_gradients():

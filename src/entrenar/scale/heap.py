@@ -11,11 +11,15 @@ that is gone when it is freed, and only the small ones are gone through (`train.
 
 import ctypes
 import mmap
+import os
 import platform
 
 _ALIGNMENT = 64  # torch's own, c10/core/alignment.h
 _PAGE = 4096
 _LOWEST_BIT = bytes(byte & 1 for byte in range(256))
+# Blocks beyond this share of the machine's memory are not taken: a run of them does not fit. And the heap, which a small
+# object at its end keeps from shrinking, would be larger than what the kernel lets a process fork with.
+_MOST_OF_MEMORY = 0.7
 # What is noted lies in pages of its own, or it would take the holes that are to be found. Unused ones cost nothing.
 _CAPACITY = 1 << 22
 
@@ -24,13 +28,14 @@ class Heap:
     """Blocks of glibc's main heap that are taken and never touched.
 
     Attributes:
-        is_there: whether this is glibc and it had room for every block so far; nothing else can be asked.
+        is_there: whether this is glibc and there was room for every block so far; nothing else can be asked.
         returned_from: blocks of this size or more are returned when they are freed; None where all are kept.
     """
 
     def __init__(self, returned_from: int | None = None) -> None:
         self.returned_from = returned_from
-        self._mapped = self._most_mapped = 0
+        self._mapped = self._most_mapped = self._taken = 0
+        self._room = _MOST_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.is_there = platform.libc_ver()[0] == "glibc"
         self._starts, self._ends = (memoryview(mmap.mmap(-1, 8 * _CAPACITY)).cast("Q") for _ in range(2))
         self._count = 0
@@ -88,9 +93,11 @@ class Heap:
             self._mapped += _pages(size_bytes)
             self._most_mapped = max(self._most_mapped, self._mapped)
             return 0
-        if self._count == _CAPACITY or self._take(self._place, _ALIGNMENT, size_bytes) != 0:
+        is_full = self._count == _CAPACITY or self._taken + size_bytes > self._room
+        if is_full or self._take(self._place, _ALIGNMENT, size_bytes) != 0:
             self.is_there = False
             return 0
+        self._taken += size_bytes
         address = int(self._address.value or 0)
         self._starts[self._count], self._ends[self._count] = address, address + size_bytes
         self._count += 1
@@ -100,6 +107,7 @@ class Heap:
         """Free a block that was taken."""
         if address:
             self._free(address)
+            self._taken -= size_bytes
         elif self.is_there and self._is_mapping(size_bytes):
             self._mapped -= _pages(size_bytes)
 
