@@ -17,8 +17,8 @@ import platform
 _ALIGNMENT = 64  # torch's own, c10/core/alignment.h
 _PAGE = 4096
 _LOWEST_BIT = bytes(byte & 1 for byte in range(256))
-# Blocks beyond this share of the machine's memory are not taken: a run of them does not fit. And the heap, which a small
-# object at its end keeps from shrinking, would be larger than what the kernel lets a process fork with.
+# Blocks beyond this share of the machine's memory are not taken: a run of them does not fit. And a small object at the
+# end of the heap keeps it from shrinking, while a process with a heap larger than memory cannot fork.
 _MOST_OF_MEMORY = 0.7
 # What is noted lies in pages of its own, or it would take the holes that are to be found. Unused ones cost nothing.
 _CAPACITY = 1 << 22
