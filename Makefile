@@ -11,6 +11,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 BARE := $(ONE_THREAD) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 RESIDENT := $(BIN)/python -m entrenar.quality.resident
 FUZZ_RUNS ?= 1000000
+# Processes that run the tests; each holds half a gigabyte.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 MUTATION ?=
 BASE ?= origin/main
 
@@ -60,7 +62,7 @@ finetune-demo: $(VENV)/.base ## teach the quickstart's model to write docstrings
 
 test: $(VENV)/.test ## run the tests, and record which lines and branches they reach
 	@$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(ONE_THREAD) $(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.test ## ruff, with every ignored rule's reason in pyproject.toml
 	$(BIN)/ruff check .
