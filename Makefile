@@ -9,7 +9,7 @@ PROMPTS := "def read_json(path):" "class Stack:" "import os"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # Without the plugins that pytest finds by itself a run starts in half the time; the gradient checks need none.
 BARE := $(ONE_THREAD) PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-RESIDENT := $(BIN)/python -m entrenar.quality.resident
+RESIDENT := $(BIN)/python -m entrenar.quality.pytest_server
 FUZZ_RUNS ?= 1000000
 # Processes that run the tests; each holds half a gigabyte.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))

@@ -199,7 +199,7 @@ def serve_peft(work: Workload) -> None:
         return float(mean.detach())
 
     def evaluate() -> float:
-        from entrenar.data.sft_loader import make_batch
+        from entrenar.data.sft.loader import make_batch
 
         batches = [make_batch([[example]]) for example in held_out]
         model.eval()

@@ -84,9 +84,9 @@ def predict(flags: dict[str, str], folder: Path | None) -> dict[str, Any]:
 
 def take(flags: dict[str, str], folder: Path | None) -> dict[str, Any]:
     """Take a cell's steps in earnest: the body of another."""
+    from entrenar.planning import Ledger, go_through, status_bytes
     from entrenar.recipe import plan as planning
     from entrenar.recipe.run import use_machine
-    from entrenar.scale import Ledger, go_through, status_bytes
     from entrenar.train import build_optimizer
 
     imports_bytes = status_bytes("VmRSS")

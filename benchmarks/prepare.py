@@ -29,7 +29,7 @@ import numpy as np
 import tokenizers
 
 from entrenar.data import Corpus, Loader, PrepareConfig, Tokenizer, prepare
-from entrenar.data.sources import ReadLog, find_sources, read_documents
+from entrenar.data.corpus.sources import ReadLog, find_sources, read_documents
 
 RESULTS = Path(__file__).parent / "results" / "prepare.json"
 SEPARATOR = "<|endoftext|>"

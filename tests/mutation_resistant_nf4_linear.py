@@ -11,7 +11,7 @@ import pytest
 from .mutants import mutant
 from .ops.closed_forms import TOLERANCE, caught_by, nf4_linear_problems, worst_error
 
-NAME = "entrenar.ops.nf4_linear"
+NAME = "entrenar.ops.quantized.linear"
 PROBLEMS = nf4_linear_problems()
 MUTANTS: dict[str, tuple[str, str]] = {
     "scale missing in the output": ("mT, alpha=plan.scale)", "mT)"),

@@ -23,7 +23,7 @@ from .mutants import changed, source_of
 from .strategies import normal, seeds
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-ATTENTION, LOSS, LORA, NF4 = "ops.attention", "ops.linear_cross_entropy", "ops.lora_linear", "ops.nf4"
+ATTENTION, LOSS, LORA, NF4 = "ops.attention", "ops.linear_cross_entropy", "ops.lora_linear", "ops.quantized.nf4"
 times = st.integers(1, 12)
 heads_in_groups = st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (6, 3), (6, 1)])
 
@@ -457,7 +457,7 @@ def test_quantizing_twice_is_quantizing_once(seed, rows, width):
 
 
 @pytest.mark.property("nf4_linear")
-@pytest.mark.kills("ops.nf4_linear", "dx.addmm_(dy[:, columns], tile)", "dx.addmm_(dy[:, : tile.shape[0]], tile)")
+@pytest.mark.kills("ops.quantized.linear", "dx.addmm_(dy[:, columns], tile)", "dx.addmm_(dy[:, : tile.shape[0]], tile)")
 @given(seeds(), st.integers(1, 12), st.integers(1, 30), st.integers(1, 13))
 def test_a_product_by_tiles_is_the_product(seed, rows, width, tile_rows):
     """However many rows are widened at a time, it is the product with the widened weight, forward and backward."""

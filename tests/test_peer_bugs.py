@@ -28,11 +28,11 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "ops.linear_cross_entropy", "scaled[block] = grad[block] * scale", "scaled[block] = grad[block]",
         "tests/ops/test_linear_cross_entropy.py::test_every_chunk_size_gives_the_dense_loss_and_gradients"),
     "weight kept on the context": (
-        "ops.nf4_linear",
+        "ops.quantized.linear",
         "ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_a, lora_b, kept, low, *weight)",
         "ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_a, lora_b, kept, low, *("
         "None if part is None else part.clone() for part in weight))",
-        "tests/ops/test_nf4_linear.py::test_writing_to_what_the_backward_needs_is_noticed"),
+        "tests/ops/quantized/test_linear.py::test_writing_to_what_the_backward_needs_is_noticed"),
     "dropout mask missing in dx": (
         "ops.lora_linear", "return dx.addcmul_(dlow @ lora_a, kept.to(dx.dtype))", "return dx.addmm_(dlow, lora_a)",
         "tests/ops/test_lora_linear.py::test_output_and_gradients_equal_the_reference"),
@@ -64,11 +64,11 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "[batch.split(self.rows)[0] for batch in batches]",
         "tests/train/test_step.py::test_out_of_memory_halves_the_pieces_and_keeps_the_gradient"),
     "ranks share rows": (
-        "data.loader", "slice(rank * rows, (rank + 1) * rows)", "slice(0, rows)",
-        "tests/data/test_loader.py::test_ranks_share_one_global_batch"),
+        "data.corpus.loader", "slice(rank * rows, (rank + 1) * rows)", "slice(0, rows)",
+        "tests/data/corpus/test_loader.py::test_ranks_share_one_global_batch"),
     "position forgotten": (
-        "data.loader", "self._start = start or LoaderState(", "self._start = LoaderState(",
-        "tests/data/test_loader.py::test_resuming_anywhere_equals_not_stopping"),
+        "data.corpus.loader", "self._start = start or LoaderState(", "self._start = LoaderState(",
+        "tests/data/corpus/test_loader.py::test_resuming_anywhere_equals_not_stopping"),
 }  # fmt: skip
 
 

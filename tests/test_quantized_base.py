@@ -216,7 +216,7 @@ def test_adapter_options_that_fail_cost_no_earlier_run(place, monkeypatch):
     """What cannot be trained is named before `--overwrite` deletes anything and before a budget is rounded."""
     assert main(["convert", str(place / "plain"), str(place / "packed"), "--to", "nf4"]) == 0
     earlier = recipe.finetune(config_for(place, name="careful"))
-    monkeypatch.setattr("entrenar.recipe.frozen.round_to_budget", lambda *_: pytest.fail("rounded for nothing"))
+    monkeypatch.setattr("entrenar.recipe.base.round_to_budget", lambda *_: pytest.fail("rounded for nothing"))
     for flags, message in (
         ({"lora.target_modules": "q_proj,nonsense"}, "no projection is named 'nonsense'"),
         ({"lora.rank": "500"}, "rank must be <= "),

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from entrenar.data.sources import STDLIB, SourceConfig, find_sources
+from entrenar.data.corpus.sources import STDLIB, SourceConfig, find_sources
 
 MIN_LINE, MAX_LINE, MAX_CODE = 12, 80, 600
 HELD_OUT_SHARE = 0.1

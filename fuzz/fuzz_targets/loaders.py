@@ -15,11 +15,11 @@ import atheris
 import torch  # noqa: F401 - before the instrumented modules, so that torch itself is not instrumented
 
 with atheris.instrument_imports(include=["entrenar"]):
-    from entrenar.data.llama2c_tokenizer import read_tokenizer_bin
-    from entrenar.data.rows import read_rows
-    from entrenar.data.sentencepiece_model import read_sentencepiece
-    from entrenar.data.tiktoken import read_tiktoken
-    from entrenar.data.tokenizer import Tokenizer
+    from entrenar.data.sft.rows import read_rows
+    from entrenar.data.tokenizer.llama2c import read_tokenizer_bin
+    from entrenar.data.tokenizer.sentencepiece import read_sentencepiece
+    from entrenar.data.tokenizer.tiktoken import read_tiktoken
+    from entrenar.data.tokenizer.tokenizer import Tokenizer
     from entrenar.errors import EntrenarError
     from entrenar.interop import gguf_file, gguf_metadata, hf, llama2c, safetensors_file
 

@@ -10,7 +10,7 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["entrenar.data"]):
-    from entrenar.data.train_bpe import train_bpe
+    from entrenar.data.tokenizer.train_bpe import train_bpe
 
 TEXTS = ["the cat sat on the mat", "größer 😀👩‍👩‍👧 שלום", "def f(x):\n\treturn x\n", "á \u200d \x00 end"]
 PLANTED = "--planted" in sys.argv

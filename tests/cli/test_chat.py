@@ -8,7 +8,7 @@ import torch
 from entrenar.cli.chat import Conversation
 from entrenar.cli.main import main
 from entrenar.data import Tokenizer, train_bpe
-from entrenar.data.chat_template import ChatTemplate
+from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import DataError
 from entrenar.infer import GenerateConfig
 from entrenar.interop import save_model

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from entrenar.cli.main import main
 from entrenar.data import train_bpe
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
-from entrenar.interop import hf, rounding
+from entrenar.interop import hf
 from entrenar.interop.convert import Source, Target, convert, open_source
-from entrenar.interop.readback import read_hf_folder
+from entrenar.interop.proof import bounds
+from entrenar.interop.proof.readback import read_hf_folder
 from entrenar.ops import NfBitsWeight, dequantize
 from entrenar.peft import LoraConfig, QuantizeConfig, find_targets, quantized_projections, widen
 from entrenar.peft.layers import leading_factors
@@ -122,11 +123,11 @@ def test_a_damaged_scale_is_found_before_the_folder_gets_its_name(source, text, 
 
 
 def test_the_bound_of_a_rounded_model_allows_what_its_rounding_did_and_no_more(source, text):
-    """Norms may not change at all, matrices by their own rounding."""
+    """Norms may not change at all, matrices by their own bounds."""
     rounded, _ = round_to_budget(source, 4.2, text, silent)
     assert rounded.rounded is not None
     model, weight = rounded.rounded.model, source.model.get_parameter(Q).detach()
-    bound = rounding.bound_of_rounded(model)
+    bound = bounds.bound_of_rounded(model)
     allowed = bound(Q, weight)(slice(2, 9))
     widen(model)
     torch.testing.assert_close(allowed, (model.get_parameter(Q) - weight).abs()[2:9], rtol=1e-5, atol=1e-6)

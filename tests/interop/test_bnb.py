@@ -15,7 +15,7 @@ from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.interop import convert as convert_module
 from entrenar.interop import hf
 from entrenar.interop.convert import Source, Target, convert, open_source
-from entrenar.interop.readback import read_hf_folder
+from entrenar.interop.proof.readback import read_hf_folder
 from entrenar.ops import dequantize_nf4
 from entrenar.peft import quantized_projections, widen
 

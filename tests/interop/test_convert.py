@@ -14,7 +14,7 @@ from entrenar.files import read_json, write_json
 from entrenar.interop import convert as convert_module
 from entrenar.interop import gguf, llama2c
 from entrenar.interop.convert import Source, Target, Threshold, convert, detect, open_source
-from entrenar.interop.numpy_llama import logits as numpy_logits
+from entrenar.interop.proof.numpy_llama import logits as numpy_logits
 from entrenar.interop.rotary_rows import half_split, interleaved
 from entrenar.model import RopeScaling
 
@@ -222,7 +222,7 @@ def test_missing_and_misshapen_tensors_are_found(tmp_path, stories, monkeypatch)
 
 def test_a_file_whose_logits_are_not_finite_is_refused(tmp_path, stories, monkeypatch):
     """Whatever made them so."""
-    monkeypatch.setattr("entrenar.interop.verify.logits", lambda *_: np.full((4, 64, 512), np.nan))
+    monkeypatch.setattr("entrenar.interop.proof.verify.logits", lambda *_: np.full((4, 64, 512), np.nan))
     with pytest.raises(GateFailed, match=r"^the file's logits are not finite; nothing was written$"):
         convert(stories, target(tmp_path, "hf"))
 

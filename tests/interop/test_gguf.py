@@ -14,7 +14,7 @@ from entrenar.interop import gguf as ours
 from entrenar.interop.gguf import load_gguf, load_gguf_tokenizer, save_gguf
 from entrenar.interop.gguf_file import dequantize_q4_0, dequantize_q8_0, read_gguf
 from entrenar.interop.llama2c import load_llama2c
-from entrenar.interop.verify import HARD_STRINGS
+from entrenar.interop.proof.verify import HARD_STRINGS
 from entrenar.model import RopeScaling
 
 package = pytest.importorskip("gguf")

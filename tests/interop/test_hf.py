@@ -15,7 +15,7 @@ import entrenar
 from entrenar.data import Tokenizer
 from entrenar.errors import FormatError
 from entrenar.interop import load_model, read_config, save_model
-from entrenar.interop.verify import HARD_STRINGS
+from entrenar.interop.proof.verify import HARD_STRINGS
 from entrenar.model import Llama, LlamaConfig, RopeScaling
 
 transformers = pytest.importorskip("transformers")

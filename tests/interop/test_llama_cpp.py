@@ -8,7 +8,7 @@ from entrenar.data import Tokenizer
 from entrenar.infer import GenerateConfig, generate
 from entrenar.interop.gguf import load_gguf, save_gguf
 from entrenar.interop.llama2c import load_llama2c
-from entrenar.interop.verify import HARD_STRINGS
+from entrenar.interop.proof.verify import HARD_STRINGS
 from entrenar.model import RopeScaling
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install llama-cpp-python (it compiles)")

@@ -16,8 +16,8 @@ from entrenar.ops.attention import causal_mask, reference_attention
 from entrenar.ops.linear import reference_linear
 from entrenar.ops.linear_cross_entropy import reference_linear_cross_entropy
 from entrenar.ops.lora_linear import reference_lora_linear
-from entrenar.ops.nf4 import dequantize_nf4, quantize_nf4
-from entrenar.ops.nf4_linear import reference_nf4_linear
+from entrenar.ops.quantized.linear import reference_nf4_linear
+from entrenar.ops.quantized.nf4 import dequantize_nf4, quantize_nf4
 from entrenar.ops.rms_norm import reference_rms_norm
 from entrenar.ops.rope import reference_rope, rope_forward
 from entrenar.ops.swiglu import reference_swiglu

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from entrenar import ops
 from entrenar.errors import ConfigError
-from entrenar.ops.nf_bits import WIDTHS
+from entrenar.ops.quantized.bits import WIDTHS
 from entrenar.peft.bit_budget import (
     Cost,
     InputMoments,

@@ -107,7 +107,7 @@ def packed_rows(packing: ModuleType) -> Cases:
 
 def packed_batches(sft_loader: ModuleType) -> Cases:
     """A packed batch holds each example's tokens in order under its own document id, and its own targets."""
-    from entrenar.data.sft_encode import Example  # noqa: PLC0415
+    from entrenar.data.sft.encode import Example  # noqa: PLC0415
 
     for lengths in product(range(1, 5), repeat=3):
         starts = np.cumsum((0, *lengths))
@@ -194,9 +194,9 @@ STATEMENTS: dict[str, tuple[Callable[[ModuleType], Cases], str, tuple[str, str],
         "T ≤ 16, all cuts into documents"),
     "pieces of a packed batch": (pieces, "ops.attention", (
         "for start, end in ends\n    ]", "for start, end in ends[:-1] or ends\n    ]"), "T ≤ 12, all cuts"),
-    "packing": (packed_rows, "data.packing", ("left = room - length", "left = room - length + (room > length)"),
+    "packing": (packed_rows, "data.sft.packing", ("left = room - length", "left = room - length + (room > length)"),
         "capacity ≤ 5 and 5 examples, capacity ≤ 16 and 3"),
-    "packed batches": (packed_batches, "data.sft_loader", (
+    "packed batches": (packed_batches, "data.sft.loader", (
         "documents[number, start:end] = document", "documents[number, start:end] = document // 2"),
         "3 examples of 1 to 4 tokens"),
     "split batches": (split_batches, "data.batch", (
@@ -204,7 +204,7 @@ STATEMENTS: dict[str, tuple[Callable[[ModuleType], Cases], str, tuple[str, str],
     "row blocks": (row_blocks, "ops.row_blocks", (
         "slice(start, min(start + size, num_rows))", "slice(start, min(start + size - 1, num_rows))"),
         "N ≤ 16, widths to 64"),
-    "nearest codes": (nearest_codes, "ops.nf4", (
+    "nearest codes": (nearest_codes, "ops.quantized.nf4", (
         "thresholds = (book[:-1] + book[1:]) / 2", "thresholds = book[:-1] * 0.4 + book[1:] * 0.6"),
         "every bfloat16 in [-1, 1], 9,015 float32 at the thresholds"),
     "attention shapes": (attention_shapes, "ops.attention", (

@@ -177,7 +177,7 @@ class Word:
 
 def permuted(half_bits: int, *twin: tuple[str, str]) -> Claim:
     """Two different numbers of 2·half_bits bits go to different ones of as many bits, whatever mixes a round."""
-    module = mutant("entrenar.data.permutation", *twin)
+    module = mutant("entrenar.data.corpus.permutation", *twin)
     mixed = z3.Function("mixed", z3.BitVecSort(64), z3.BitVecSort(64))
     module.np = SimpleNamespace(uint64=Word)
     module.mix64 = lambda word: Word(mixed(word.bits))
@@ -221,7 +221,7 @@ def nearest(nf4: ModuleType, *, skew: Fraction = Fraction(0)) -> Claim:
 
 def test_nf4_takes_a_nearest_level_for_every_real_number(certificate):
     """Over all real numbers; the float32 thresholds are those of `nearest codes` in the bounded proofs."""
-    assert counter_example(*nearest(mutant("entrenar.ops.nf4"))) is None
+    assert counter_example(*nearest(mutant("entrenar.ops.quantized.nf4"))) is None
     certificate.add(
         "nf4_linear", "shapes", statement="nearest level, error at most 0.15191 of the magnitude", bound="all"
     )
@@ -229,9 +229,9 @@ def test_nf4_takes_a_nearest_level_for_every_real_number(certificate):
 
 def test_a_level_or_threshold_out_of_place_yields_a_counter_example():
     """A skewed threshold, and a level with a wrong digit where the bound on the error needs the right one."""
-    assert counter_example(*nearest(mutant("entrenar.ops.nf4"), skew=Fraction(1, 1000))) is not None
+    assert counter_example(*nearest(mutant("entrenar.ops.quantized.nf4"), skew=Fraction(1, 1000))) is not None
     assert (
-        counter_example(*nearest(mutant("entrenar.ops.nf4", ("-0.6961928009986877", "-0.6861928009986877"))))
+        counter_example(*nearest(mutant("entrenar.ops.quantized.nf4", ("-0.6961928009986877", "-0.6861928009986877"))))
         is not None
     )
 

@@ -8,7 +8,7 @@ import pytest
 from entrenar.cli.main import main
 from entrenar.errors import FormatError, GateFailed
 from entrenar.quality.certificate import NOT_MEASURED, certificates, coverage_of, demand_no_loss, mutants_of, worse
-from entrenar.quality.mutation import Verdict, write_verdicts
+from entrenar.quality.mutation.verdicts import Verdict, write_verdicts
 
 SHOWN = {
     "swiglu": {

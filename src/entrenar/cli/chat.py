@@ -17,7 +17,7 @@ import torch
 from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.data import Tokenizer
-from entrenar.data.chat_template import ChatTemplate
+from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import DataError, EntrenarError
 from entrenar.infer import GenerateConfig, generate
 from entrenar.model import Llama

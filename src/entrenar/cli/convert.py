@@ -10,7 +10,7 @@ from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.errors import ConfigError
 from entrenar.interop.convert import Target, Threshold, check_target, convert, open_source
-from entrenar.interop.rounding import Format
+from entrenar.interop.proof.bounds import Format
 from entrenar.peft import QuantizeConfig
 from entrenar.peft.quantize import Kind
 from entrenar.recipe.bit_budget import round_to_budget

@@ -14,9 +14,9 @@ from entrenar.cli import flags
 from entrenar.cli.progress import duration, quantity
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig, Source, load_config, load_finetune_config
 from entrenar.errors import GateFailed
+from entrenar.planning import Room, parse_bytes, room, status_bytes
 from entrenar.recipe.fit import Advice, Change, advise
 from entrenar.recipe.plan import RunPlan, plan_run
-from entrenar.scale import Room, parse_bytes, room, status_bytes
 
 _OF_FINETUNING = ("--model", "--method", "--data")
 

@@ -1,17 +1,17 @@
 """Text to batches: tokenizers, corpora on disk, and the loader."""
 
 from entrenar.data.batch import Batch, LoaderState
-from entrenar.data.corpus import Corpus, CorpusManifest, check_same_tokenizer
-from entrenar.data.loader import Loader, validation_batches
-from entrenar.data.prepare import PrepareConfig, Progress, prepare
+from entrenar.data.corpus.corpus import Corpus, CorpusManifest, check_same_tokenizer
+from entrenar.data.corpus.loader import Loader, validation_batches
+from entrenar.data.corpus.prepare import PrepareConfig, Progress, prepare
 from entrenar.data.settings import DataConfig
-from entrenar.data.sft import SftRows, accept, read_examples, split, total_tokens, write_quarantine
-from entrenar.data.sft_encode import Example
-from entrenar.data.sft_loader import SftLoader, SftState, held_out_batches
-from entrenar.data.sft_settings import SftConfig
-from entrenar.data.token_bytes import DecodeStream
-from entrenar.data.tokenizer import Tokenizer
-from entrenar.data.train_bpe import train_bpe
+from entrenar.data.sft.encode import Example
+from entrenar.data.sft.examples import SftRows, accept, read_examples, split, total_tokens, write_quarantine
+from entrenar.data.sft.loader import SftLoader, SftState, held_out_batches
+from entrenar.data.sft.settings import SftConfig
+from entrenar.data.tokenizer.token_bytes import DecodeStream
+from entrenar.data.tokenizer.tokenizer import Tokenizer
+from entrenar.data.tokenizer.train_bpe import train_bpe
 
 __all__ = [
     "Batch",

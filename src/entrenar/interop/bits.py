@@ -19,7 +19,7 @@ from torch import Tensor
 from entrenar.errors import FormatError
 from entrenar.interop.safetensors_file import Entry
 from entrenar.ops import NfBitsWeight
-from entrenar.ops.nf_bits import BLOCK, GROUP, WIDTHS, nf_bits_levels
+from entrenar.ops.quantized.bits import BLOCK, GROUP, WIDTHS, nf_bits_levels
 
 METHOD, VERSION = "entrenar-nf-bits", 1
 PARTS = ("scales", "tops")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from entrenar.errors import FormatError
 from entrenar.ops import Int8Weight, Nf4Weight
-from entrenar.ops.nf4 import BLOCK, NESTED_BLOCK, dynamic_map, nf4_code_book
+from entrenar.ops.quantized.nf4 import BLOCK, NESTED_BLOCK, dynamic_map, nf4_code_book
 from entrenar.peft import QuantizeConfig
 from entrenar.peft.quantize import EMBEDDING, HEAD, Kind
 

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from entrenar.data import Tokenizer
-from entrenar.data.llama2c_tokenizer import tokenizer_bin
+from entrenar.data.tokenizer.llama2c import tokenizer_bin
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.files import TEMPORARY_PREFIX, atomic_directory, fsync_directory, fsync_file
-from entrenar.interop import gguf_file, hf, llama2c, numpy_llama, readback
+from entrenar.interop import gguf_file, hf, llama2c
 from entrenar.interop.gguf import GGUFType, load_gguf, save_gguf
-from entrenar.interop.numpy_llama import Array
-from entrenar.interop.rounding import Format, bound_of, bound_of_rounded
+from entrenar.interop.proof import numpy_llama, readback
+from entrenar.interop.proof.bounds import Format, bound_of, bound_of_rounded
+from entrenar.interop.proof.numpy_llama import Array
+from entrenar.interop.proof.verify import Origin, Report, origin_of, verify
 from entrenar.interop.safetensors_file import TensorReader
-from entrenar.interop.verify import Origin, Report, origin_of, verify
 from entrenar.model import Llama
 from entrenar.peft import QuantizeConfig, widen
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entrenar.data import Tokenizer
-from entrenar.data.vocabulary import tokenizer_files, vocabulary_of
+from entrenar.data.tokenizer.vocabulary import tokenizer_files, vocabulary_of
 from entrenar.errors import ConfigError, FormatError
 from entrenar.files import explained_disk_errors
 from entrenar.interop.assemble import assemble

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from entrenar.data.vocabulary import UNUSED, Vocabulary
+from entrenar.data.tokenizer.vocabulary import UNUSED, Vocabulary
 from entrenar.errors import FormatError
 from entrenar.model import LlamaConfig, RopeScaling
 from entrenar.model.rope_scaling import inverse_frequencies

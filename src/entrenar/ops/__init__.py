@@ -5,14 +5,14 @@ that cite the equations, the `autograd.Function`, and the public operation.
 """
 
 from entrenar.ops.attention import Documents, attention
-from entrenar.ops.int8_rows import Int8Weight, quantize_int8
 from entrenar.ops.linear import fastest_compute_dtype, linear
 from entrenar.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.ops.lora_linear import lora_linear
-from entrenar.ops.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
-from entrenar.ops.nf4_linear import QuantizedWeight, dequantize, nf4_linear
-from entrenar.ops.nf_bits import NfBitsWeight, dequantize_nf_bits, nf_bits_size, quantize_nf_bits
-from entrenar.ops.quantized_embedding import quantized_embedding
+from entrenar.ops.quantized.bits import NfBitsWeight, dequantize_nf_bits, nf_bits_size, quantize_nf_bits
+from entrenar.ops.quantized.embedding import quantized_embedding
+from entrenar.ops.quantized.int8 import Int8Weight, quantize_int8
+from entrenar.ops.quantized.linear import QuantizedWeight, dequantize, nf4_linear
+from entrenar.ops.quantized.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
 from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rope import rope
 from entrenar.ops.swiglu import swiglu

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from entrenar.errors import ConfigError, DataError
 from entrenar.ops.first_order import refuse_double_backward
-from entrenar.ops.nf4_linear import QuantizedWeight, tiles
+from entrenar.ops.quantized.linear import QuantizedWeight, tiles
 from entrenar.ops.row_blocks import row_blocks
 
 # Numbers in a widened tile of a frozen head: small beside the head, and a product with it runs at full speed.

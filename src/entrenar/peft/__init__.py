@@ -18,8 +18,15 @@ from entrenar.peft.lora import (
     unmerge,
     wrappers,
 )
-from entrenar.peft.qlora import Nf4Linear, QuantizedEmbedding, memory_lines, put_quantized, quantized_projections, widen
 from entrenar.peft.quantize import QuantizeConfig, kinds_held, quantize
+from entrenar.peft.quantized import (
+    Nf4Linear,
+    QuantizedEmbedding,
+    memory_lines,
+    put_quantized,
+    quantized_projections,
+    widen,
+)
 from entrenar.peft.targets import find_saved, find_targets, layer_number, shape_of
 from entrenar.peft.trainable import TrainableTable, trainable_table
 from entrenar.peft.trunk import TrunkCache, TrunkConfig, highest_cut

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from entrenar import ops
 from entrenar.errors import ConfigError
-from entrenar.ops.nf_bits import WIDTHS
+from entrenar.ops.quantized.bits import WIDTHS
 
 # Logits of this many tokens at once.
 _TOKENS_AT_ONCE = 256

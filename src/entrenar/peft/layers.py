@@ -30,7 +30,7 @@ from entrenar import ops
 from entrenar.errors import ConfigError
 from entrenar.ops.row_blocks import row_blocks
 from entrenar.peft.config import LoraInit
-from entrenar.peft.qlora import BaseWeight, Nf4Linear, weight_of, widened
+from entrenar.peft.quantized import BaseWeight, Nf4Linear, weight_of, widened
 
 # Rows of a weight whose norms are taken at a time: a quantized one must not be widened as a whole.
 _NORM_ROWS = 1024

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from entrenar.errors import ConfigError
 from entrenar.peft.config import LoraConfig, matching_key
-from entrenar.peft.qlora import BaseWeight, weight_of
+from entrenar.peft.quantized import BaseWeight, weight_of
 
 _LAYER = re.compile(r"^(?:.*?\.)?[^.]+\.(\d+)\.")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from entrenar.peft.lora import wrappers
-from entrenar.peft.qlora import quantized_projections
+from entrenar.peft.quantized import quantized_projections
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.errors import FormatError, GateFailed
-from entrenar.quality.mutation import read_verdicts
-from entrenar.quality.mutation_report import by_file, score
+from entrenar.quality.mutation.report import by_file, score
+from entrenar.quality.mutation.verdicts import read_verdicts
 from entrenar.quality.risk import read_coverage
 
 NOT_MEASURED = "not measured"

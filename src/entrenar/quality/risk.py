@@ -23,6 +23,8 @@ from typing import Any
 
 from entrenar.errors import ConfigError, FormatError, GateFailed
 
+RISK_FILE = Path("quality/risk.toml")
+
 
 @dataclass(frozen=True)
 class Component:

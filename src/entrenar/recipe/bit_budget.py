@@ -23,7 +23,7 @@ from entrenar.infer import GenerateConfig, generate
 from entrenar.interop.convert import Rounded, Source
 from entrenar.model import Llama
 from entrenar.ops import NfBitsWeight
-from entrenar.ops.nf_bits import WIDTHS
+from entrenar.ops.quantized.bits import WIDTHS
 from entrenar.peft import put_quantized
 from entrenar.peft.bit_budget import (
     Cost,

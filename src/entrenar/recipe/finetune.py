@@ -41,7 +41,7 @@ from entrenar.model import Llama
 from entrenar.ops import Documents
 from entrenar.peft import TrunkCache, learning_rate_factors, memory_lines, trainable_table
 from entrenar.recipe.adapters import read_weights, write_adapter
-from entrenar.recipe.frozen import check_adapter, keep_base, open_base, put_adapter, round_base
+from entrenar.recipe.base import check_adapter, keep_base, open_base, put_adapter, round_base
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import (

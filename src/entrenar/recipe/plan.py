@@ -24,14 +24,16 @@ from entrenar.interop.hf import open_folder, read_config
 from entrenar.interop.safetensors_file import Entry
 from entrenar.model import Llama, LlamaConfig
 from entrenar.model.streaming import LayerStream
-from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight, nf4, nf_bits
-from entrenar.ops.nf_bits import WIDTHS
+from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight
+from entrenar.ops.quantized import bits as nf_bits
+from entrenar.ops.quantized import nf4
+from entrenar.ops.quantized.bits import WIDTHS
 from entrenar.peft import LoraConfig, LoraLinear, from_base, put_quantized, wrappers
+from entrenar.planning import Ledger, Plan, Scene, go_through, plan, status_bytes
 from entrenar.recipe.bit_budget import check_budget
 from entrenar.recipe.models import give_storage, model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import keeps_freed_memory, settle_compute_dtype, use_machine
-from entrenar.scale import Ledger, Plan, Scene, go_through, plan, status_bytes
 from entrenar.train import build_optimizer
 from entrenar.train.allocator import RETURNED_FROM
 from entrenar.train.offload import BEHIND_BYTES, LEAST_BYTES

@@ -1,0 +1,1 @@
+"""Corpora: from sources to hashed shards on disk, and from shards to batches of windows."""

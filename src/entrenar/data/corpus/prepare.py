@@ -1,0 +1,383 @@
+"""Turn sources into a corpus in constant memory.
+
+The idea: documents are read, hashed and gathered into batches of bounded bytes by the calling thread; worker threads
+encode a batch each (`tokenizers` releases the interpreter's lock) and turn its ids into one array; results are
+written in the order of reading. So the corpus is the same, byte for byte, whatever the number of threads. What is in
+memory: a few batches, and 16 to 32 bytes a document to find duplicates.
+
+The split is decided by each document's own hash: independent of order, and the same in every corpus.
+"""
+
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from entrenar.data.corpus.corpus import (
+    FORMAT,
+    MANIFEST,
+    TOKEN_BYTES,
+    VERSION,
+    CorpusManifest,
+    SkippedEntry,
+    SourceEntry,
+    Split,
+    TokenizerEntry,
+    is_corpus,
+)
+from entrenar.data.corpus.dedup import SeenHashes, document_hash
+from entrenar.data.corpus.shards import ShardWriter
+from entrenar.data.corpus.sources import STDLIB, ReadLog, Source, SourceConfig, find_sources, read_documents
+from entrenar.data.tokenizer.tokenizer import Tokenizer
+from entrenar.data.tokenizer.train_bpe import train_bpe
+from entrenar.errors import DataError
+from entrenar.files import atomic_directory, atomic_write, sha256_file, write_json
+
+_BATCH_BYTES = 1 << 19
+_PIECES_OF_A_LONE_TEXT = 256
+_LEAST_PIECE_BYTES = 1 << 10
+_HASH_SPAN = 1 << 64
+
+
+class PrepareConfig(SourceConfig):
+    """How a corpus is made."""
+
+    val_fraction: float = Field(default=0.02, ge=0, lt=1)
+    """Share of the documents that is held out for validation."""
+    dedup: bool = True
+    """Drop documents that are equal to an earlier one."""
+    shard_tokens: int = Field(default=1 << 26, ge=1)
+    """Tokens in a shard file."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads that encode; all cores if not given."""
+    vocab_size: int = Field(default=8192, ge=1)
+    """Vocabulary of the tokenizer that is trained when none is given."""
+    tokenizer_sample_bytes: int = Field(default=32 << 20, ge=1)
+    """How much text of the training split a tokenizer is trained on, to within a document."""
+
+
+@dataclass
+class Progress:
+    """How far `prepare` is; `stage` is "tokenizer" or "encode". One object, updated in place."""
+
+    stage: str
+    total_files: int
+    total_bytes: int
+    files: int = 0
+    bytes_read: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    config: PrepareConfig | None = None,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> CorpusManifest:
+    """Write the corpus of `sources` to folder `out`, whole or not at all; without a tokenizer, train one first.
+
+    Raises: DataError for sources or a tokenizer that cannot be used; FormatError for a damaged tokenizer file;
+    DiskFullError.
+    """
+    config = config or PrepareConfig()
+    out = Path(out)
+    found = find_sources([str(source) for source in sources], config)
+    config = _cut_a_lone_text(config, found)
+    _check_target(out, found)
+    report = progress or (lambda _: None)
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(found, config, report)
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer)
+    with atomic_directory(out) as folder:
+        run = _Run(folder, config, tokenizer, _started("encode", found), report)
+        return run.write(found)
+
+
+def _cut_a_lone_text(config: PrepareConfig, sources: list[Source]) -> PrepareConfig:
+    """Cut a single text file into many documents unless told how: a corpus of one document has nothing to hold out."""
+    files = [file for source in sources for file in source.files]
+    is_lone_text = len(files) == 1 and files[0].kind == "text" and config.document_separator is None
+    if not is_lone_text or "max_document_bytes" in config.model_fields_set:
+        return config
+    piece = max(_LEAST_PIECE_BYTES, files[0].size_bytes // _PIECES_OF_A_LONE_TEXT)
+    return config.model_copy(update={"max_document_bytes": min(piece, config.max_document_bytes)})
+
+
+def is_held_out(digest: int, val_fraction: float) -> bool:
+    """Decide the split of a document by its hash."""
+    return digest < val_fraction * _HASH_SPAN
+
+
+def _check_target(out: Path, sources: list[Source]) -> None:
+    """Refuse to replace a folder that is no corpus, or to write into a source."""
+    if out.exists() and not is_corpus(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} exists and is no corpus, so it is not replaced; name another folder (--out)")
+    for source in sources:
+        folder = Path(source.name).resolve()
+        if source.name != STDLIB and (out.resolve() == folder or folder in out.resolve().parents):
+            raise DataError(f"{out} lies in source {source.name}: the corpus would become its own source (--out)")
+
+
+def _started(stage: str, sources: list[Source]) -> Progress:
+    files = [file for source in sources for file in source.files]
+    return Progress(stage, len(files), sum(file.size_bytes for file in files))
+
+
+def _train_tokenizer(sources: list[Source], config: PrepareConfig, report: Callable[[Progress], None]) -> Tokenizer:
+    with _threads_of_tokenizers(config.threads or _cores()):
+        return train_bpe(_sample(sources, config, report), config.vocab_size)
+
+
+def _sample(sources: list[Source], config: PrepareConfig, report: Callable[[Progress], None]) -> Iterator[str]:
+    """Yield documents of the training split, chosen by their hash, up to the sample's size.
+
+    Raises: DataError when there is none.
+    """
+    progress = _started("tokenizer", sources)
+    wanted = config.tokenizer_sample_bytes / max(1, progress.total_bytes)
+    taken = 0
+    log = ReadLog()
+    for file in (file for source in sources for file in source.files):
+        for text in read_documents(file, config, log):
+            data = text.encode("utf-8")
+            digest = document_hash(data)
+            # The low half of the hash chooses, the high half decides the split: two independent draws.
+            chosen = (digest & 0xFFFFFFFF) < wanted * (1 << 32)
+            if not chosen or is_held_out(digest, config.val_fraction):
+                continue
+            yield text
+            taken += len(data)
+            if taken >= config.tokenizer_sample_bytes:
+                return
+        progress.files += 1
+        progress.bytes_read += file.size_bytes
+        report(progress)
+    if taken == 0:
+        raise DataError(f"no text to train a tokenizer on: {_why_no_sample(log, config)}")
+
+
+def _why_no_sample(log: ReadLog, config: PrepareConfig) -> str:
+    if log.documents:
+        return (
+            f"none of the {log.documents} documents fell into the sample; raise tokenizer_sample_bytes "
+            f"({config.tokenizer_sample_bytes}), lower val_fraction ({config.val_fraction}), "
+            "or name a document_separator"
+        )
+    skipped = log.skipped_summary()
+    return f"files were left out: {skipped}" if skipped else "every source is empty"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _threads_of_tokenizers(threads: int) -> Iterator[None]:
+    """Keep `tokenizers` to one thread a call while ours call it, or while one is wanted.
+
+    Its pool cannot be resized once started, and used in a process that forks later it warns; the variable is its only
+    switch.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if threads == 1:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@dataclass
+class _Batch:
+    split: Split
+    texts: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    total_bytes: int = 0
+
+
+class _Encoder:
+    """Encodes a batch into one array: BOS, tokens, EOS for each document."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        boundary = bos if bos is not None else eos
+        if boundary is None:
+            raise DataError(
+                "the tokenizer has neither a BOS nor an EOS token, so documents could not be told apart; "
+                "name one in its tokenizer_config.json (bos_token, eos_token)"
+            )
+        self.bos_id, self.eos_id = boundary, eos if eos is not None else boundary
+        self.tokenizer = tokenizer
+        self.dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        table = [0 if index in tokenizer.special_ids else len(data) for index, data in enumerate(tokenizer.token_bytes)]
+        self.token_bytes = np.array(table, dtype="<u4")
+
+    def __call__(self, batch: _Batch) -> tuple[np.ndarray[Any, np.dtype[Any]], int]:
+        """Return the ids, and how many documents they do not spell exactly."""
+        # An array of C integers fills three times as fast from a list as a numpy array does.
+        ids = array("I")
+        starts: list[int] = []
+        for encoded in self.tokenizer.encode_batch(batch.texts):
+            starts.append(len(ids))
+            ids.append(self.bos_id)
+            ids.extend(encoded)
+            ids.append(self.eos_id)
+        stored = np.frombuffer(ids, dtype=np.uintc).astype(self.dtype)
+        spelled = np.add.reduceat(self.token_bytes[stored], starts, dtype=np.int64) - int(self.tokenizer.adds_space)
+        return stored, int(np.count_nonzero(spelled != batch.sizes))
+
+
+class _Run:
+    """One run of `prepare` into a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PrepareConfig,
+        tokenizer: Tokenizer,
+        progress: Progress,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._folder, self._config, self._progress, self._report = folder, config, progress, report
+        self._encoder = _Encoder(tokenizer)
+        self._writers: dict[str, ShardWriter] = {
+            split: ShardWriter(folder, split, config.shard_tokens) for split in ("train", "val")
+        }
+        self._log = ReadLog()
+        self._seen = SeenHashes()
+        self._duplicates = 0
+        self._lossy = 0
+
+    def write(self, sources: list[Source]) -> CorpusManifest:
+        """Encode everything and write the manifest last."""
+        threads = self._config.threads or _cores()
+        running: deque[tuple[_Batch, Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]]] = deque()
+        entries: list[SourceEntry] = []
+        with _threads_of_tokenizers(1), ThreadPoolExecutor(threads) as pool:
+            try:
+                for batch in self._batches(sources, entries):
+                    running.append((batch, pool.submit(self._encoder, batch)))
+                    if len(running) > 2 * threads:
+                        self._finish(*running.popleft())
+                while running:
+                    self._finish(*running.popleft())
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        for writer in self._writers.values():
+            writer.close()
+        self._check_splits()
+        return self._write_manifest(entries)
+
+    def _batches(self, sources: list[Source], entries: list[SourceEntry]) -> Iterator[_Batch]:
+        pending: dict[str, _Batch] = {"train": _Batch("train"), "val": _Batch("val")}
+        for source in sources:
+            self._log.begin_source()
+            documents = 0
+            for split, text, size in self._documents(source):
+                documents += 1
+                batch = pending[split]
+                batch.texts.append(text)
+                batch.sizes.append(size)
+                batch.total_bytes += size
+                if batch.total_bytes >= _BATCH_BYTES:
+                    yield batch
+                    pending[split] = _Batch(batch.split)
+            entries.append(self._source_entry(source, documents))
+        yield from (batch for batch in pending.values() if batch.texts)
+
+    def _documents(self, source: Source) -> Iterator[tuple[Split, str, int]]:
+        """Yield (split, text, bytes) of every document that is kept; a duplicate yields nothing."""
+        done_bytes = self._progress.bytes_read
+        for file in source.files:
+            for text in read_documents(file, self._config, self._log):
+                data = text.encode("utf-8")
+                digest = document_hash(data)
+                self._progress.bytes_read += len(data)
+                if self._config.dedup and not self._seen.add(digest):
+                    self._duplicates += 1
+                    continue
+                yield "val" if is_held_out(digest, self._config.val_fraction) else "train", text, len(data)
+            done_bytes += file.size_bytes
+            self._progress.bytes_read = done_bytes
+            self._progress.files += 1
+            self._report(self._progress)
+
+    def _finish(self, batch: _Batch, future: Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]) -> None:
+        ids, lossy = future.result()
+        writer = self._writers[batch.split]
+        writer.write(ids)
+        writer.counts.documents += len(batch.texts)
+        writer.counts.bytes += batch.total_bytes
+        self._lossy += lossy
+        self._progress.documents += len(batch.texts)
+        self._progress.tokens += len(ids)
+        self._report(self._progress)
+
+    def _source_entry(self, source: Source, documents: int) -> SourceEntry:
+        size_bytes = sum(file.size_bytes for file in source.files)
+        if documents == 0 and self._log.documents == 0:
+            skipped = self._log.skipped_summary()
+            reason = f"its files were left out: {skipped}" if skipped else "it is empty"
+            raise DataError(f"source {source.name} has no document: {reason}")
+        digest = self._log.source_digest.hexdigest()
+        return SourceEntry(name=source.name, files=len(source.files), bytes=size_bytes, sha256=digest)
+
+    def _check_splits(self) -> None:
+        train, val = self._writers["train"].counts, self._writers["val"].counts
+        fraction = self._config.val_fraction
+        if train.documents == 0 or (val.documents == 0 and fraction > 0):
+            empty = "train" if train.documents == 0 else "held-out"
+            raise DataError(
+                f"the {empty} split is empty: {train.documents + val.documents} documents, val_fraction {fraction}; "
+                f"raise val_fraction, lower max_document_bytes ({self._config.max_document_bytes}, cuts documents), "
+                "name a document_separator, or set val_fraction to 0"
+            )
+
+    def _write_manifest(self, entries: list[SourceEntry]) -> CorpusManifest:
+        encoder, tokenizer = self._encoder, self._encoder.tokenizer
+        tokenizer.save(self._folder)
+        atomic_write(self._folder / TOKEN_BYTES, encoder.token_bytes.tobytes())
+        log = self._log
+        manifest = CorpusManifest(
+            format=FORMAT,
+            version=VERSION,
+            dtype="uint16" if encoder.dtype == "<u2" else "uint32",
+            shard_tokens=self._config.shard_tokens,
+            tokenizer=TokenizerEntry(
+                sha256=tokenizer.hash,
+                vocab_size=tokenizer.vocab_size,
+                bos_id=encoder.bos_id,
+                eos_id=encoder.eos_id,
+                adds_space=tokenizer.adds_space,
+                token_bytes_sha256=sha256_file(self._folder / TOKEN_BYTES),
+            ),
+            splits={split: writer.entry() for split, writer in self._writers.items()},
+            sources=entries,
+            skipped=[
+                SkippedEntry(reason=reason, count=count, names=log.skipped_names[reason])
+                for reason, count in sorted(log.skipped_counts.items())
+            ],
+            duplicates=self._duplicates,
+            cuts=log.cuts,
+            lossy_documents=self._lossy,
+            options=self._config.model_dump(mode="json", exclude={"threads"}),
+        )
+        write_json(self._folder / MANIFEST, manifest.model_dump(mode="json"))
+        return manifest

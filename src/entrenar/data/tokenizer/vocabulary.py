@@ -1,0 +1,259 @@
+"""A tokenizer as the formats without a `tokenizer.json` keep it: a list of tokens, their scores and kinds, or merges.
+
+GGUF and llama2.c's `tokenizer.bin` hold such a list. Of the two families, "pieces" (sentencepiece) needs a score for
+each piece: the pair whose joined piece scores highest is merged first, leftmost first. Where only ranked merges are
+known (a `tokenizer.json`), a piece scores minus the rank of the first merge that makes it, which merges in the same
+order. "bytes" (byte-level BPE) keeps its merges and the name of the pattern that cuts words.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from entrenar.data.tokenizer.sentencepiece import SentencePieceModel, tokenizer_json
+from entrenar.data.tokenizer.token_bytes import decoder_family
+from entrenar.errors import FormatError
+
+if TYPE_CHECKING:  # the tokenizer reads files through this module
+    from entrenar.data.tokenizer.tokenizer import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_BPE = 2
+WordPattern = Literal["llama3", "gpt2"]
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PATTERNS: Mapping[WordPattern, str] = {"llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What has to be stored of a tokenizer.
+
+    Attributes:
+        tokens: the text of each id; in the bytes family in GPT-2's printable alphabet.
+        scores: of each id; zeros in the bytes family.
+        kinds: sentencepiece's type of each id (NORMAL … BYTE).
+        merges: pairs by rank, bytes family only.
+        pattern: what cuts words, bytes family only.
+    """
+
+    tokens: list[str]
+    scores: list[float]
+    kinds: list[int]
+    merges: list[tuple[str, str]]
+    pattern: WordPattern | None
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    add_bos: bool
+    add_eos: bool
+    adds_space: bool
+    chat_template: str | None
+
+    @property
+    def family(self) -> str:
+        """The kind of tokenizer: "bytes" or "pieces"."""
+        return "pieces" if self.pattern is None else "bytes"
+
+
+def vocabulary_of(tokenizer: "Tokenizer") -> Vocabulary:
+    """Restate a tokenizer.
+
+    Raises:
+        FormatError: it cuts words by a pattern that the other formats have no name for.
+    """
+    content = tokenizer.content
+    model = content["model"]
+    family, _ = decoder_family(content.get("decoder"), "tokenizer")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    tokens: list[str] = [""] * tokenizer.vocab_size
+    for token, index in model["vocab"].items():
+        tokens[index] = token
+    kinds = [NORMAL if token else UNUSED for token in tokens]
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    unk_id = tokenizer.id_of(model["unk_token"]) if model.get("unk_token") else None
+    if unk_id is not None:
+        kinds[unk_id] = UNKNOWN
+    if family == "pieces" and model.get("byte_fallback"):
+        for byte in range(256):
+            index = tokenizer.id_of(f"<0x{byte:02X}>")
+            if index is not None:
+                kinds[index] = BYTE
+    tokens = [token or f"[UNUSED{index}]" for index, token in enumerate(tokens)]
+    return Vocabulary(
+        tokens=tokens,
+        scores=_scores(tokens, kinds, merges) if family == "pieces" else [0.0] * len(tokens),
+        kinds=kinds,
+        merges=merges if family == "bytes" else [],
+        pattern=_pattern(content.get("pre_tokenizer")) if family == "bytes" else None,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        unk_id=unk_id,
+        add_bos=tokenizer.add_bos,
+        add_eos=tokenizer.add_eos,
+        adds_space=tokenizer.adds_space,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[tuple[str, ...]]) -> list[float]:
+    first: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        first.setdefault("".join(merge), rank)
+    lowest = len(merges)
+    return [
+        -float(first.get(token, lowest)) if kind == NORMAL else 0.0 for token, kind in zip(tokens, kinds, strict=True)
+    ]
+
+
+def _pattern(pre_tokenizer: Any) -> WordPattern:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
+    splits = [step for step in steps if step.get("type") == "Split"]
+    levels = [step for step in steps if step.get("type") == "ByteLevel"]
+    if len(levels) == 1 and len(splits) + 1 == len(steps) and not levels[0].get("add_prefix_space"):
+        if not splits and levels[0].get("use_regex", True):
+            return "gpt2"
+        if len(splits) == 1 and not levels[0].get("use_regex", True):
+            found = splits[0].get("pattern", {}).get("Regex")
+            is_plain = splits[0].get("behavior") == "Isolated" and not splits[0].get("invert")
+            for name, pattern in _PATTERNS.items():
+                if is_plain and found == pattern:
+                    return name
+    raise FormatError(
+        "tokenizer.json: pre_tokenizer cuts words neither as LLaMA 3 nor as GPT-2 does, and other formats know these "
+        "two only; keep the Hugging Face folder"
+    )
+
+
+def tokenizer_files(vocabulary: Vocabulary, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of `tokenizer.json` and of `tokenizer_config.json`.
+
+    Raises:
+        FormatError: naming `place` and the field, for a list that no tokenizer can have.
+    """
+    _check(vocabulary, place)
+    content = _pieces_json(vocabulary, place) if vocabulary.pattern is None else _bytes_json(vocabulary)
+    named = {
+        "bos_token": vocabulary.bos_id,
+        "eos_token": vocabulary.eos_id,
+        "pad_token": vocabulary.pad_id,
+        "unk_token": vocabulary.unk_id,
+    }
+    config: dict[str, Any] = {role: vocabulary.tokens[index] for role, index in named.items() if index is not None}
+    config |= {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
+    if vocabulary.chat_template is not None:
+        config["chat_template"] = vocabulary.chat_template
+    return content, config
+
+
+def _check(vocabulary: Vocabulary, place: str) -> None:
+    size = len(vocabulary.tokens)
+    if not len(vocabulary.scores) == len(vocabulary.kinds) == size or size == 0:
+        raise FormatError(
+            f"{place}: the vocabulary must have as many scores and kinds as tokens, and some, "
+            f"got {size} tokens, {len(vocabulary.scores)} scores, {len(vocabulary.kinds)} kinds"
+        )
+    first: dict[str, int] = {}
+    for index, (token, score) in enumerate(zip(vocabulary.tokens, vocabulary.scores, strict=True)):
+        if first.setdefault(token, index) != index:
+            raise FormatError(f"{place}: token {index} repeats token {first[token]}, {token!r}")
+        if not token or math.isnan(score):
+            raise FormatError(f"{place}: token {index} must have text and a score, got {token!r} and {score}")
+    for role in ("bos_id", "eos_id", "pad_id", "unk_id"):
+        index = getattr(vocabulary, role)
+        if index is not None and not 0 <= index < size:
+            raise FormatError(f"{place}: {role} is {index}, but there are {size} tokens")
+
+
+def _pieces_json(vocabulary: Vocabulary, place: str) -> dict[str, Any]:
+    kinds = list(vocabulary.kinds)
+    unk_id = vocabulary.unk_id if vocabulary.unk_id is not None else 0
+    if kinds[unk_id] not in (UNKNOWN, CONTROL):
+        raise FormatError(f"{place}: the unknown token is {unk_id}, {vocabulary.tokens[unk_id]!r}, of another kind")
+    kinds[unk_id] = UNKNOWN
+    model = SentencePieceModel(
+        pieces=list(zip(vocabulary.tokens, vocabulary.scores, kinds, strict=True)),
+        model_type=_BPE,
+        byte_fallback=BYTE in kinds,
+        unk_id=unk_id,
+        bos_id=-1 if vocabulary.bos_id is None else vocabulary.bos_id,
+        eos_id=-1 if vocabulary.eos_id is None else vocabulary.eos_id,
+        pad_id=-1 if vocabulary.pad_id is None else vocabulary.pad_id,
+        add_dummy_prefix=vocabulary.adds_space,
+        remove_extra_whitespaces=False,
+    )
+    return tokenizer_json(model)
+
+
+def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Restate a vocabulary of the bytes family in the layout of `tokenizer.json`."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added: list[dict[str, Any]] = [
+        {"id": index, "content": token, **plain, "special": kind == CONTROL}
+        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    vocab = {
+        token: index
+        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
+        if kind == NORMAL
+    }
+    # `tokenizers` numbers added tokens on from the vocabulary, whatever the file says, unless they are part of it.
+    is_behind = [token["id"] for token in added] == list(range(len(vocab), len(vocab) + len(added)))
+    if not is_behind:
+        vocab |= {token["content"]: token["id"] for token in added}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"Regex": _PATTERNS[vocabulary.pattern or "llama3"]}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": _bos_template(vocabulary),
+        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},  # as `tokenizers` and LLaMA 3 have it
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            # LLaMA 3's rule: a word that is a token is that token, whatever its merges say. No control token must be.
+            "ignore_merges": vocabulary.pattern == "llama3" and is_behind,
+            "vocab": vocab,
+            "merges": [list(merge) for merge in vocabulary.merges],
+        },
+    }
+
+
+def _bos_template(vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """Say in tokenizer.json's way that a text starts with BOS; only other programs read it."""
+    if vocabulary.bos_id is None or not vocabulary.add_bos:
+        return None
+    bos = vocabulary.tokens[vocabulary.bos_id]
+    mark, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [mark, text],
+        "pair": [mark, text, *second],
+        "special_tokens": tokens,
+    }

@@ -1,0 +1,77 @@
+"""How much memory and time a run takes, told before anything of it is there.
+
+    peak = what the process holds already                        measured now
+         + what kernels and libraries take at their first use    measured by a real step of a model of no size,
+           and the graph and all small objects                   and after the rehearsal, which makes them too
+         + weights in mapped files                               counted
+         + what the heap covers for everything else              a rehearsal among the allocator's own blocks
+
+What the heap covers is split into the tensors by kind, counted, and the rest, which is holes. Nothing is fitted.
+Time is the products at this machine's rate and the bytes of all else at its bandwidth, both measured in a moment.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from entrenar.planning.ledger import Ledger
+from entrenar.planning.machine import measure_rates
+from entrenar.planning.rehearsal import Scene, rehearse
+from entrenar.train.oom import return_freed_memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        tensors: bytes by kind at the moment when they are most.
+        kernels_bytes: what kernels and libraries took at their first use, the graph and all small objects.
+        allocator_bytes: what the heap holds beside them; None where the allocator cannot be asked.
+        flops: what one step spends in products, adapters and recomputation included.
+        checkpoint_bytes: the weights and optimizer state of one checkpoint.
+    """
+
+    trained_parameters: int
+    tensors: Mapping[str, int]
+    allocator_bytes: int | None
+    imports_bytes: int
+    kernels_bytes: int
+    flops: int
+    step_s: float
+    checkpoint_bytes: int
+
+    @property
+    def added_bytes(self) -> int:
+        """The peak over what the process held before."""
+        return self.kernels_bytes + sum(self.tensors.values()) + (self.allocator_bytes or 0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the process will hold."""
+        return self.imports_bytes + self.added_bytes
+
+
+def plan(
+    build: Callable[[Ledger], Scene], imports_bytes: int, compute_dtype: torch.dtype, returned_from: int | None = None
+) -> Plan:
+    """Rehearse the step that `build` sets up and put the figures together; see `Heap` for `returned_from`.
+
+    `imports_bytes` is what the process held before it computed anything.
+    """
+    seen = rehearse(build, returned_from)
+    # The machine's rates afterwards: what is multiplied to measure them leaves buffers behind, which no run has.
+    rates = measure_rates(compute_dtype)
+    return_freed_memory()
+    in_heap = sum(seen.peak_bytes.values()) - seen.mapped_bytes
+    return Plan(
+        trained_parameters=seen.trained_parameters,
+        tensors=seen.peak_bytes,
+        allocator_bytes=None if seen.heap_bytes is None else seen.heap_bytes - in_heap,
+        imports_bytes=imports_bytes,
+        kernels_bytes=max(seen.held_bytes - imports_bytes, 0),
+        flops=seen.flops,
+        step_s=rates.seconds(seen.flops, seen.moved_bytes),
+        checkpoint_bytes=seen.trained_bytes + seen.state_bytes,
+    )

@@ -1,0 +1,129 @@
+"""A training step without bytes: the real forward, backward, clipping and optimizer on meta tensors.
+
+A ledger follows it. What is rehearsed is the product's own code, so what it allocates is what a run allocates, to the
+byte; a test holds the two timelines equal. The step is gone through twice, because the first leaves the heap with holes
+that the second meets (a third finds nothing new). Of parameters of one shape and dtype only one is moved by the
+optimizer, with all gradients there: a step of AdamW allocates nothing, and Muon's room is that of the largest matrix.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from entrenar.planning.heap import Heap
+from entrenar.planning.ledger import Ledger
+from entrenar.planning.machine import status_bytes
+from entrenar.train import OptimConfig, Optimizer, build_optimizer
+from entrenar.train.step import RowLimit, sum_gradients
+
+_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is rehearsed: a model without bytes, the loss that is trained, and the batches of one step.
+
+    Attributes:
+        mapped: weights that lie in a mapped file and take no room of the heap.
+        streamed_bytes: what of these comes and goes, and is noted by the ledger when it does.
+    """
+
+    module: nn.Module
+    loss: Callable[[Any], Tensor]
+    batches: Sequence[Any]
+    optim: OptimConfig
+    precision: Literal["float32", "bfloat16"]
+    mapped: Sequence[Tensor] = ()
+    streamed_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step was seen to take.
+
+    Attributes:
+        peak_bytes: by kind, at the moment when most was alive.
+        heap_bytes: what the allocator covered for it; None where the allocator cannot be asked.
+        held_bytes: what the process held at the end, without a byte of these tensors: modules, graph, small objects.
+        mapped_bytes: weights in mapped files that are there all the time, in `peak_bytes` and not in `heap_bytes`.
+        state_bytes: the optimizer's state, as a checkpoint holds it.
+        trained_bytes: the trained weights, as a checkpoint holds them.
+        flops, moved_bytes: matrix products carried out, and bytes that other operations read and wrote, in one step.
+    """
+
+    peak_bytes: Mapping[str, int]
+    heap_bytes: int | None
+    held_bytes: int
+    mapped_bytes: int
+    state_bytes: int
+    trained_bytes: int
+    trained_parameters: int
+    flops: int
+    moved_bytes: int
+
+
+def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None) -> Rehearsal:
+    """Build the scene under a ledger and go through its step; see `Heap` for `returned_from`."""
+    heap = Heap(returned_from)
+    ledger = Ledger(heap)
+    with ledger:
+        scene = build(ledger)
+        ledger.mark(scene.module.parameters(), "weights")
+        ledger.mark(scene.module.buffers(), "weights")
+        first = ledger.count
+        optimizer = build_optimizer(scene.module.named_parameters(), scene.optim, scene.precision)
+        ledger.mark_alive("optimizer", since=first)
+        ledger.mark(scene.module.parameters(), "weights")
+        for _ in range(_STEPS):
+            flops, moved = ledger.flops, ledger.moved_bytes
+            moved_besides = go_through(scene, optimizer, ledger)
+    held = status_bytes("VmRSS") - heap.resident_bytes - heap.own_bytes - ledger.own_bytes
+    state = optimizer.state_dict().values()
+    peak = ledger.peak()
+    peak["weights"] -= scene.streamed_bytes
+    trained = [p for p in scene.module.parameters() if p.requires_grad]
+    return Rehearsal(
+        peak_bytes={kind: size for kind, size in peak.items() if size},
+        heap_bytes=heap.covered_bytes if heap.is_there else None,
+        held_bytes=held,
+        mapped_bytes=sum(t.nbytes for t in scene.mapped) - scene.streamed_bytes,
+        state_bytes=sum(t.nbytes for t in state),
+        trained_bytes=sum(p.nbytes for p in trained),
+        trained_parameters=sum(p.numel() for p in trained),
+        flops=ledger.flops - flops,
+        moved_bytes=ledger.moved_bytes - moved + moved_besides,
+    )
+
+
+def go_through(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
+    """Take one step as the training loop takes it; return the bytes that parameters left out would have moved."""
+    first = ledger.count
+    sum_gradients(scene.batches, scene.loss, optimizer.gradients, RowLimit(), ledger.phase, _no_split)
+    trained = [p for p in scene.module.parameters() if p.requires_grad]
+    ledger.mark((p.grad for p in trained if p.grad is not None), "gradients")
+    ledger.mark_alive("gradients", since=first)
+    optimizer.gradient_norm()
+    held = _keep_one_of_each(trained)
+    moved = ledger.moved_bytes
+    with ledger.phase("optimizer"):
+        optimizer.step(1e-3, 1.0)
+    kept = sum(p.numel() for p in trained) - sum(grad.numel() for grad in held)
+    return (ledger.moved_bytes - moved) * sum(grad.numel() for grad in held) // kept
+
+
+def _keep_one_of_each(trained: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Take their gradients from all parameters but one of each shape and dtype; return them, to keep them alive."""
+    seen, held = set(), []
+    for parameter in trained:
+        key = parameter.shape, parameter.dtype
+        if key in seen and parameter.grad is not None:
+            held.append(parameter.grad)
+            parameter.grad = None
+        seen.add(key)
+    return held
+
+
+def _no_split(message: str) -> None:
+    """Take no notice: without bytes, memory does not run out."""

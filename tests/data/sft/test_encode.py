@@ -1,0 +1,167 @@
+"""Tokens and their marks: what is trained is the answers, and prompts are what generation would be given."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from entrenar.data import Tokenizer, train_bpe
+from entrenar.data.sft.encode import Encoder
+from entrenar.data.sft.shapes import UnusableRowError, read_shape
+from entrenar.errors import ConfigError
+
+CHATML = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+TALK = {
+    "messages": [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "the dog"},
+        {"role": "assistant", "content": "ran under"},
+    ]
+}
+
+
+def with_template(tokenizer, template):
+    return Tokenizer(dict(tokenizer.content), {**tokenizer.config, "chat_template": template})
+
+
+def parts(tokenizer, fields, prompt_format="auto", train_on="answers", templates=None):
+    """Return the whole text, and the trained stretches."""
+    with Encoder(tokenizer, prompt_format, train_on) as encoder:
+        example = encoder.encode(read_shape(fields, templates), "f:1")
+    marks = np.flatnonzero(np.diff(np.concatenate([[0], example.is_trained.astype(int), [0]]))).reshape(-1, 2)
+    trained = [tokenizer.decode(example.ids[a:b], skip_special=False) for a, b in marks]
+    return tokenizer.decode(example.ids, skip_special=False), trained
+
+
+def test_only_the_answers_are_trained(tokenizer):
+    """`answers` marks every assistant turn with its end token, `last` the last one, `all` all but the first token."""
+    eos, bos = tokenizer.name_of(tokenizer.eos_id), tokenizer.name_of(tokenizer.bos_id)
+    text, trained = parts(tokenizer, TALK)
+    assert text.startswith(bos + "### Instruction:\nthe cat")
+    assert trained == ["sat" + eos, "ran under" + eos]
+    assert parts(tokenizer, TALK, train_on="last")[1] == ["ran under" + eos]
+    assert bos + "".join(parts(tokenizer, TALK, train_on="all")[1]) == text
+
+
+def test_a_chat_template_decides_the_text(tokenizer):
+    """The text is the template's own rendering, and the answers with what ends them are trained."""
+    chat = with_template(tokenizer, CHATML)
+    eos = tokenizer.name_of(tokenizer.eos_id)
+    text, trained = parts(chat, TALK)
+    assert text == f"<user>the cat{eos}<assistant>sat{eos}<user>the dog{eos}<assistant>ran under{eos}"
+    assert trained == [f"sat{eos}", f"ran under{eos}"]
+    with Encoder(chat, "chat", "answers") as encoder:
+        assert encoder.encode(read_shape(TALK, None), "").ids[-1] == tokenizer.eos_id
+    full = {"instruction": "do", "input": "this", "output": "done"}
+    assert parts(chat, full)[0] == f"<user>do\n\nthis{eos}<assistant>done{eos}"
+
+
+def test_the_formats_without_a_template(tokenizer):
+    """`alpaca` writes Stanford's prompt, plain writes lines, a completion goes on from its prompt."""
+    full = {"instruction": "do", "input": "this", "output": "done"}
+    eos = tokenizer.name_of(tokenizer.eos_id)
+    text, trained = parts(tokenizer, full)
+    assert "paired with an input" in text
+    assert "### Instruction:\ndo\n\n### Input:\nthis\n\n### Response:\ndone" in text
+    assert trained == ["done" + eos]
+    assert "### Input" not in parts(tokenizer, {**full, "input": ""})[0]
+    assert parts(tokenizer, full, "plain")[0].endswith(f"do\nthis\ndone{eos}")
+    assert parts(tokenizer, {"prompt": "a:", "completion": " b"})[0].endswith(f"a: b{eos}")
+    assert parts(tokenizer, {"text": "a b"})[1] == ["a b" + eos]
+
+
+@pytest.mark.property
+@pytest.mark.kills(
+    "data.sft.encode",
+    "added = self._ids(segment, is_first=len(ids) == before_text)",
+    "added = self._ids(segment, is_first=len(ids) == before_text)[::-1]",
+)
+@settings(max_examples=60)
+@given(st.text(max_size=20), st.text(min_size=1, max_size=20).filter(str.strip))
+@example("", " 0")
+@pytest.mark.parametrize("family", ["bytes", "sentencepiece"])
+def test_a_prompt_is_encoded_as_generation_would(family, prompt, answer):
+    """The tokens before the answer are those of the prompt alone, and all of them spell prompt and answer."""
+    tokenizer = _TOKENIZERS[family]
+    with Encoder(tokenizer, "plain", "answers") as encoder:
+        example = encoder.encode(read_shape({"prompt": prompt, "completion": answer}, None), "")
+    start = example.answer_start
+    assert example.ids[:start].tolist() == tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    stream = tokenizer.decode_stream(example.ids[:start].tolist())
+    assert stream.feed(example.ids[start:].tolist()) + stream.finish() == answer
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0]['content'] }}{{ '<a>' if add_generation_prompt }}", "drops the answer of message 1"),
+        ("{% for m in messages %}{{ m['role'] + ';' }}{% endfor %}", "drops the answer of message 1"),
+        ("{{ raise_exception('no tools') }}", "no tools"),
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "rewrites"),
+    ],
+)
+def test_a_template_that_spoils_the_answer_is_told(tokenizer, template, message):
+    """Dropping the answer, rewriting what was said, or refusing the messages is a fault of the row."""
+    with pytest.raises(UnusableRowError, match=message) as caught:
+        parts(with_template(tokenizer, template), TALK)
+    assert caught.value.kind == "template"
+
+
+def test_a_template_that_rewrites_the_past_can_train_the_last_turn(tokenizer):
+    """Where earlier answers are shortened later on, only train_on = last is possible, and the message says so."""
+    template = (
+        "{% for m in messages %}{% set c = m['content'] if loop.last or m['role'] == 'user' else m['content'][:1] %}"
+        "{{ '<' + m['role'] + '>' + c }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    chat = with_template(tokenizer, template)
+    with pytest.raises(UnusableRowError, match="rewrites turns before message 3; set train_on = last"):
+        parts(chat, TALK)
+    assert parts(chat, TALK, train_on="last")[1] == ["ran under"]
+
+
+def test_a_message_cannot_forge_a_turn(tokenizer):
+    """Text that spells a control token is refused under a template, and stays text without one."""
+    eos = tokenizer.name_of(tokenizer.eos_id)
+    forged = {"messages": [{"role": "user", "content": f"x{eos}"}, {"role": "assistant", "content": "y"}]}
+    with pytest.raises(UnusableRowError, match="message 0 spells the control token"):
+        parts(with_template(tokenizer, CHATML), forged)
+    with Encoder(tokenizer, "auto", "answers") as encoder:
+        ids = encoder.encode(read_shape(forged, None), "").ids
+    assert np.count_nonzero(ids == tokenizer.eos_id) == 1
+
+
+def test_chat_needs_a_template(tokenizer):
+    """prompt_format = chat without a template is a config error."""
+    with pytest.raises(ConfigError, match=r"sft\.prompt_format = chat needs a tokenizer with a chat_template"):
+        Encoder(tokenizer, "chat", "answers")
+
+
+def _sentencepiece() -> Tokenizer:
+    """A small tokenizer that puts a space before every text and falls back to bytes, as LLaMA's does."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "e"]
+    content = {
+        "added_tokens": [
+            {"id": i, "content": pieces[i], "special": True, "normalized": False, "single_word": False,
+             "lstrip": False, "rstrip": False} for i in range(3)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "pre_tokenizer": None, "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": ["▁ a", "a b"],
+                  "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True, "dropout": None},
+    }  # fmt: skip
+    return Tokenizer(content, {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+
+
+def _bytes() -> Tokenizer:
+    return train_bpe(["the cat sat on the mat\n    return the mat\n"] * 4, 300)
+
+
+_TOKENIZERS = {"bytes": _bytes(), "sentencepiece": _sentencepiece()}
