@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 
 from entrenar.model import Llama, LlamaConfig
 from entrenar.ops.linear import fastest_compute_dtype
+from entrenar.runs import StepRecord
 from entrenar.train import (
     CheckpointConfig,
     OptimConfig,
     Run,
     Settings,
-    StepRecord,
     Task,
     TrainConfig,
     build_optimizer,

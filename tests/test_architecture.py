@@ -26,8 +26,8 @@ FLOORS = {
     "cli": 7, "__main__": 8,
 }  # fmt: skip
 # The ground floor is one room: files raises the errors.
-SAME_FLOOR = {("files", "errors")}
-STANDARD_LIBRARY_ONLY = ("errors", "files", "stats")
+SAME_FLOOR = {("files", "errors"), ("runs", "errors")}
+STANDARD_LIBRARY_ONLY = ("errors", "files", "stats", "runs")
 
 PUBLIC = {
     "ops": {"Documents", "attention", "fastest_compute_dtype", "linear", "linear_cross_entropy", "rms_norm", "rope",

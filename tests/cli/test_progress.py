@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from entrenar.cli.progress import TrainingView, duration, quantity
-from entrenar.train import StepRecord
+from entrenar.runs import StepRecord
 
 RECORD = StepRecord(
     step=1, loss=2.0, lr=0.1, grad_norm=1.0, targets=10, targets_per_s=5.0, elapsed_s=1.0, eta_s=None, epoch=None,

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from train_toy import write_model
 
 from entrenar.errors import CheckpointError, DiskFullError
-from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, list_checkpoints, load, verify
+from entrenar.runs import checkpoint_name, list_checkpoints
+from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, load, verify
 from entrenar.train.checkpoint import Snapshot
 
 
@@ -31,7 +32,7 @@ def _snapshot(step: int, held_out_loss: float | None = None) -> Snapshot:
 
 
 def _write(folder: Path, step: int, held_out_loss: float | None = None) -> Path:
-    path = folder / checkpoint.folder_name(step)
+    path = folder / checkpoint_name(step)
     checkpoint.write(path, _snapshot(step, held_out_loss), write_model, staged=lambda: None, before_commit=lambda: None)
     return path
 
@@ -158,7 +159,7 @@ def test_retention_never_deletes_the_newest_nor_later_ones(tmp_path: Path) -> No
     for step in (1, 2, 3, 9):
         _write(tmp_path, step, float(step))
     for step in (2, 3):
-        (tmp_path / checkpoint.folder_name(step) / "manifest.json").write_text("{")
+        (tmp_path / checkpoint_name(step) / "manifest.json").write_text("{")
     checkpoint.prune(tmp_path, newest=3, keep_last=1, keep_best=False)
     assert list(list_checkpoints(tmp_path)) == [1, 3, 9]
 

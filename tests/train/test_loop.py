@@ -35,8 +35,8 @@ from entrenar.errors import (
     OutOfMemoryError,
     TrainingHalted,
 )
-from entrenar.train import Outcome, Run, StepRecord, Task, fit, latest_good, list_checkpoints
-from entrenar.train.metrics import read_records
+from entrenar.runs import StepRecord, list_checkpoints, read_records
+from entrenar.train import Outcome, Run, Task, fit, latest_good
 from entrenar.train.optim import Optimizer
 
 

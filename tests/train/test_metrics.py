@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from entrenar.errors import ConfigError, DiskFullError
-from entrenar.train.metrics import Journal, RecordFile, StepRecord, TensorBoard, read_records
-from entrenar.train.monitor import Event
+from entrenar.runs import Event, RunFolder, StepRecord, read_records
+from entrenar.train.metrics import Journal, RecordFile, TensorBoard
 
 
 def _record(step: int, loss: float = 1.0) -> StepRecord:
@@ -94,7 +94,7 @@ def test_the_journal_tells_files_and_listeners(tmp_path: Path, caplog: pytest.Lo
     """A record goes into metrics.jsonl and to its callback, an event into events.jsonl, its callback and the log."""
     records, events = [], []
     journal = Journal(
-        tmp_path, after_step=0, is_on_board=False, on_record=records.append, on_event=events.append
+        RunFolder(tmp_path), after_step=0, is_on_board=False, on_record=records.append, on_event=events.append
     )  # fmt: skip
     with caplog.at_level(logging.INFO):
         journal.record(_record(1))
@@ -138,5 +138,5 @@ def test_a_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"needs the tensorboard package; pip install 'entrenar\[tensorboard\]'"):
-        Journal(tmp_path, after_step=0, is_on_board=True, on_record=print, on_event=print)
+        Journal(RunFolder(tmp_path), after_step=0, is_on_board=True, on_record=print, on_event=print)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import random
 import pytest
 from pydantic import ValidationError
 
-from entrenar.train.monitor import Event, Monitor, MonitorConfig
+from entrenar.runs import Event
+from entrenar.train.monitor import Monitor, MonitorConfig
 
 
 def _run(monitor: Monitor, losses: list[float], norms: list[float] | None = None, rate: float = 100.0) -> list[Event]:

@@ -13,7 +13,8 @@ import pytest
 import train_toy
 from train_toy import BATCHES_PER_EPOCH, fingerprint, in_child, losses, run_toy
 
-from entrenar.train import list_checkpoints, rng
+from entrenar.runs import list_checkpoints
+from entrenar.train import rng
 from entrenar.train.optim import Optimizer
 
 ACCUMULATION = 3

@@ -10,7 +10,8 @@ import torch
 from train_toy import write_model
 
 from entrenar.errors import DiskFullError, OutOfMemoryError
-from entrenar.train.checkpoint import Snapshot, list_checkpoints
+from entrenar.runs import list_checkpoints
+from entrenar.train.checkpoint import Snapshot
 from entrenar.train.saver import Saver
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from entrenar.runs import list_checkpoints, read_records
 from entrenar.train import (
     CheckpointConfig,
     MonitorConfig,
@@ -24,10 +25,8 @@ from entrenar.train import (
     TrainConfig,
     fit,
     latest_good,
-    list_checkpoints,
     seed_all,
 )
-from entrenar.train.metrics import read_records
 
 ROWS, WIDTH, CLASSES = 4, 6, 5
 BATCHES_PER_EPOCH = 7

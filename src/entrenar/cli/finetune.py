@@ -12,6 +12,7 @@ from entrenar.cli.progress import TrainingView, duration
 from entrenar.cli.train import ENDS, describe
 from entrenar.config import FinetuneConfig, load_finetune_config
 from entrenar.recipe.plan import plan_run
+from entrenar.runs import RunFolder
 
 
 def run(words: Sequence[str]) -> int:
@@ -73,4 +74,4 @@ def _print_report(report: recipe.FinetuneReport, config: FinetuneConfig) -> None
             tokens = f"token accuracy {figures.token_accuracy:.1%}"
             print(f"  held-out {when:<9}{describe(figures.held_out)}   {tokens}{task}")
     print(f"  {'model' if config.method == 'full' else 'adapter':<18}{report.folder}")
-    print(f"  metrics           {report.run_dir / 'metrics.jsonl'}")
+    print(f"  metrics           {RunFolder(report.run_dir).metrics}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from entrenar.data import Progress
 from entrenar.recipe import Observer
-from entrenar.train import Event, StepRecord
+from entrenar.runs import Event, StepRecord
 
 _LIVE_EVERY_S = 0.2
 _PLAIN_EVERY_S = 10.0

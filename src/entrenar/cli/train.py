@@ -12,6 +12,7 @@ from entrenar.cli.progress import TrainingView, duration
 from entrenar.config import RunConfig, load_config
 from entrenar.infer import Evaluation
 from entrenar.recipe.plan import plan_run
+from entrenar.runs import RunFolder
 
 ENDS = {
     "steps": "trained to the planned end",
@@ -94,7 +95,7 @@ def _print_report(report: recipe.TrainReport) -> None:
     if report.after is not None:
         print(f"  held-out after    {describe(report.after)}")
     print(f"  checkpoint        {recipe.model_folder(report.run_dir)}")
-    print(f"  metrics           {report.run_dir / 'metrics.jsonl'}")
+    print(f"  metrics           {RunFolder(report.run_dir).metrics}")
 
 
 def describe(evaluation: Evaluation) -> str:

@@ -45,7 +45,6 @@ from entrenar.recipe.base import check_adapter, keep_base, open_base, put_adapte
 from entrenar.recipe.models import model_folder, write_model_folder
 from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import (
-    CONFIG_FILE,
     Observer,
     choose_device,
     find_checkpoint,
@@ -54,6 +53,7 @@ from entrenar.recipe.run import (
     settle_compute_dtype,
     use_machine,
 )
+from entrenar.runs import RunFolder
 from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -370,4 +370,4 @@ def _samples(config: FinetuneConfig, parts: _Parts) -> list[str]:
 
 def resumable_finetune_config(run_dir: Path, flags: Mapping[str, str]) -> FinetuneConfig:
     """Read the config that a fine-tuning run was started with, with flags over it."""
-    return load_finetune_config(run_dir / CONFIG_FILE, flags)
+    return load_finetune_config(RunFolder(run_dir).config, flags)

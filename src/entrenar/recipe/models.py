@@ -14,6 +14,7 @@ from entrenar.interop.assemble import set_parameter
 from entrenar.interop.convert import MODEL_BIN, open_source
 from entrenar.model import Llama
 from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
+from entrenar.runs import MODEL_FOLDER, RunFolder
 from entrenar.train import latest_good
 
 
@@ -41,11 +42,11 @@ def model_folder(path: Path) -> Path:
     """
     if _is_llama2c_or_gguf(path):
         raise DataError(f"{path} is no model folder; make one of it: entrenar convert {path} DIR --to hf")
-    for folder in (path, path / "model"):
+    for folder in (path, path / MODEL_FOLDER):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
-    if (path / "checkpoints").is_dir():
-        return latest_good(path / "checkpoints").model
+    if (checkpoints := RunFolder(path).checkpoints).is_dir():
+        return latest_good(checkpoints).model
     raise DataError(f"{path} is neither a model folder (config.json), nor a checkpoint, nor a run with checkpoints")
 
 

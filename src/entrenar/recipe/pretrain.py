@@ -31,7 +31,6 @@ from entrenar.model import Llama
 from entrenar.ops import Documents
 from entrenar.recipe.models import give_storage, write_model_folder
 from entrenar.recipe.run import (
-    CONFIG_FILE,
     Observer,
     choose_device,
     find_checkpoint,
@@ -40,6 +39,7 @@ from entrenar.recipe.run import (
     settle_compute_dtype,
     use_machine,
 )
+from entrenar.runs import RunFolder
 from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
 
 # Options that change how long a run goes on (which a schedule follows) and what it reports, not what a step computes.
@@ -249,4 +249,4 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
 
 def resumable_config(run_dir: Path, flags: Mapping[str, str]) -> RunConfig:
     """Read the config that a run was started with, with flags over it."""
-    return load_config(run_dir / CONFIG_FILE, flags)
+    return load_config(RunFolder(run_dir).config, flags)

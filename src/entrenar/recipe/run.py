@@ -1,13 +1,11 @@
 """What every kind of training needs before it starts: observers, threads and seeds, a device, a run folder."""
 
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from entrenar.config import AnyConfig, ConfigT, to_toml
@@ -15,18 +13,14 @@ from entrenar.data import Progress
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.ops import fastest_compute_dtype
+from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
 from entrenar.train import (
     Checkpoint,
-    Event,
-    Run,
-    StepRecord,
     keep_freed_memory,
     latest_good,
-    list_checkpoints,
     return_freed_blocks,
+    seed_all,
 )
-
-CONFIG_FILE = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -41,9 +35,7 @@ class Observer:
 
 def use_machine(config: AnyConfig) -> None:
     """Set threads, allocator and seeds, which hold for the whole process."""
-    random.seed(config.train.seed)
-    np.random.seed(config.train.seed % 2**32)
-    torch.manual_seed(config.train.seed)
+    seed_all(config.train.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     if keeps_freed_memory(config):
@@ -77,7 +69,7 @@ def find_checkpoint(run_dir: Path, *, resume: bool, overwrite: bool) -> Checkpoi
         CheckpointError: there is nothing to resume.
         ConfigError: a run of that name is there already, or is to be both resumed and overwritten.
     """
-    checkpoints = Run(run_dir, {}).checkpoints
+    checkpoints = RunFolder(run_dir).checkpoints
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; leave one out")
     if resume:
@@ -109,7 +101,7 @@ def open_run_folder(config: AnyConfig, *, overwrite: bool, kept: str = "") -> No
                 elif not kept or not old.name.endswith(kept):
                     old.unlink()
         config.run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(config.run_dir / CONFIG_FILE, to_toml(config))
+    atomic_write(RunFolder(config.run_dir).config, to_toml(config))
 
 
 def settle_compute_dtype(config: ConfigT, device: torch.device, checkpoint: Checkpoint | None) -> ConfigT:

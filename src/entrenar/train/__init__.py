@@ -6,13 +6,11 @@ from entrenar.train.checkpoint import (
     check_same_config,
     git_revision,
     latest_good,
-    list_checkpoints,
     load,
     verify,
 )
 from entrenar.train.loop import Outcome, fit
-from entrenar.train.metrics import StepRecord
-from entrenar.train.monitor import Event, MonitorConfig
+from entrenar.train.monitor import MonitorConfig
 from entrenar.train.oom import is_oom
 from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer
 from entrenar.train.rng import seed_all
@@ -23,7 +21,6 @@ __all__ = [
     "Batch",
     "Checkpoint",
     "CheckpointConfig",
-    "Event",
     "LoaderState",
     "MonitorConfig",
     "OptimConfig",
@@ -32,7 +29,6 @@ __all__ = [
     "Run",
     "ScheduleConfig",
     "Settings",
-    "StepRecord",
     "Task",
     "TrainConfig",
     "build_optimizer",
@@ -42,7 +38,6 @@ __all__ = [
     "is_oom",
     "keep_freed_memory",
     "latest_good",
-    "list_checkpoints",
     "load",
     "lr_multiplier",
     "return_freed_blocks",

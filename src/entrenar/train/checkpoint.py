@@ -28,14 +28,13 @@ from torch import Tensor
 
 from entrenar.errors import CheckpointError, FormatError
 from entrenar.files import TEMPORARY_PREFIX, atomic_directory, read_json, sha256_file, write_json
+from entrenar.runs import MODEL_FOLDER, list_checkpoints
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MODEL = "model"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
-_FOLDER_NAME = re.compile(r"step-(\d{8,})")
 _OS_ERROR = re.compile(r"os error (\d+)")
 _log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class Checkpoint:
     @property
     def model(self) -> Path:
         """Folder of the model or adapter."""
-        return self.path / MODEL
+        return self.path / MODEL_FOLDER
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
@@ -74,19 +73,6 @@ class Checkpoint:
     def optimizer(self) -> dict[str, Tensor]:
         """Read the optimizer's tensors."""
         return load_file(self.path / OPTIMIZER)
-
-
-def folder_name(step: int) -> str:
-    """Return the folder name of the checkpoint after `step`."""
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """Return the committed checkpoints of `folder` by step, oldest first; nothing is verified."""
-    if not folder.is_dir():
-        return {}
-    found = {int(match[1]): path for path in folder.iterdir() if (match := _FOLDER_NAME.fullmatch(path.name))}
-    return {step: found[step] for step in sorted(found)}
 
 
 def write(
@@ -126,9 +112,9 @@ def write(
 
 
 def _stage(folder: Path, snapshot: Snapshot, write_model: Callable[[Path, Mapping[str, Tensor]], None]) -> None:
-    (folder / MODEL).mkdir()
+    (folder / MODEL_FOLDER).mkdir()
     try:
-        write_model(folder / MODEL, snapshot.weights)
+        write_model(folder / MODEL_FOLDER, snapshot.weights)
         save_file(snapshot.optimizer, folder / OPTIMIZER)
     except SafetensorError as error:
         # safetensors hides the errno in its sentence; give it back so that "disk full" is recognized as such.

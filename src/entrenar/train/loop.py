@@ -25,9 +25,10 @@ from entrenar.errors import (
     TrainingHalted,
 )
 from entrenar.files import remove_incomplete
+from entrenar.runs import Event, RunFolder, StepRecord, checkpoint_name, list_checkpoints
 from entrenar.train import checkpoint, rng
-from entrenar.train.metrics import Journal, StepRecord, finite
-from entrenar.train.monitor import Event, Monitor
+from entrenar.train.metrics import Journal, finite
+from entrenar.train.monitor import Monitor
 from entrenar.train.offload import open_store
 from entrenar.train.oom import explained_oom
 from entrenar.train.optim import build_optimizer
@@ -73,10 +74,10 @@ def fit(
     DiskFullError when the last checkpoint cannot be written; CheckpointError for a checkpoint of another model;
     ConfigError for a folder in use.
     """
-    if run.resume is None and checkpoint.list_checkpoints(run.checkpoints):
+    if run.resume is None and list_checkpoints(run.checkpoints):
         raise ConfigError(f"{run.folder} already holds checkpoints; resume that run or choose another folder")
     journal = Journal(
-        run.folder,
+        RunFolder(run.folder),
         after_step=run.resume.step if run.resume else 0,
         is_on_board=settings.train.tensorboard,
         on_record=on_record,
@@ -381,7 +382,7 @@ class _Training:
             return
         step, error = outcome
         if error is None:
-            event = Event(step, "checkpoint_saved", checkpoint.folder_name(step))
+            event = Event(step, "checkpoint_saved", checkpoint_name(step))
             self.journal.tell(event, level=logging.INFO)
             return
         self.saved_step = 0

@@ -8,49 +8,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from entrenar.errors import ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
-from entrenar.train.monitor import Event
+from entrenar.runs import Event, RunFolder, StepRecord, read_records
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One step, as it goes into metrics.jsonl and to the progress callback; `loss` is the mean per target."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    targets: int
-    targets_per_s: float
-    elapsed_s: float
-    eta_s: float | None
-    epoch: float | None
-    held_out: Mapping[str, float] | None
-    phases_s: Mapping[str, float]
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSONL file; a missing file has none, and what follows a damaged line is not trusted."""
-    if not path.exists():
-        return
-    with path.open("rb") as stream:
-        for line in stream:
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError:
-                return
-            if isinstance(record, dict):
-                yield record
 
 
 class RecordFile:
@@ -131,16 +98,16 @@ class Journal:
 
     def __init__(
         self,
-        folder: Path,
+        folder: RunFolder,
         *,
         after_step: int,
         is_on_board: bool,
         on_record: Callable[[StepRecord], None],
         on_event: Callable[[Event], None],
     ) -> None:
-        self._board = TensorBoard(folder / "tensorboard", after_step=after_step) if is_on_board else None
-        self._metrics = RecordFile(folder / "metrics.jsonl", after_step=after_step)
-        self._events = RecordFile(folder / "events.jsonl", after_step=after_step)
+        self._board = TensorBoard(folder.tensorboard, after_step=after_step) if is_on_board else None
+        self._metrics = RecordFile(folder.metrics, after_step=after_step)
+        self._events = RecordFile(folder.events, after_step=after_step)
         self._on_record, self._on_event = on_record, on_event
 
     def record(self, record: StepRecord) -> None:

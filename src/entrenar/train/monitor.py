@@ -17,11 +17,11 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from entrenar.runs import Event
 from entrenar.stats import robust_z
 
 Cord = Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "throughput_drop"]
@@ -52,15 +52,6 @@ class MonitorConfig(BaseModel):
     """Part of the usual targets per second that counts as a drop."""
     throughput_drop_steps: int = Field(default=5, ge=1)
     """Steps in a row with a drop that pull the cord."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a person should know about a step."""
-
-    step: int
-    kind: str
-    message: str
 
 
 class Monitor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from entrenar.errors import MachineError
+from entrenar.runs import checkpoint_name
 from entrenar.train import checkpoint
 from entrenar.train.oom import explained_oom
 
@@ -56,7 +57,7 @@ class Saver:
         try:
             with explained_oom("writing a checkpoint"):
                 checkpoint.write(
-                    self._folder / checkpoint.folder_name(snapshot.step),
+                    self._folder / checkpoint_name(snapshot.step),
                     snapshot,
                     self._write_model,
                     staged=self._staged.set,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from entrenar.errors import ConfigError
+from entrenar.runs import RunFolder
 from entrenar.train.checkpoint import Checkpoint
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.optim import OptimConfig
@@ -159,4 +160,4 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
+        return RunFolder(self.folder).checkpoints

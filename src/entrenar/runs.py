@@ -1,0 +1,163 @@
+"""The layout of a run's folder and the records in it.
+
+    runs/NAME/
+      config.toml       every setting of the run
+      metrics.jsonl     one StepRecord a line
+      events.jsonl      one Event a line: training alarms, splits after running out of memory, checkpoints
+      tensorboard/      the same figures for TensorBoard, if wanted
+      spans.sqlite      a trace of the run, if one was recorded
+      report.html       the page that `entrenar report` writes
+      checkpoints/
+        step-00000100/  one committed checkpoint; its model or adapter is in model/
+
+`train` writes these files; the report, the tracer and the command line read them. None of the readers needs torch.
+A crash can cut the last line of a JSONL file, so a reader stops at the first damaged line.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from entrenar.errors import FormatError
+
+MODEL_FOLDER = "model"
+
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of training; `loss` is the mean per target.
+
+    Attributes:
+        targets: targets trained on since the run began.
+        elapsed_s: seconds since the run began, over all resumes; `eta_s` is the estimate until its end.
+        epoch: passes over the corpus so far; None if its length is not known.
+        held_out: the figures of an evaluation after this step, "loss" among them.
+        phases_s: seconds by phase since the record before.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    targets: int
+    targets_per_s: float
+    elapsed_s: float
+    eta_s: float | None
+    epoch: float | None
+    held_out: Mapping[str, float] | None
+    phases_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person should know about a step."""
+
+    step: int
+    kind: str
+    message: str
+
+
+RecordT = TypeVar("RecordT", StepRecord, Event)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where each part of a run is."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings, as TOML."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """The StepRecords."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """The Events."""
+        return self.path / "events.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def spans(self) -> Path:
+        """The trace of the run."""
+        return self.path / "spans.sqlite"
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def read_steps(self) -> Iterator[StepRecord]:
+        """Yield the recorded steps in order; a loss or norm that was not finite is NaN.
+
+        Raises: FormatError for a record without one of StepRecord's fields.
+        """
+        for content in read_records(self.metrics):
+            nulls = {key: math.nan for key in ("loss", "grad_norm") if content.get(key, 0) is None}
+            yield _record(StepRecord, content | nulls, self.metrics)
+
+    def read_events(self) -> Iterator[Event]:
+        """Yield the events in order.
+
+        Raises: FormatError for a record without one of Event's fields.
+        """
+        for content in read_records(self.events):
+            yield _record(Event, content, self.events)
+
+
+def _record(kind: type[RecordT], content: Mapping[str, Any], path: Path) -> RecordT:
+    """Build a record; fields that this version does not know are left out."""
+    names = [field.name for field in fields(kind)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise FormatError(f"{path}: a {kind.__name__} needs the field {missing[0]}, got {dict(content)!r:.200}")
+    return kind(**{name: content[name] for name in names})
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file up to the first damaged line; none if there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return
+            if isinstance(record, dict):
+                yield record
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step`."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the committed checkpoints in `folder` by step, oldest first, without checking their content."""
+    if not folder.is_dir():
+        return {}
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT_NAME.fullmatch(path.name))}
+    return {step: found[step] for step in sorted(found)}
