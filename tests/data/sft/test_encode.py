@@ -1,11 +1,15 @@
 """Tokens and their marks: what is trained is the answers, and prompts are what generation would be given."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from entrenar.data import Tokenizer, train_bpe
+from entrenar.data.sft import encode
+from entrenar.data.sft.chat_template import ChatTemplate, TemplateStoppedError
 from entrenar.data.sft.encode import Encoder
 from entrenar.data.sft.shapes import UnusableRowError, read_shape
 from entrenar.errors import ConfigError
@@ -109,6 +113,14 @@ def test_a_template_that_spoils_the_answer_is_told(tokenizer, template, message)
     with pytest.raises(UnusableRowError, match=message) as caught:
         parts(with_template(tokenizer, template), TALK)
     assert caught.value.kind == "template"
+
+
+def test_a_slow_template_is_no_fault_of_the_row(tokenizer, monkeypatch):
+    """The next row would take as long, so the first one ends the reading."""
+    monkeypatch.setattr(encode, "ChatTemplate", functools.partial(ChatTemplate, cpu_s=0.3))
+    slow = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TemplateStoppedError, match=r"f:1: chat_template: it took more than 0\.3 s of CPU time"):
+        parts(with_template(tokenizer, slow), TALK)
 
 
 def test_a_template_that_rewrites_the_past_can_train_the_last_turn(tokenizer):

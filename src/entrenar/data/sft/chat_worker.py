@@ -1,12 +1,22 @@
-"""The process that renders chat templates: one line of JSON in, one line of JSON out (see `chat_template`).
+"""Render chat templates in a separate process: one line of JSON in, one line of JSON out (see `chat_template`).
 
-Run as a script, with nothing of this package imported. The kernel bounds its memory, the parent its time; jinja2's
-sandbox keeps a template from reaching attributes and from changing what it was given; the text is counted as it grows.
+This file runs as a script and imports nothing from this package. The kernel limits its memory and its CPU time: the
+profiling timer counts the time that the process itself has spent, so a busy machine takes nothing from a template, and
+SIGPROF ends even an operation that never returns to Python. jinja2's sandbox keeps a template away from attributes and
+from its inputs, and the text is counted while it grows.
+
+The process never outlives its parent. Linux kills it (PR_SET_PDEATHSIG); elsewhere a thread waits for the parent's end
+of the pipe to close.
 """
 
+import ctypes
 import json
+import os
 import resource
+import select
+import signal
 import sys
+import threading
 from typing import Any
 
 import jinja2
@@ -15,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MEMORY_BYTES = 1 << 29
 MAX_CHARACTERS = 4_000_000
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PROBLEMS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
 
 
@@ -62,16 +73,50 @@ def _answer(template: jinja2.Template | str, line: str) -> dict[str, str]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent ends, also in the middle of a template."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_exit_at_hang_up, daemon=True).start()
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os._exit(1)
+
+
+def _exit_at_hang_up() -> None:
+    pipe = select.poll()
+    pipe.register(sys.stdin.fileno(), 0)  # hang-ups are always reported; pending lines are not asked for
+    pipe.poll()
+    os._exit(1)
+
+
+def limit_cpu(seconds: float) -> None:
+    """Let the kernel end this process once it has spent `seconds` of CPU time from now on; 0 lifts the limit."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def main() -> None:
-    """Compile the template of the first line, then render it for each line that follows."""
+    """Compile the template in the first line, then render it for each following line.
+
+    Arguments: CPU seconds for each of these, and the parent's process id.
+    """
+    cpu_s, parent = float(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     template: jinja2.Template | str
+    source = json.loads(sys.stdin.readline())
+    limit_cpu(cpu_s)
     try:
-        template = environment().from_string(json.loads(sys.stdin.readline()))
+        template = environment().from_string(source)
     except (MemoryError, RecursionError, *_PROBLEMS) as error:
         template = f"{type(error).__name__}: {error}"
+    limit_cpu(0)
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_answer(template, line)) + "\n")
+        limit_cpu(cpu_s)
+        answer = _answer(template, line)
+        limit_cpu(0)
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 

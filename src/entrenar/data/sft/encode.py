@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from entrenar.data.sft.chat_template import ChatTemplate
+from entrenar.data.sft.chat_template import ChatTemplate, TemplateStoppedError
 from entrenar.data.sft.settings import PromptFormat, TrainOn
 from entrenar.data.sft.shapes import Conversation, Turn, UnusableRowError
 from entrenar.data.tokenizer.tokenizer import Tokenizer
@@ -91,9 +91,14 @@ class Encoder:
     def encode(self, conversation: Conversation, place: str) -> Example:
         """Return the conversation's tokens and their marks.
 
-        Raises: UnusableRowError.
+        Raises:
+            UnusableRowError: this row cannot be trained on.
+            TemplateStoppedError: the chat template takes too long, for this row and so for the next.
         """
-        segments = list(self._segments(conversation))
+        try:
+            segments = list(self._segments(conversation))
+        except TemplateStoppedError as error:
+            raise TemplateStoppedError(f"{place}: {error}") from error
         answers = [number for number, segment in enumerate(segments) if segment.is_answer]
         trained = {"answers": answers, "last": answers[-1:], "all": range(len(segments))}[self._train_on]
         is_chat = any(segment.is_control for segment in segments)
@@ -162,6 +167,8 @@ def _around(chat: ChatTemplate, messages: Sequence[dict[str, str]]) -> tuple[str
             before = chat.render(messages[:-1], add_generation_prompt=has_prompt) if len(messages) > 1 else ""
             if after.startswith(before):
                 return before, after
+    except TemplateStoppedError:
+        raise
     except FormatError as error:
         raise UnusableRowError("template", str(error)) from error
     raise UnusableRowError("template", f"the chat template rewrites what stands before message {len(messages) - 1}")
