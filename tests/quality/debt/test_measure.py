@@ -1,5 +1,6 @@
 """Measuring one file: whatever it holds, there is a measurement or a reason; tools that are missing are named."""
 
+import importlib.metadata
 import re
 import shutil
 import sys
