@@ -13,6 +13,7 @@ TREE = {
     "TrainingHalted": (errors.EntrenarError, 1),
     "NonFiniteError": (errors.TrainingHalted, 1),
     "GateFailed": (errors.EntrenarError, 1),
+    "NotMeasured": (errors.EntrenarError, 5),
     "MachineError": (errors.EntrenarError, 3),
     "OutOfMemoryError": (errors.MachineError, 3),
     "DiskFullError": (errors.MachineError, 3),

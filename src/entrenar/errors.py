@@ -8,6 +8,7 @@
     ├── TrainingHalted       1  the andon cord: training stopped because going on would be wrong
     │   └── NonFiniteError   1  a loss or gradient is NaN or infinite
     ├── GateFailed           1  a measured value misses its threshold
+    ├── NotMeasured          5  what was asked for was not measured, in whole or in part
     └── MachineError         3  the machine could not do it
         ├── OutOfMemoryError 3  memory ran out
         └── DiskFullError    3  the disk ran out
@@ -52,6 +53,12 @@ class GateFailed(EntrenarError):
     """A measured value misses its threshold."""
 
     exit_code = 1
+
+
+class NotMeasured(EntrenarError):
+    """What was asked for was not measured, in whole or in part: neither passed nor failed."""
+
+    exit_code = 5
 
 
 class MachineError(EntrenarError):

@@ -14,37 +14,52 @@ from entrenar.quality.git import Repository, find
 _MAX_PROCESSES = 8
 
 
-def root_of(path: Path) -> Path:
-    """Return the folder from which the files of `path` are named: the repository's, or `path` itself outside of one."""
+def root_of(path: Path, project: Path) -> Path:
+    """Return the folder from which files are named: the project's if `path` lies in it.
+
+    Otherwise the repository's, and without one the folder around the packages that `path` lies in.
+    """
+    if path.resolve().is_relative_to(project.resolve()):
+        return project.resolve()
     repository = find(path)
     if repository is not None:
         return repository.root
-    return path.resolve() if path.is_dir() else path.resolve().parent
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    while (folder / "__init__.py").exists():
+        folder = folder.parent
+    return folder
 
 
-def score_path(path: Path, exclude: Iterable[str] = ()) -> TreeScore:
+def score_path(path: Path, project: Path, exclude: Iterable[str] = ()) -> TreeScore:
     """Score the Python files at or under `path` as they are on the disk.
 
     Raises: DataError for a path without Python files; MachineError if a tool is missing.
     """
     repository = find(path)
-    tree = from_folder(path, root_of(path), exclude)
+    tree = from_folder(path, root_of(path, project), exclude)
     if not tree.entries:
         raise DataError(f"{path} holds no Python file to score; name a folder that does, or exclude less")
-    return _score(tree, None if repository is None else repository.objects)
+    return score(tree, None if repository is None else repository.objects)
 
 
-def score_revision(repository: Repository, commit: str, path: str = "", exclude: Iterable[str] = ()) -> TreeScore:
-    """Score the Python files at or under `path`, from the root, as they are in a commit. Nothing is checked out."""
-    patterns = tuple(exclude)
-    blobs = repository.blobs(commit, [path] if path else [])
-    packages = tuple(_packages_above(repository, commit, path))
-    entries = tuple(
-        Entry(blob.path, blob.hash)
-        for blob in blobs
-        if blob.path.endswith(".py") and not _is_hidden(blob.path) and not is_excluded(blob.path, patterns)
-    )
-    return _score(Tree(entries, packages, repository.read), repository.objects)
+def tree_of_revision(
+    repository: Repository, commit: str, path: Path, project: Path, exclude: Iterable[str] = ()
+) -> Tree:
+    """Return the Python files at or under `path` as they are in a commit. Nothing is checked out.
+
+    `path` need not exist any more; files are named from the project, which lies in the repository or is all of it.
+    """
+    patterns, root = tuple(exclude), repository.root.resolve()
+    inside = project.resolve().is_relative_to(root)
+    prefix = project.resolve().relative_to(root).as_posix() + "/" if inside and project.resolve() != root else ""
+    place = ((project if inside else root) / path).resolve().relative_to(root).as_posix()
+    entries = []
+    for blob in repository.blobs(commit, [] if place == "." else [place]):
+        name = blob.path.removeprefix(prefix)
+        if name.endswith(".py") and not _is_hidden(name) and not is_excluded(name, patterns):
+            entries.append(Entry(name, blob.hash))
+    packages = tuple(folder.removeprefix(prefix) for folder in _packages_above(repository, commit, place))
+    return Tree(tuple(entries), packages, repository.read)
 
 
 def _is_hidden(path: str) -> bool:
@@ -54,12 +69,11 @@ def _is_hidden(path: str) -> bool:
 def _packages_above(repository: Repository, commit: str, path: str) -> Iterable[str]:
     folders = [str(folder) for folder in Path(path, "x").parents if folder != Path()]
     inits = {blob.path for blob in repository.blobs(commit, [f"{folder}/__init__.py" for folder in folders])}
-    for folder in folders:
-        if f"{folder}/__init__.py" in inits:
-            yield folder
+    return [folder for folder in folders if f"{folder}/__init__.py" in inits]
 
 
-def _score(tree: Tree, folder: Path | None) -> TreeScore:
+def score(tree: Tree, folder: Path | None) -> TreeScore:
+    """Score a tree; what was measured of its files is kept in `folder`."""
     cache = Cache(folder, measure.scorer())
     try:
         known = cache.load(tree.entries)
