@@ -52,13 +52,13 @@ class Repository:
 
         Raises: ConfigError for a selection that git does not understand.
         """
-        done = self._try("log", "--reverse", "--format=%H%x00%cI%x00%s", *selection, "--", *paths)
+        done = self._try("log", "-z", "--reverse", "--format=%H%x00%cI%x00%s", *selection, "--", *paths)
         if done.returncode:
             raise ConfigError(
                 f"git cannot list {' '.join(selection)}: {_first_line(done.stderr)}{self._shallow_remedy()}"
             )
-        rows = done.stdout.decode("utf-8", "replace").splitlines()
-        return [Commit(*row.split("\0", 2)) for row in rows]
+        fields = done.stdout.decode("utf-8", "replace").rstrip("\0").split("\0")
+        return [Commit(*fields[start : start + 3]) for start in range(0, len(fields) - 2, 3)]
 
     def blobs(self, commit: str, paths: Sequence[str] = ()) -> list[Blob]:
         """Return the files of a commit at or under the paths: no links, no submodules."""
@@ -68,7 +68,7 @@ class Repository:
             about, _, path = row.partition(b"\t")
             mode, _, name = about.decode().split(" ")
             if mode not in (_LINK, _SUBMODULE):
-                found.append(Blob(os.fsdecode(path), name))
+                found.append(Blob(path.decode("utf-8", "replace"), name))
         return found
 
     def read(self, blobs: Sequence[str]) -> Mapping[str, bytes]:

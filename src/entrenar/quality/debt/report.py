@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from entrenar import __version__
 from entrenar.quality.debt import formula
@@ -124,9 +125,9 @@ def _result(file: FileScore, finding: Finding) -> dict[str, Any]:
 
 
 def _location(path: str, line: int) -> dict[str, Any]:
-    return {"physicalLocation": {"artifactLocation": {"uri": path}, "region": {"startLine": line}}}
+    return {"physicalLocation": {"artifactLocation": {"uri": quote(path)}, "region": {"startLine": line}}}
 
 
 def dumps(value: Any) -> str:
     """Return JSON text, the same bytes for the same value."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, indent=2, allow_nan=False)

@@ -72,23 +72,34 @@ def _packages_above(repository: Repository, commit: str, path: str) -> Iterable[
     return [folder for folder in folders if f"{folder}/__init__.py" in inits]
 
 
-def score(tree: Tree, folder: Path | None) -> TreeScore:
-    """Score a tree; what was measured of its files is kept in `folder`."""
-    cache = Cache(folder, measure.scorer())
-    try:
-        known = cache.load(tree.entries)
-        missing = {entry.blob + entry.name: entry for entry in tree.entries if entry not in known}
-        if missing:
-            contents = tree.read([entry.blob for entry in missing.values()])
-            found = measure.measure(
-                {key: contents[entry.blob] for key, entry in missing.items()},
-                {key: entry.name for key, entry in missing.items()},
-                min(_MAX_PROCESSES, os.cpu_count() or 1),
-            )
+def score(tree: Tree, folder: Path | None, memory: dict[tuple[str, str], measure.Found] | None = None) -> TreeScore:
+    """Score a tree.
+
+    What was measured is kept in `folder`, and in `memory`, which a caller that scores many trees hands on.
+    """
+    known = {} if memory is None else memory
+    wanted = {(entry.blob, entry.name): entry for entry in tree.entries if (entry.blob, entry.name) not in known}
+    if wanted:
+        cache = Cache(folder, measure.scorer())
+        try:
+            known |= {(entry.blob, entry.name): found for entry, found in cache.load(wanted.values()).items()}
+            missing = {key: entry for key, entry in wanted.items() if key not in known}
+            found = _measured(missing, tree)
             cache.store({missing[key]: measured for key, measured in found.items()})
-        else:
-            found = {}
-    finally:
-        cache.close()
-    files = {entry.path: known.get(entry) or found[entry.blob + entry.name] for entry in tree.entries}
-    return score_tree(files, tree.packages_above)
+        finally:
+            cache.close()
+        known |= found
+    return score_tree({entry.path: known[entry.blob, entry.name] for entry in tree.entries}, tree.packages_above)
+
+
+def _measured(missing: dict[tuple[str, str], Entry], tree: Tree) -> dict[tuple[str, str], measure.Found]:
+    if not missing:
+        return {}
+    contents = tree.read([entry.blob for entry in missing.values()])
+    keys = {"/".join(key): key for key in missing}
+    found = measure.measure(
+        {name: contents[blob] for name, (blob, _) in keys.items()},
+        {name: file for name, (_, file) in keys.items()},
+        min(_MAX_PROCESSES, os.cpu_count() or 1),
+    )
+    return {keys[name]: measured for name, measured in found.items()}

@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import io
+import os
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ def from_folder(path: Path, root: Path, exclude: Iterable[str] = ()) -> Tree:
     contents: dict[str, bytes] = {}
     entries = []
     for file in _python_files(path):
-        name = file.resolve().relative_to(root.resolve()).as_posix()
+        name = os.fsencode(file.resolve().relative_to(root.resolve()).as_posix()).decode("utf-8", "replace")
         if is_excluded(name, patterns):
             continue
         try:
