@@ -12,7 +12,7 @@ import pytest
 
 from entrenar.errors import FormatError
 from entrenar.runs import Event, RunFolder, StepRecord, checkpoint_name, list_checkpoints, read_records
-from entrenar.train.metrics import Journal
+from entrenar.train.metrics import open_journal
 
 RECORD = StepRecord(
     step=3, loss=1.5, lr=0.1, grad_norm=2.0, targets=10, targets_per_s=5.0, elapsed_s=1.0, eta_s=None, epoch=0.5,
@@ -22,7 +22,7 @@ RECORD = StepRecord(
 
 def written(folder: Path, *records: StepRecord, events: tuple[Event, ...] = ()) -> RunFolder:
     run = RunFolder(folder)
-    journal = Journal(run, after_step=0, is_on_board=False, on_record=lambda _: None, on_event=lambda _: None)
+    journal = open_journal(run, lambda _: None, lambda _: None, after_step=0, is_on_board=False)
     with closing(journal):
         for record in records:
             journal.record(record)

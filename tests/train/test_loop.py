@@ -125,7 +125,9 @@ def test_log_every_thins_the_records_but_keeps_evaluations_and_the_last(tmp_path
 def test_a_non_finite_step_moves_nothing_and_ends_the_run(tmp_path: Path, value: float) -> None:
     """At step 6 nothing moves: weights, moments and loader position of step 5 are saved; the error names the step."""
     module = Toy()
-    with pytest.raises(NonFiniteError, match=rf"step 6: non_finite: loss is {value}, .*; see .*checkpoints to go on"):
+    with pytest.raises(
+        NonFiniteError, match=rf"step 6: non_finite: loss is {value}, .*; to continue, resume from .*checkpoints"
+    ):
         _fit(tmp_path, module, task={"loss": _bad_loss(module, (6,), value)}, save_every=0)
     whole = Toy()
     _fit(tmp_path / "five", whole, max_steps=5, save_every=0, schedule="constant")

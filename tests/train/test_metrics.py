@@ -12,7 +12,7 @@ import pytest
 
 from entrenar.errors import ConfigError, DiskFullError
 from entrenar.runs import Event, RunFolder, StepRecord, read_records
-from entrenar.train.metrics import Journal, RecordFile, TensorBoard
+from entrenar.train.metrics import RecordFile, TensorBoard, open_journal
 
 
 def _record(step: int, loss: float = 1.0) -> StepRecord:
@@ -93,9 +93,7 @@ def test_a_record_that_fits_in_part_leaves_no_part(tmp_path: Path) -> None:
 def test_the_journal_tells_files_and_listeners(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A record goes into metrics.jsonl and to its callback, an event into events.jsonl, its callback and the log."""
     records, events = [], []
-    journal = Journal(
-        RunFolder(tmp_path), after_step=0, is_on_board=False, on_record=records.append, on_event=events.append
-    )  # fmt: skip
+    journal = open_journal(RunFolder(tmp_path), records.append, events.append, after_step=0, is_on_board=False)
     with caplog.at_level(logging.INFO):
         journal.record(_record(1))
         journal.tell(Event(1, "loss_spike", "much"))
@@ -138,5 +136,5 @@ def test_a_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"needs the tensorboard package; pip install 'entrenar\[tensorboard\]'"):
-        Journal(RunFolder(tmp_path), after_step=0, is_on_board=True, on_record=print, on_event=print)
+        open_journal(RunFolder(tmp_path), print, print, after_step=0, is_on_board=True)
     assert not list(tmp_path.iterdir())

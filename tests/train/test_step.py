@@ -12,7 +12,8 @@ from train_toy import CLASSES, WIDTH, Toy, ToyBatch, toy_loss
 
 from entrenar.errors import OutOfMemoryError
 from entrenar.train.precision import GradientSums
-from entrenar.train.step import RowLimit, sum_gradients
+from entrenar.train.step import RowLimit, StepGradient
+from entrenar.train.world import World
 
 ROWS = 24
 
@@ -32,10 +33,12 @@ def _gradients(
     on_split: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Tensor], float]:
     sums = GradientSums(module.parameters())
-    total = sum_gradients(
-        batches, loss or toy_loss(module), sums, limit or RowLimit(), lambda _: nullcontext(), on_split=on_split
+    gradient = StepGradient(
+        loss or toy_loss(module), sums, limit or RowLimit(), World.alone(), lambda _: nullcontext(), on_split
     )
-    return [sums.of(parameter).clone() for parameter in module.parameters()], total.item()
+    totals = gradient.take(batches)
+    assert totals["targets"] == sum(batch.num_targets for batch in batches)
+    return [gradient.clone() for gradient in sums.all()], totals["loss"]
 
 
 @pytest.mark.property

@@ -16,7 +16,7 @@ from entrenar.planning.heap import Heap
 from entrenar.planning.ledger import Ledger
 from entrenar.planning.machine import status_bytes
 from entrenar.train import OptimConfig, Optimizer, build_optimizer
-from entrenar.train.step import RowLimit, sum_gradients
+from entrenar.train.step import forward_backward
 
 _STEPS = 2
 
@@ -100,7 +100,8 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
 def go_through(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
     """Take one step as the training loop takes it; return the bytes that parameters left out would have moved."""
     first = ledger.count
-    sum_gradients(scene.batches, scene.loss, optimizer.gradients, RowLimit(), ledger.phase, _no_split)
+    optimizer.gradients.begin(len(scene.batches))
+    forward_backward(scene.batches, scene.loss, ledger.phase)
     trained = [p for p in scene.module.parameters() if p.requires_grad]
     ledger.mark((p.grad for p in trained if p.grad is not None), "gradients")
     ledger.mark_alive("gradients", since=first)
@@ -123,7 +124,3 @@ def _keep_one_of_each(trained: Sequence[nn.Parameter]) -> list[Tensor]:
             parameter.grad = None
         seen.add(key)
     return held
-
-
-def _no_split(message: str) -> None:
-    """Take no notice: without bytes, memory does not run out."""

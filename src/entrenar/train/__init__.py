@@ -15,22 +15,25 @@ from entrenar.train.oom import is_oom
 from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer
 from entrenar.train.rng import seed_all
 from entrenar.train.schedule import ScheduleConfig, lr_multiplier
-from entrenar.train.settings import Batch, CheckpointConfig, LoaderState, Run, Settings, Task, TrainConfig
+from entrenar.train.settings import CheckpointConfig, Settings, TrainConfig
+from entrenar.train.task import Position, Run, SplittableBatch, Task
+from entrenar.train.world import World
 
 __all__ = [
-    "Batch",
     "Checkpoint",
     "CheckpointConfig",
-    "LoaderState",
     "MonitorConfig",
     "OptimConfig",
     "Optimizer",
     "Outcome",
+    "Position",
     "Run",
     "ScheduleConfig",
     "Settings",
+    "SplittableBatch",
     "Task",
     "TrainConfig",
+    "World",
     "build_optimizer",
     "check_same_config",
     "fit",

@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON line a record, and TensorBoard beside it if wanted.
+"""Records of a run: one JSON line each, and TensorBoard's files next to them if wanted.
 
 A crash can cut the last line; a reader drops it. A resumed run first drops the records after its checkpoint, so
 that the file tells one continuous story however often the run was stopped.
@@ -8,10 +8,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from entrenar.errors import ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
@@ -88,50 +88,78 @@ class TensorBoard:
             elif name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(f"train/{name}", value, record["step"])
 
+    def sync(self) -> None:
+        """Write what is pending."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Write what is pending and close."""
         self._writer.close()
 
 
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def append(self, record: Mapping[str, Any], /) -> None:
+        """Add one record."""
+
+    def sync(self) -> None:
+        """Make all records durable."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class Journal:
-    """The files of a run that tell its story, and those who listen to it."""
+    """Tells a run's story to its sinks and listeners."""
 
     def __init__(
         self,
-        folder: RunFolder,
-        *,
-        after_step: int,
-        is_on_board: bool,
+        metrics: Sequence[Sink],
+        events: Sequence[Sink],
         on_record: Callable[[StepRecord], None],
         on_event: Callable[[Event], None],
     ) -> None:
-        self._board = TensorBoard(folder.tensorboard, after_step=after_step) if is_on_board else None
-        self._metrics = RecordFile(folder.metrics, after_step=after_step)
-        self._events = RecordFile(folder.events, after_step=after_step)
+        self._metrics, self._events = metrics, events
         self._on_record, self._on_event = on_record, on_event
 
     def record(self, record: StepRecord) -> None:
         """Write down a step."""
-        content = asdict(record)
-        self._metrics.append(content)
-        if self._board is not None:
-            self._board.append(content)
+        for sink in self._metrics:
+            sink.append(asdict(record))
         self._on_record(record)
 
     def tell(self, event: Event, *, level: int = logging.WARNING) -> None:
         """Write down an event, and log it."""
         _log.log(level, "step %d: %s: %s", event.step, event.kind, event.message)
-        self._events.append(asdict(event))
+        for sink in self._events:
+            sink.append(asdict(event))
         self._on_event(event)
 
     def sync(self) -> None:
         """Make everything written durable."""
-        self._metrics.sync()
-        self._events.sync()
+        for sink in (*self._metrics, *self._events):
+            sink.sync()
 
     def close(self) -> None:
-        """Close the files."""
-        self._metrics.close()
-        self._events.close()
-        if self._board is not None:
-            self._board.close()
+        """Close the sinks."""
+        for sink in (*self._metrics, *self._events):
+            sink.close()
+
+
+def open_journal(
+    folder: RunFolder,
+    on_record: Callable[[StepRecord], None],
+    on_event: Callable[[Event], None],
+    *,
+    after_step: int,
+    is_on_board: bool,
+) -> Journal:
+    """Open the metrics and events of a run, without what an earlier session recorded after `after_step`.
+
+    Raises: ConfigError when TensorBoard is wanted and not installed; DiskFullError, MachineError.
+    """
+    board = [TensorBoard(folder.tensorboard, after_step=after_step)] if is_on_board else []
+    metrics = RecordFile(folder.metrics, after_step=after_step)
+    events = RecordFile(folder.events, after_step=after_step)
+    return Journal((metrics, *board), (events,), on_record, on_event)

@@ -17,7 +17,7 @@ Gradients of several backward passes are summed in float32 (`GradientSums`): a b
 2 digits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,12 @@ class GradientSums:
         if self._is_summing and parameter.grad is not None:
             self._sums[parameter].add_(parameter.grad)  # type: ignore[index]  # the hook is given the nn.Parameter
             parameter.grad = None
+
+    def all(self) -> Iterator[Tensor]:
+        """Yield the gradient of each parameter that took part, in the order of the parameters."""
+        for parameter in self._parameters:
+            if (gradient := self.of(parameter)) is not None:
+                yield gradient
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradient of the sum of the losses since `begin`; None for a parameter that took no part."""

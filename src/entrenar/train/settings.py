@@ -1,21 +1,17 @@
-"""What a user decides about the training loop, and the pieces the loop is handed.
+"""The settings of the training loop.
 
-The config models of this package are put side by side in `Settings`. Their field names are unique across the
-project, because each field is also a command-line flag.
+`Settings` puts the config models of this package side by side. Their field names are unique across the project,
+because each field is also a command-line flag.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
 
 from entrenar.errors import ConfigError
-from entrenar.runs import RunFolder
-from entrenar.train.checkpoint import Checkpoint
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.optim import OptimConfig
 from entrenar.train.schedule import ScheduleConfig
@@ -106,58 +102,3 @@ class Settings:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-
-
-class Batch(Protocol):
-    """Rows that a loss can be taken of, and that can be cut into smaller batches."""
-
-    @property
-    def num_targets(self) -> int:
-        """Number of targets that the loss sums over."""
-
-    def split(self, rows: int, /) -> "list[Any]":
-        """Cut into batches of at most `rows` rows."""
-
-
-class LoaderState(Protocol):
-    """The position after the batch it came with."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-
-
-BatchT = TypeVar("BatchT", bound=Batch)
-
-
-@dataclass(frozen=True)
-class Task(Generic[BatchT]):
-    """What is trained, on what, towards what.
-
-    `loss` returns the float32 *sum* over a batch's targets. `evaluate` returns held-out figures, "loss" among them;
-    the module is in evaluation mode meanwhile. `write_model` writes the given weights as a model or adapter folder,
-    from another thread while the next step's forward runs; `read_model` returns the weights of such a folder under
-    the module's own names. `lr_factors` multiply the learning rate of the parameters they name.
-    """
-
-    module: nn.Module
-    batches: Iterator[tuple[BatchT, LoaderState]]
-    loss: Callable[[BatchT], Tensor]
-    write_model: Callable[[Path, Mapping[str, Tensor]], None]
-    read_model: Callable[[Path], Mapping[str, Tensor]]
-    evaluate: Callable[[], Mapping[str, float]] | None = None
-    micro_batches_per_epoch: int | None = None
-    lr_factors: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run lives, what it continues, and the config its checkpoints remember."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    resume: Checkpoint | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
-        return RunFolder(self.folder).checkpoints

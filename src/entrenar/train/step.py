@@ -1,12 +1,14 @@
-"""One global batch's gradient, however much of it fits into memory at a time.
+"""The gradient of one global batch, however much of it fits into memory at a time.
 
-The loss of a batch is a sum over its targets, so the gradient of a global batch is the plain sum over its pieces,
-and the division by the number of targets happens once, in the optimizer. When memory runs out in forward or
-backward, the step is undone (gradients forgotten, random state put back), the pieces are halved, and the step is
-done again: same global batch, same weights of its targets, same gradient. The optimizer's step is never retried.
+The loss of a batch is a sum over its targets, so the gradient of a global batch is the plain sum over its pieces, of
+all micro-batches and all ranks, and the division by the number of targets happens once, in the optimizer. When memory
+runs out in forward or backward on any rank, every rank undoes the step (gradients forgotten, random state put back),
+halves its pieces, and repeats the step: same global batch, same weight of each target, same gradient. The optimizer's
+step is never repeated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,10 @@ from entrenar.errors import OutOfMemoryError
 from entrenar.train import rng
 from entrenar.train.oom import is_oom, return_freed_memory
 from entrenar.train.precision import GradientSums
-from entrenar.train.settings import Batch
+from entrenar.train.task import SplittableBatch
+from entrenar.train.world import World
+
+PhaseOf = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass
@@ -26,18 +31,18 @@ class RowLimit:
 
     rows: int | None = None
 
-    def cut(self, batches: Sequence[Batch]) -> list[Any]:
+    def cut(self, batches: Sequence[SplittableBatch]) -> list[Any]:
         """Return the batches in pieces of at most `rows` rows."""
         if self.rows is None:
             return list(batches)
         return [piece for batch in batches for piece in batch.split(self.rows)]
 
-    def halve(self, batches: Sequence[Batch], reason: str) -> None:
+    def halve(self, largest_batch: int, reason: str) -> None:
         """Take half as many rows at once.
 
         Raises: OutOfMemoryError when one row was too much already.
         """
-        rows = self.rows or max(len(batch.split(1)) for batch in batches)
+        rows = self.rows or largest_batch
         if rows <= 1:
             raise OutOfMemoryError(
                 f"memory ran out with a single row ({reason}); shorten seq_len, set checkpointing = full or "
@@ -46,38 +51,75 @@ class RowLimit:
         self.rows = rows // 2
 
 
-def sum_gradients(
-    batches: Sequence[Batch],
-    loss: Callable[[Any], Tensor],
-    gradients: GradientSums,
-    limit: RowLimit,
-    phase: Callable[[str], Any],
-    on_split: Callable[[str], None],
-) -> Tensor:
-    """Leave the gradient of the summed loss of `batches` in `gradients` and return that loss in float64.
+@dataclass(frozen=True)
+class StepGradient:
+    """Takes the gradient of one global batch after the other.
 
-    Raises: OutOfMemoryError.
+    Attributes:
+        gradients: where the gradient is left.
+        limit: the pieces that fit into memory; it shrinks when they do not.
+        phase: opens a block that is timed as "forward" or "backward".
+        on_split: is told when memory ran out and the step is repeated in smaller pieces.
     """
-    before = rng.capture()
-    while True:
+
+    loss: Callable[[Any], Tensor]
+    gradients: GradientSums
+    limit: RowLimit
+    world: World
+    phase: PhaseOf
+    on_split: Callable[[str], None]
+
+    def take(
+        self, batches: Sequence[SplittableBatch], report: Callable[[], Mapping[str, float]] = dict
+    ) -> dict[str, float]:
+        """Leave the gradient of the summed loss of `batches` of all ranks in `gradients`.
+
+        Returns, summed over all ranks by one reduction: `loss`, `targets`, `micro_batches`, and whatever `report`
+        adds, which is called just before.
+
+        Raises: OutOfMemoryError.
+        """
+        before = rng.capture()
+        while True:
+            loss, failure = self._attempt(batches)
+            totals = self.world.sum(
+                out_of_memory=float(failure is not None),
+                loss=loss,
+                targets=sum(batch.num_targets for batch in batches),
+                micro_batches=len(batches),
+                **report(),
+            )
+            if not totals["out_of_memory"]:
+                self.world.add_up(self.gradients.all())
+                return totals
+            self._undo(before)
+            rows = max((len(batch.split(1)) for batch in batches), default=0)
+            reason = failure or "on another rank"
+            self.limit.halve(self.world.largest(rows), reason)
+            self.on_split(f"memory ran out ({reason}); the step is repeated with {self.limit.rows} rows at a time")
+
+    def _attempt(self, batches: Sequence[SplittableBatch]) -> tuple[float, str | None]:
+        """Return the summed loss, or the reason why memory ran out."""
+        passes = self.limit.cut(batches)
         try:
-            return _forward_backward(limit.cut(batches), loss, gradients, phase)
+            self.gradients.begin(len(passes) * self.world.size)
+            return forward_backward(passes, self.loss, self.phase).item(), None
         except (RuntimeError, MemoryError) as error:
             if not is_oom(error):
                 raise
-            reason = str(error).partition("\n")[0]
+            return 0.0, str(error).partition("\n")[0]
+
+    def _undo(self, before: dict[str, Any]) -> None:
         # Outside the handler, so that the traceback and the activations its frames hold are gone.
-        gradients.begin(0)
+        self.gradients.begin(0)
         return_freed_memory()
         rng.restore(before)
-        limit.halve(batches, reason)
-        on_split(f"memory ran out ({reason}); the step is done again with {limit.rows} rows at a time")
 
 
-def _forward_backward(
-    pieces: Sequence[Any], loss: Callable[[Any], Tensor], gradients: GradientSums, phase: Callable[[str], Any]
+def forward_backward(
+    pieces: Sequence[Any], loss: Callable[[Any], Tensor], phase: PhaseOf = lambda _: nullcontext()
 ) -> Tensor:
-    gradients.begin(len(pieces))
+    """Add up the gradients of the losses of `pieces` and return the summed loss in float64."""
     losses = []
     for piece in pieces:
         with phase("forward"):
@@ -85,4 +127,4 @@ def _forward_backward(
         with phase("backward"):
             piece_loss.backward()  # type: ignore[no-untyped-call]
         losses.append(piece_loss.detach().double())
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64)

@@ -1,0 +1,101 @@
+"""Which checkpoints of a run exist: saved, taken up again, pruned, and rescued on the way out of an error."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from entrenar.errors import MachineError
+from entrenar.files import remove_incomplete
+from entrenar.runs import Event, checkpoint_name
+from entrenar.train import checkpoint
+from entrenar.train.metrics import Journal
+from entrenar.train.optim import Optimizer
+from entrenar.train.saver import Saver
+from entrenar.train.settings import CheckpointConfig
+from entrenar.train.task import Run, Task
+from entrenar.train.world import World
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointKeeper:
+    """Keeps the checkpoints of one run; `saved_step` is the step of the newest one, 0 if there is none.
+
+    On a rank that does not write, saving only counts.
+    """
+
+    def __init__(self, task: Task[Any], run: Run, config: CheckpointConfig, journal: Journal, world: World) -> None:
+        self._task, self._run, self._config, self._journal, self._world = task, run, config, journal, world
+        self._folder = run.files.checkpoints
+        self._saver = Saver(
+            self._folder, task.write_model, before_commit=journal.sync, after_commit=self._prune
+        )  # fmt: skip
+        self.saved_step = 0
+
+    def clean_up(self) -> None:
+        """Remove what a crash left half written."""
+        if self._world.is_writer:
+            remove_incomplete(self._folder)
+
+    def restore(self, resumed: checkpoint.Checkpoint, optimizer: Optimizer) -> None:
+        """Take over the weights and moments of a checkpoint; newer ones are set aside, damaged ones are reported."""
+        for reason in resumed.skipped:
+            self._journal.tell(Event(resumed.step, "checkpoint_damaged", reason))
+        for path in checkpoint.abandon_after(self._folder, resumed.step) if self._world.is_writer else ():
+            message = f"{path.name} is newer than the step resumed from"
+            self._journal.tell(Event(resumed.step, "checkpoint_abandoned", message))
+        trained = {name: p.data for name, p in self._task.module.named_parameters() if p.requires_grad}
+        checkpoint.restore_weights(trained, self._task.read_model(resumed.model))
+        optimizer.load_state_dict(resumed.optimizer())
+        self.saved_step = resumed.step
+
+    def save(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        """Start writing `state`, the weights and the moments."""
+        self.report(wait=True)
+        self.saved_step = state["counters"]["step"]
+        if not self._world.is_writer:
+            return
+        weights = {name: parameter.detach() for name, parameter in self._task.module.named_parameters()}
+        loss = (state["held_out"] or {}).get("loss")
+        self._saver.start(
+            checkpoint.Snapshot(self.saved_step, weights, optimizer.state_dict(), state, held_out_loss=loss)
+        )
+
+    def rescue(self, state: Mapping[str, Any] | None, optimizer: Optimizer) -> None:
+        """Save the last whole step on the way out of an error, so that nothing learned is lost."""
+        if state is None or state["counters"]["step"] <= self.saved_step:
+            return
+        try:
+            self.save(dict(state), optimizer)
+            self.report(wait=True)
+        except MachineError as error:
+            _log.error("could not save on the way out: %s", error)  # the error under way has the traceback
+
+    def report(self, *, wait: bool, is_final: bool = False) -> None:
+        """Tell what became of the checkpoint being written; with `is_final`, a failure is an error.
+
+        Raises: MachineError.
+        """
+        outcome = self._saver.take(wait=wait)
+        if outcome is None:
+            return
+        step, error = outcome
+        if error is None:
+            self._journal.tell(Event(step, "checkpoint_saved", checkpoint_name(step)), level=logging.INFO)
+            return
+        self.saved_step = 0
+        self._journal.tell(Event(step, "checkpoint_failed", str(error)))
+        if is_final:
+            raise error
+
+    def wait_staged(self) -> None:
+        """Return when weights and moments may change again."""
+        self._saver.wait_staged()
+
+    def close(self) -> None:
+        """Wait for the checkpoint being written."""
+        self._saver.close()
+
+    def _prune(self, step: int) -> None:
+        kept = self._config
+        checkpoint.prune(self._folder, newest=step, keep_last=kept.keep_last, keep_best=kept.keep_best)

@@ -1,0 +1,71 @@
+"""What the loop is handed: a module, batches, a loss, a place to write, and nothing that knows language models."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from entrenar.runs import RunFolder
+from entrenar.train.checkpoint import Checkpoint
+
+
+class SplittableBatch(Protocol):
+    """Rows with a loss, which can be cut into smaller batches."""
+
+    @property
+    def num_targets(self) -> int:
+        """Number of targets that the loss sums over."""
+
+    def split(self, rows: int, /) -> "list[Any]":
+        """Cut into batches of at most `rows` rows."""
+
+
+class Position(Protocol):
+    """The position in the data after the batch it came with."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+
+
+BatchT = TypeVar("BatchT", bound=SplittableBatch)
+
+
+@dataclass(frozen=True)
+class Task(Generic[BatchT]):
+    """A module, the data it learns from, and its loss.
+
+    Attributes:
+        batches: this rank's share of the data, each batch with the position after it.
+        loss: returns the float32 *sum* over a batch's targets.
+        write_model: writes the given weights as a model or adapter folder, from another thread while the next step's
+            forward runs.
+        read_model: returns the weights in such a folder under the module's own names.
+        evaluate: returns held-out figures, "loss" among them; the module is in evaluation mode meanwhile.
+        micro_batches_per_epoch: length of one pass over the data, if it is known.
+        lr_factors: multiply the learning rate of the parameters they name.
+    """
+
+    module: nn.Module
+    batches: Iterator[tuple[BatchT, Position]]
+    loss: Callable[[BatchT], Tensor]
+    write_model: Callable[[Path, Mapping[str, Tensor]], None]
+    read_model: Callable[[Path], Mapping[str, Tensor]]
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    micro_batches_per_epoch: int | None = None
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, the checkpoint it resumes from, and the config its checkpoints remember."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    resume: Checkpoint | None = None
+
+    @property
+    def files(self) -> RunFolder:
+        """The paths in the run's folder."""
+        return RunFolder(self.folder)

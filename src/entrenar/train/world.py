@@ -1,0 +1,77 @@
+"""The processes that train one model together, and how they agree.
+
+Each process, a *rank*, sees its own share of every batch. What one rank decided alone would leave the others waiting
+forever: how many targets a step had, whether its loss is finite, whether memory ran out, whether to stop. So the loop
+never decides from what it sees itself; it asks the world. One small reduction a step carries all of it.
+
+The only thing a world needs from an engine is a sum over all ranks in place, such as `torch.distributed.all_reduce`.
+One process alone is a world of size 1, in which every question answers itself.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together: number `rank` of `size`.
+
+    `all_reduce` replaces a tensor by its sum over all ranks; every rank calls it in the same order.
+    """
+
+    rank: int
+    size: int
+    all_reduce: Callable[[Tensor], Any]
+
+    @staticmethod
+    def alone() -> "World":
+        """Return the world of a single process."""
+        return World(0, 1, lambda _: None)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes metrics, events and checkpoints."""
+        return self.rank == 0
+
+    def sum(self, **values: float) -> dict[str, float]:
+        """Return each value's sum over all ranks, by one reduction in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        self.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def any(self, *, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank."""
+        return self.sum(flag=float(flag))["flag"] > 0
+
+    def largest(self, value: int) -> int:
+        """Return the largest `value` of all ranks."""
+        own = {str(rank): value if rank == self.rank else 0 for rank in range(self.size)}
+        return int(max(self.sum(**own).values()))
+
+    def broadcast(self, value: ValueT) -> ValueT:
+        """Return the writer's `value`, made of what JSON can hold (NaN and infinity too)."""
+        if self.size == 1:
+            return value
+        content = json.dumps(value).encode() if self.is_writer else b""
+        size = int(self.sum(size=len(content))["size"])
+        payload = torch.zeros(size, dtype=torch.uint8)
+        if self.is_writer:
+            payload.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self.all_reduce(payload)
+        received: ValueT = json.loads(payload.numpy().tobytes())
+        return received
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks."""
+        if self.size > 1:
+            for tensor in tensors:
+                self.all_reduce(tensor)
