@@ -51,7 +51,7 @@ def name_of(flags: dict[str, str]) -> str:
 
 def config_of(flags: dict[str, str], folder: Path | None) -> Any:
     """Return the config that a cell's flags mean."""
-    from entrenar.config import load_config, load_finetune_config
+    from entrenar.config_file import load_config, load_finetune_config
 
     train = {
         "compute_dtype": flags.get("compute_dtype", "float32"),

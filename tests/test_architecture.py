@@ -20,13 +20,13 @@ FLOORS = {
     "ops": 1, "data": 1, "train": 1, "trace": 1, "quality": 1, "report": 1,
     "model": 2, "peft": 2,
     "interop": 3, "infer": 3, "quantize": 3, "scale": 3,
-    "config": 4,
+    "config": 4, "config_file": 4,
     "planning": 5,
     "recipe": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
 # The ground floor is one room: files raises the errors.
-SAME_FLOOR = {("files", "errors"), ("runs", "errors")}
+SAME_FLOOR = {("files", "errors"), ("runs", "errors"), ("config_file", "config")}
 STANDARD_LIBRARY_ONLY = ("errors", "files", "stats", "runs")
 
 PUBLIC = {

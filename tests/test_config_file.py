@@ -1,11 +1,12 @@
-"""Configs: every fault at once with its place, flags over files, and what is printed is read back."""
+"""Config files: every fault at once with its place, flags over files, and what is written is read back."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from entrenar.config import difference, load_config, options, to_toml
+from entrenar.config import difference
+from entrenar.config_file import load_config, to_toml
 from entrenar.errors import ConfigError
 
 GOOD = """\
@@ -150,21 +151,6 @@ def test_what_is_printed_is_read_back(tmp_path):
     again = load_config(write(tmp_path, to_toml(config), "again.toml"))
     assert difference(config, again) == ["preset: 'tiny' -> None"]  # its fields are written out
     assert again.model_dump(exclude={"preset"}) == config.model_dump(exclude={"preset"})
-
-
-def test_differences_are_listed(tmp_path):
-    """Two configs are compared option by option."""
-    path = write(tmp_path, GOOD)
-    changed = load_config(path, {"optim.lr": "0.002", "train.seed": "7"})
-    assert difference(load_config(path), changed) == ["train.seed: 0 -> 7", "optim.lr: 0.001 -> 0.002"]
-
-
-def test_every_flag_is_unique_and_described():
-    """No two options share a flag, and each has a docstring for its help."""
-    all_options = list(options())
-    flags = [option.flag for option in all_options]
-    assert len(flags) == len(set(flags)), sorted(flag for flag in flags if flags.count(flag) > 1)
-    assert [option.key for option in all_options if not option.field.description] == []
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*")), ids=lambda path: path.name)

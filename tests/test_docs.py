@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from entrenar.cli.main import COMMANDS
-from entrenar.config import load_config, options
+from entrenar.config import options
+from entrenar.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from entrenar import recipe
-from entrenar.config import load_finetune_config, to_toml
+from entrenar.config_file import load_finetune_config, to_toml
 from entrenar.data import train_bpe
 from entrenar.errors import CheckpointError, ConfigError, DataError
 from entrenar.files import sha256_file
@@ -122,6 +122,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, data, tmp_path, flags):
     assert whole.loader_state == parts.loader_state
     assert whole.state["rng"] == parts.state["rng"]
     assert tensors_of(tmp_path / "whole" / "trial") == tensors_of(tmp_path / "parts" / "trial")
+
+
+def test_a_renamed_run_is_resumed(base, data, tmp_path):
+    """A run whose folder was renamed goes on under its new name, and nothing else about it may differ."""
+    recipe.finetune(config_for(base, data, tmp_path, train__max_steps="2"))
+    (tmp_path / "trial").rename(tmp_path / "renamed")
+    report = recipe.finetune(config_for(base, data, tmp_path, train__max_steps="4", name="renamed"), resume=True)
+    assert (report.outcome.step, report.run_dir) == (4, tmp_path / "renamed")
+    with pytest.raises(CheckpointError, match=r"lora\.rank: 8 -> 4"):
+        recipe.finetune(config_for(base, data, tmp_path, name="renamed", lora__rank="4"), resume=True)
 
 
 def test_lora_plus_moves_b_further(base, data, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entrenar import recipe
-from entrenar.config import load_finetune_config
+from entrenar.config_file import load_finetune_config
 from entrenar.data import train_bpe
 from entrenar.errors import ConfigError
 from entrenar.files import sha256_file

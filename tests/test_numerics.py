@@ -8,7 +8,7 @@ import torch
 
 from entrenar import ops
 from entrenar.cli.main import main
-from entrenar.config import load_config
+from entrenar.config_file import load_config
 from entrenar.data import Batch, Loader, PrepareConfig, prepare
 from entrenar.interop import load_model
 from entrenar.model import llama

@@ -10,7 +10,8 @@ import torch
 
 from entrenar import recipe
 from entrenar.cli.main import main
-from entrenar.config import FinetuneConfig, load_finetune_config
+from entrenar.config import FinetuneConfig
+from entrenar.config_file import load_finetune_config
 from entrenar.data import train_bpe
 from entrenar.errors import ConfigError, DataError, FormatError
 from entrenar.interop import load_model

@@ -14,7 +14,8 @@ import torch
 
 from entrenar import recipe
 from entrenar.cli.main import main
-from entrenar.config import RunConfig, load_config
+from entrenar.config import RunConfig
+from entrenar.config_file import load_config
 from entrenar.data import Corpus, PrepareConfig, prepare
 from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError
 from entrenar.files import sha256_file

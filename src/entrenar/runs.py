@@ -26,6 +26,10 @@ from entrenar.errors import FormatError
 
 MODEL_FOLDER = "model"
 
+# Marks the field of a config that a resumed run may change: Field(json_schema_extra=CHANGEABLE). It says how long a
+# run lasts, where it is and what it reports, and never what a step computes.
+CHANGEABLE: dict[str, Any] = {"may_change_on_resume": True}
+
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 

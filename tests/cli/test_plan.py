@@ -8,7 +8,7 @@ import torch
 
 from entrenar.cli.main import main
 from entrenar.cli.plan import measured
-from entrenar.config import load_config
+from entrenar.config_file import load_config
 from entrenar.interop.hf import save_model
 from entrenar.model import Llama, LlamaConfig
 from entrenar.planning import status_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from entrenar.config import load_config, load_finetune_config
+from entrenar.config_file import load_config, load_finetune_config
 from entrenar.interop import load_model, save_model
 from entrenar.model import Llama
 from entrenar.peft import from_base

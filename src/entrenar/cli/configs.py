@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entrenar.cli import flags
-from entrenar.config import RunConfig, difference, load_config, to_toml
+from entrenar.config import RunConfig, difference
+from entrenar.config_file import load_config, to_toml
 
 
 def run(words: Sequence[str]) -> int:

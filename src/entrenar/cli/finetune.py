@@ -10,7 +10,8 @@ from entrenar.cli import flags
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, duration
 from entrenar.cli.train import ENDS, describe
-from entrenar.config import FinetuneConfig, load_finetune_config
+from entrenar.config import FinetuneConfig
+from entrenar.config_file import load_finetune_config
 from entrenar.recipe.plan import plan_run
 from entrenar.runs import RunFolder
 

@@ -9,7 +9,8 @@ from typing import Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from entrenar.config import RunConfig, load_config, options
+from entrenar.config import RunConfig, options
+from entrenar.config_file import load_config
 from entrenar.errors import ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

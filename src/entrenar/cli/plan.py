@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from entrenar.cli import flags
 from entrenar.cli.progress import duration, quantity
-from entrenar.config import AnyConfig, FinetuneConfig, RunConfig, Source, load_config, load_finetune_config
+from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
+from entrenar.config_file import ConfigFile, load_config, load_finetune_config
 from entrenar.errors import GateFailed
 from entrenar.planning import Room, parse_bytes, room, status_bytes
 from entrenar.recipe.fit import Advice, Change, advise
@@ -106,7 +107,7 @@ def _kind(words: Sequence[str]) -> type[RunConfig] | type[FinetuneConfig]:
         return FinetuneConfig
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    values = Source.read(early.parse_known_args(list(words))[0].config).values
+    values = ConfigFile.read(early.parse_known_args(list(words))[0].config).values
     return FinetuneConfig if isinstance(values.get("model"), str) or "sft" in values else RunConfig
 
 

@@ -9,7 +9,8 @@ from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, duration
-from entrenar.config import RunConfig, load_config
+from entrenar.config import RunConfig
+from entrenar.config_file import load_config
 from entrenar.infer import Evaluation
 from entrenar.recipe.plan import plan_run
 from entrenar.runs import RunFolder

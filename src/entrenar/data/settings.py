@@ -4,6 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from entrenar.runs import CHANGEABLE
+
 
 class DataConfig(BaseModel):
     """Where the tokens come from and how they are cut."""
@@ -24,5 +26,5 @@ class DataConfig(BaseModel):
     """Tokens in a window."""
     mask_documents: bool = True
     """Keep documents that share a window from seeing each other."""
-    max_eval_batches: int | None = Field(default=None, ge=1)
+    max_eval_batches: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Held-out batches of one evaluation; all of them when not given."""

@@ -21,6 +21,7 @@ from entrenar.infer.evaluate import EvalBatch
 from entrenar.infer.generate import GenerateConfig, end_tokens, generate
 from entrenar.model import Llama
 from entrenar.ops import Documents
+from entrenar.runs import CHANGEABLE
 
 Metric = Literal["exact_match", "accuracy"]
 MAX_LABELS = 64
@@ -32,15 +33,15 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    task_data: Path | None = None
+    task_data: Path | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """File of rows whose answers are asked for at each evaluation."""
-    metric: Metric = "exact_match"
+    metric: Metric = Field(default="exact_match", json_schema_extra=CHANGEABLE)
     """exact_match writes the answer; accuracy chooses among all answers of the file, for tasks with labels."""
-    max_task_examples: int = Field(default=200, ge=1)
+    max_task_examples: int = Field(default=200, ge=1, json_schema_extra=CHANGEABLE)
     """Most rows of `task_data` that are asked, from the first on."""
-    sample_answers: int = Field(default=2, ge=0)
+    sample_answers: int = Field(default=2, ge=0, json_schema_extra=CHANGEABLE)
     """Held-out prompts whose answers are shown at each evaluation."""
-    max_answer_tokens: int = Field(default=64, ge=1)
+    max_answer_tokens: int = Field(default=64, ge=1, json_schema_extra=CHANGEABLE)
     """Most tokens of a written answer."""
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entrenar.config import FinetuneConfig, load_finetune_config
+from entrenar.config import FinetuneConfig, changeable
+from entrenar.config_file import load_finetune_config
 from entrenar.data import (
     Batch,
     Example,
@@ -57,15 +58,6 @@ from entrenar.runs import RunFolder
 from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
 
 QUARANTINE_FILE = "quarantine.jsonl"
-# Options that change how long a run goes on and what it reports, not what it computes.
-_MAY_DIFFER = (
-    "model", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
-    "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload", "train.offload_dir",
-    "train.offload_budget_gb", "train.freed_memory", "train.stream_base", "checkpoint.save_every",
-    "checkpoint.keep_last", "checkpoint.keep_best", "sft.max_eval_examples", "task.task_data", "task.metric",
-    "task.max_task_examples", "task.sample_answers", "task.max_answer_tokens", "trunk.trunk_dir",
-    "trunk.trunk_budget_gb", "trunk.trunk_checks",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ def finetune(
     check_adapter(config, model, folder, is_resumed=checkpoint is not None)
     config = _fit_context(config, model)
     if checkpoint is not None and not allow_changes:
-        check_same_config(checkpoint.state["config"], recorded(config), may_differ=_MAY_DIFFER)
+        check_same_config(checkpoint.state["config"], recorded(config), may_differ=changeable(FinetuneConfig))
     if overwrite:
         for stale in config.run_dir.glob(f"*{QUARANTINE_FILE}"):
             stale.unlink()

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entrenar.config import RunConfig, load_config
+from entrenar.config import RunConfig, changeable
+from entrenar.config_file import load_config
 from entrenar.data import (
     Batch,
     Corpus,
@@ -41,14 +42,6 @@ from entrenar.recipe.run import (
 )
 from entrenar.runs import RunFolder
 from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
-
-# Options that change how long a run goes on (which a schedule follows) and what it reports, not what a step computes.
-_MAY_DIFFER = (
-    "name", "runs_dir", "train.max_steps", "train.epochs", "train.max_time_s", "train.eval_every", "train.log_every",
-    "train.early_stop_patience", "train.tensorboard", "train.threads", "train.offload", "train.offload_dir",
-    "train.offload_budget_gb", "train.freed_memory", "train.stream_base", "checkpoint.save_every",
-    "checkpoint.keep_last", "checkpoint.keep_best", "data.max_eval_batches",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ def _checked(config: RunConfig, observer: Observer, *, resume: bool, overwrite: 
     checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
     config = settle_compute_dtype(config, device, checkpoint)
     if checkpoint is not None and not allow_changes:
-        check_same_config(checkpoint.state["config"], recorded(config), may_differ=_MAY_DIFFER)
+        check_same_config(checkpoint.state["config"], recorded(config), may_differ=changeable(RunConfig))
     corpora = open_corpora(config, observer)
     tokenizer = corpora[0].tokenizer()
     if tokenizer.vocab_size > config.model.vocab_size:

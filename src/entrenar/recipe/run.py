@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from entrenar.config import AnyConfig, ConfigT, to_toml
+from entrenar.config import AnyConfig, ConfigT
+from entrenar.config_file import to_toml
 from entrenar.data import Progress
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.files import atomic_write, explained_disk_errors

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entrenar.errors import ConfigError
+from entrenar.runs import CHANGEABLE
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.optim import OptimConfig
 from entrenar.train.schedule import ScheduleConfig
@@ -22,22 +23,22 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Stop after this many optimizer steps."""
-    epochs: float | None = Field(default=None, gt=0.0)
+    epochs: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
     """Stop after this many passes over the corpus."""
-    max_time_s: float | None = Field(default=None, gt=0.0)
+    max_time_s: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
     """Stop after this many seconds, evaluation and checkpoints included; with no other limit the schedule follows the
     clock."""
     grad_accum_steps: int = Field(default=1, ge=1)
     """Micro-batches whose gradients make one optimizer step."""
-    eval_every: int = Field(default=100, ge=0)
+    eval_every: int = Field(default=100, ge=0, json_schema_extra=CHANGEABLE)
     """Steps between held-out evaluations; 0 evaluates only at the end."""
-    early_stop_patience: int | None = Field(default=None, ge=1)
+    early_stop_patience: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Stop after this many evaluations in a row without a new best held-out loss."""
-    log_every: int = Field(default=1, ge=1)
+    log_every: int = Field(default=1, ge=1, json_schema_extra=CHANGEABLE)
     """Steps between metrics records."""
-    tensorboard: bool = False
+    tensorboard: bool = Field(default=False, json_schema_extra=CHANGEABLE)
     """Also write TensorBoard event files into the run folder."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, shuffling and dropout."""
@@ -47,18 +48,18 @@ class TrainConfig(BaseModel):
     """Compile the model with torch.compile."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass instead of keeping them."""
-    stream_base: bool = False
+    stream_base: bool = Field(default=False, json_schema_extra=CHANGEABLE)
     """Keep only the frozen layers in memory that are being used; the base must be mapped from its folder."""
-    offload: Literal["none", "host", "disk"] = "none"
+    offload: Literal["none", "host", "disk"] = Field(default="none", json_schema_extra=CHANGEABLE)
     """Where activations wait for the backward pass: where they are, a GPU's in the host's memory, or in a file."""
-    offload_dir: Path | None = None
+    offload_dir: Path | None = Field(default=None, json_schema_extra=CHANGEABLE)
     """Where the file of activations is; by default in the run's folder."""
-    offload_budget_gb: float = Field(default=20.0, gt=0.0)
+    offload_budget_gb: float = Field(default=20.0, gt=0.0, json_schema_extra=CHANGEABLE)
     """Largest size of that file."""
-    freed_memory: Literal["keep", "return"] = "keep"
+    freed_memory: Literal["keep", "return"] = Field(default="keep", json_schema_extra=CHANGEABLE)
     """What becomes of memory that a step frees: kept for the next step, or returned, for a lower peak and more time;
     activations on disk imply the latter."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """CPU threads of one operation; by default torch decides."""
 
     @model_validator(mode="after")
@@ -85,11 +86,11 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    save_every: int = Field(default=500, ge=0)
+    save_every: int = Field(default=500, ge=0, json_schema_extra=CHANGEABLE)
     """Steps between checkpoints; 0 saves only at the end."""
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: int = Field(default=2, ge=1, json_schema_extra=CHANGEABLE)
     """Newest checkpoints that are kept."""
-    keep_best: bool = True
+    keep_best: bool = Field(default=True, json_schema_extra=CHANGEABLE)
     """Also keep the checkpoint with the lowest held-out loss; each save then evaluates first."""
 
 

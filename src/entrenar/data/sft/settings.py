@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from entrenar.runs import CHANGEABLE
+
 TrainOn = Literal["answers", "last", "all"]
 PromptFormat = Literal["auto", "chat", "alpaca", "plain"]
 Batching = Literal["packed", "grouped", "padded"]
@@ -41,7 +43,7 @@ class SftConfig(BaseModel):
     """Tokens in a row at most."""
     batching: Batching = "packed"
     """Several examples in a row that do not see each other (packed); rows of like length (grouped); or neither."""
-    max_eval_examples: int | None = Field(default=None, ge=1)
+    max_eval_examples: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Most held-out examples of one evaluation; all of them when not given."""
 
     @field_validator("data", "eval_data", mode="before")
