@@ -143,13 +143,18 @@ def test_time_on_the_run_queue_is_not_the_calls_own():
 
 
 def test_steps_have_their_own_measure():
-    """Half as much again, and 2 ms, is news for a step; not for a system call."""
-    steps = [Event("step", round(30e6 * (1 + index % 3 / 100))) for index in range(100)]
-    detector = Detector(STEPS)
-    assert detector.see_all(steps) == []
-    found = detector.see(Event("step", 50_000_000))
-    assert found is not None
-    assert found.severity == "high"
+    """Half as much again, and 2 ms, is news for a step and its phases; not for a system call or a layer."""
+    for name, is_news in (("step 17", True), ("forward", True), ("attention_layer_0", False)):
+        detector = Detector()
+        spans = [Span(1, None, name, 1, 1, 0, round(30e6 * (1 + index % 3 / 100))) for index in range(100)]
+        assert detector.see_all(event for span in spans if (event := event_of_span(span))) == []
+        slow = event_of_span(Span(1, None, name, 1, 1, 0, 50_000_000))
+        assert slow is not None
+        found = detector.see(slow)
+        assert (found is not None) == is_news
+        assert found is None or found.severity == "high"
+    assert Detector(Sensitivity(threshold=9.0))._phases.threshold == 9.0
+    assert Detector()._phases.ratio == STEPS.ratio
 
 
 def test_only_high_calls_the_alarm():

@@ -18,11 +18,12 @@ events only.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from entrenar.errors import ConfigError
 from entrenar.stats import RunningStats, median_and_mad
+from entrenar.trace.durations import PHASES, STRUCTURE, kind_of
 from entrenar.trace.records import Anomaly, Frame, Severity, Span, SystemCall
 
 WARM_UP = 32
@@ -61,7 +62,8 @@ class Event:
     """One finished system call, compute block or step phase, with what a reader wants to know if it is slow.
 
     `target` is the class of file or peer, `size` the bytes moved (or the elements of a block), `waited_ns` the part of
-    the duration that the thread waited for a processor.
+    the duration that the thread waited for a processor. `is_phase` is for a step and its phases, which repeat the same
+    work.
     """
 
     operation: str
@@ -75,6 +77,7 @@ class Event:
     span: int | None = None
     frame: Frame | None = None
     path: str | None = None
+    is_phase: bool = False
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -96,7 +99,11 @@ def event_of_span(span: Span) -> Event | None:
     """Return what the detector needs of a compute block or a phase; None for one that never ended."""
     if span.end_ns is None:
         return None
-    return Event(span.name, span.end_ns - span.start_ns, span.start_ns, pid=span.pid, tid=span.tid, span=span.id)
+    name = kind_of(span.name)
+    return Event(
+        name, span.end_ns - span.start_ns, span.start_ns, pid=span.pid, tid=span.tid, span=span.id,
+        is_phase=name in PHASES or name in STRUCTURE,
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -245,17 +252,21 @@ class Detector:
         self,
         sensitivity: Sensitivity = CALLS,
         *,
+        phases: Sensitivity = STEPS,
         method: str = "robust",
         on_high: Callable[[Anomaly], None] | None = None,
         keep: int = 10_000,
     ) -> None:
         """Begin with no baseline. `keep` bounds the anomalies held in memory; all are counted.
 
+        `phases` is the sensitivity for steps and their phases; its threshold is that of `sensitivity`.
+
         Raises: ConfigError for an unknown method.
         """
         if method not in METHODS:
             raise ConfigError(f"the anomaly method must be one of {', '.join(METHODS)}, got {method!r}")
         self.sensitivity = sensitivity
+        self._phases = replace(phases, threshold=sensitivity.threshold)
         self.method = method
         self.anomalies: deque[Anomaly] = deque(maxlen=keep)
         self.shifts: deque[Shift] = deque(maxlen=keep)
@@ -281,7 +292,7 @@ class Detector:
         sigma, baseline_ns = key.baseline.judge(logarithm)
         found = self._point(event, duration_ns, baseline_ns, sigma)
         key.baseline.add(logarithm)
-        key.level.add(logarithm, _side(duration_ns, baseline_ns, self.sensitivity))
+        key.level.add(logarithm, _side(duration_ns, baseline_ns, self._wanted(event)))
         shift = self._shift(key, event, baseline_ns)
         if found is not None:
             self.anomalies.append(found)
@@ -294,6 +305,9 @@ class Detector:
         """Judge a sequence; return what was found, in order."""
         return [found for event in events if (found := self.see(event)) is not None]
 
+    def _wanted(self, event: Event) -> Sensitivity:
+        return self._phases if event.is_phase else self.sensitivity
+
     def _key(self, event: Event) -> _Key:
         key = self._keys.get(event.key)
         if key is None:
@@ -303,7 +317,7 @@ class Detector:
         return key
 
     def _point(self, event: Event, duration_ns: float, baseline_ns: float, sigma: float) -> Anomaly | None:
-        wanted = self.sensitivity
+        wanted = self._wanted(event)
         is_far = sigma > wanted.threshold
         if is_far and self.method == "robust":
             excess_ns = duration_ns - baseline_ns

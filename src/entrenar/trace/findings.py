@@ -1,0 +1,58 @@
+"""One conclusion of a diagnosis, and how it is told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong, the figures that show it, and what to do next.
+
+    `share` is the part of the run's time that it explains, 0 to 1; `spans` are ids to open in the viewer.
+    """
+
+    kind: str
+    title: str
+    evidence: tuple[str, ...]
+    next_step: str
+    share: float
+    spans: tuple[int, ...] = ()
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """Return the findings for a person, the most costly first."""
+    if not findings:
+        return ["Diagnosis: nothing stands out"]
+    text = ["Diagnosis:"]
+    for number, finding in enumerate(findings, 1):
+        text.append(f"  {number}. {finding.title}")
+        text += [f"       {evidence}" for evidence in finding.evidence]
+        if finding.spans:
+            text.append(f"       open: {', '.join(f'span {span:016x}' for span in finding.spans)}")
+        text.append(f"     -> {finding.next_step}")
+    return text
+
+
+def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Return the findings as plain values."""
+    return [
+        {
+            "kind": finding.kind,
+            "title": finding.title,
+            "share": round(finding.share, 4),
+            "evidence": list(finding.evidence),
+            "next_step": finding.next_step,
+            "spans": [f"{span:016x}" for span in finding.spans],
+        }
+        for finding in findings
+    ]
+
+
+def duration(nanoseconds: float) -> str:
+    """Write a duration with three digits and its unit, as in "41.2 ms"."""
+    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
+        if nanoseconds >= limit:
+            value = nanoseconds / limit
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    return f"{nanoseconds:.0f} ns"
