@@ -71,10 +71,10 @@ def config_of(flags: dict[str, str], folder: Path | None) -> Any:
 
 def predict(flags: dict[str, str], folder: Path | None) -> dict[str, Any]:
     """Plan a cell: the body of a fresh process."""
-    from entrenar.recipe.plan import plan_run
+    from entrenar.planning import plan_run
 
     started = time.process_time()
-    planned = plan_run(config_of(flags, folder)).step
+    planned = plan_run(config_of(flags, folder), folder).step
     return {
         "planned_bytes": planned.added_bytes, "tensors": dict(planned.tensors),
         "allocator_bytes": planned.allocator_bytes, "kernels_bytes": planned.kernels_bytes,
@@ -84,25 +84,25 @@ def predict(flags: dict[str, str], folder: Path | None) -> dict[str, Any]:
 
 def take(flags: dict[str, str], folder: Path | None) -> dict[str, Any]:
     """Take a cell's steps in earnest: the body of another."""
-    from entrenar.planning import Ledger, go_through, status_bytes
-    from entrenar.recipe import plan as planning
-    from entrenar.recipe.run import use_machine
-    from entrenar.train import build_optimizer
+    from entrenar.planning import Ledger, status_bytes, take_step
+    from entrenar.planning.run_plan import batches_of, full_rows, scene_of
+    from entrenar.train import build_optimizer, prepare_process
 
     imports_bytes = status_bytes("VmRSS")
     config = config_of(flags, folder)
-    use_machine(config)
+    prepare_process(config.train)
     model = real_model(config, folder)
-    rows, length = planning.batch_shape(config, model.config)
-    batch = planning.full_rows(rows, length, model.config.vocab_size, has_documents=planning.has_documents_in(config))
-    scene = planning.scene_of(config, model, [batch], [])
+    batches = batches_of(config)
+    rows, length = batches.batch_size, min(batches.seq_len, model.config.context_length)
+    batch = full_rows(rows, length, model.config.vocab_size, has_documents=batches.packs_documents)
+    scene = scene_of(config, model, [batch], [])
     if config.train.stream_base:
         model.stream_base()
     optimizer = build_optimizer(model.named_parameters(), scene.optim, scene.precision)
     steps_s = []
     for _ in range(STEPS):
         started = time.perf_counter()
-        go_through(scene, optimizer, Ledger())
+        take_step(scene, optimizer, Ledger())
         steps_s.append(time.perf_counter() - started)
     measured = peak_rss_bytes() - imports_bytes
     return {"measured_bytes": measured, "imports_bytes": imports_bytes, "step_s": min(steps_s)}
@@ -136,10 +136,9 @@ def _in_fresh_process(part: str, flags: dict[str, str], folder: Path | None) -> 
 def real_model(config: Any, folder: Path | None) -> Any:
     """Return the model as the recipes build or load it."""
     from entrenar.interop import load_model
+    from entrenar.interop.assemble import give_storage
     from entrenar.model import Llama
     from entrenar.peft import from_base
-    from entrenar.recipe.models import give_storage
-    from entrenar.recipe.plan import storage_dtype
 
     if folder is None:
         with torch.device("meta"):
@@ -147,7 +146,7 @@ def real_model(config: Any, folder: Path | None) -> Any:
         give_storage(model, torch.device("cpu"))
         model.init_weights(torch.Generator().manual_seed(0))
         return model
-    model = load_model(folder, dtype=storage_dtype(config), quantize=config.method == "qlora")
+    model = load_model(folder, dtype=config.stored_dtype, quantize=config.method == "qlora")
     if config.method != "full":
         from_base(model, config.lora, torch.Generator().manual_seed(0))
     return model

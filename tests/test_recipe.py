@@ -20,7 +20,8 @@ from entrenar.data import Corpus, PrepareConfig, prepare
 from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError
 from entrenar.files import sha256_file
 from entrenar.infer import evaluate
-from entrenar.recipe import pretrain, run
+from entrenar.planning import machine
+from entrenar.recipe import pretrain
 from entrenar.train import latest_good
 
 VOCAB_SIZE = 300
@@ -233,9 +234,9 @@ def test_the_last_step_is_measured_once(corpus, tmp_path, monkeypatch):
 def test_the_measured_compute_dtype_is_kept_for_the_life_of_a_run(corpus, tmp_path, monkeypatch):
     """A machine that has become faster at another type does not change the arithmetic of a run."""
     flags = {"train__precision": "bfloat16", "compute_dtype": "auto"}
-    monkeypatch.setattr(run, "fastest_compute_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(machine, "fastest_compute_dtype", lambda *_: torch.float32)
     recipe.train(config_for(corpus, tmp_path, train__max_steps="1", **flags))
-    monkeypatch.setattr(run, "fastest_compute_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(machine, "fastest_compute_dtype", lambda *_: torch.bfloat16)
     recipe.train(config_for(corpus, tmp_path, train__max_steps="2", **flags), resume=True)
     assert latest_good(tmp_path / "trial" / "checkpoints").state["config"]["compute_dtype"] == "float32"
 

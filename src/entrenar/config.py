@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
@@ -120,6 +121,16 @@ class FinetuneConfig(BaseModel):
     def run_dir(self) -> Path:
         """The folder of this run."""
         return self.runs_dir / self.name
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype in which unquantized weights are loaded; None for that of the file.
+
+        A frozen base is stored in what it is computed in; weights that learn start from what the file holds.
+        """
+        if self.train.precision == "float32":
+            return torch.float32
+        return None if self.method == "full" else torch.bfloat16
 
 
 AnyConfig = RunConfig | FinetuneConfig

@@ -11,8 +11,7 @@ from entrenar.cli.plan import measured
 from entrenar.config_file import load_config
 from entrenar.interop.hf import save_model
 from entrenar.model import Llama, LlamaConfig
-from entrenar.planning import status_bytes
-from entrenar.recipe.plan import plan_run
+from entrenar.planning import plan_run, status_bytes
 
 SMALL = ["plan", "--preset", "tiny", "--num-layers", "2", "--seq-len", "128", "--compute-dtype", "float32"]
 

@@ -8,7 +8,7 @@ import torch
 
 from entrenar.errors import ConfigError
 from entrenar.planning.heap import Heap
-from entrenar.planning.machine import cgroup_limits, measure_rates, parse_bytes, room, status_bytes
+from entrenar.planning.machine import cgroup_limits, measure_rates, memory_limit, parse_bytes, status_bytes
 from entrenar.train.oom import return_freed_memory
 
 
@@ -53,7 +53,7 @@ def test_the_limits_of_the_first_version_are_read_too(tmp_path):
 
 def test_the_room_is_positive_and_holds_this_process():
     """What is available now includes what the process has already."""
-    assert room().size_bytes > status_bytes("VmRSS") / 2 > 1e7
+    assert memory_limit().size_bytes > status_bytes("VmRSS") / 2 > 1e7
     assert status_bytes("VmHWM") >= status_bytes("VmRSS") * 0.9
 
 

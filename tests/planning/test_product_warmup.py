@@ -5,7 +5,7 @@ import torch
 
 from entrenar.planning import product_warmup as warmup
 from entrenar.planning.machine import status_bytes
-from entrenar.planning.product_warmup import Practice
+from entrenar.planning.product_warmup import ProductWarmup
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def meta(*shape, dtype=torch.float32):
 
 def test_each_shape_layout_and_dtype_is_done_once(done):
     """The same product again does nothing; another layout has another kernel."""
-    practised = Practice()
+    practised = ProductWarmup()
     for _ in range(2):
-        practised.product("aten::mm", [meta(3, 5), meta(5, 7)])
-        practised.product("aten::addmm", [meta(7), meta(3, 5), meta(7, 5).mT])
-        practised.product("aten::bmm", [meta(2, 3, 5, dtype=torch.bfloat16), meta(2, 5, 7, dtype=torch.bfloat16)])
+        practised.run("aten::mm", [meta(3, 5), meta(5, 7)])
+        practised.run("aten::addmm", [meta(7), meta(3, 5), meta(7, 5).mT])
+        practised.run("aten::bmm", [meta(2, 3, 5, dtype=torch.bfloat16), meta(2, 5, 7, dtype=torch.bfloat16)])
     assert [(a.shape, b.shape, a.dtype, b.is_contiguous()) for a, b, _ in done] == [
         ((3, 5), (5, 7), torch.float32, True),
         ((3, 5), (5, 7), torch.float32, False),
@@ -36,21 +36,21 @@ def test_each_shape_layout_and_dtype_is_done_once(done):
 
 def test_what_is_no_product_or_has_no_numbers_is_left_alone(done):
     """There is nothing to keep."""
-    Practice().product("aten::add", [meta(3, 5), meta(3, 5)])
-    Practice().product("aten::mm", [meta(0, 5), meta(5, 7)])
+    ProductWarmup().run("aten::add", [meta(3, 5), meta(3, 5)])
+    ProductWarmup().run("aten::mm", [meta(0, 5), meta(5, 7)])
     assert not done
 
 
 def test_a_large_product_is_done_in_part(done, monkeypatch):
     """Its longest sides are halved until it takes a moment."""
     monkeypatch.setattr(warmup, "_MOST_FLOPS", 2 * 16 * 8 * 4)
-    Practice().product("aten::mm", [meta(64, 8), meta(8, 4)])
+    ProductWarmup().run("aten::mm", [meta(64, 8), meta(8, 4)])
     assert [(a.shape, b.shape) for a, b, _ in done] == [((16, 8), (8, 4))]
 
 
 def test_operands_and_result_leave_nothing_behind():
     """48 MB of zeros are read and 16 MB are written; what stays is buffers."""
     before = status_bytes("VmRSS")
-    Practice().product("aten::mm", [meta(2000, 4000), meta(4000, 2000)])
+    ProductWarmup().run("aten::mm", [meta(2000, 4000), meta(4000, 2000)])
     assert status_bytes("VmRSS") - before < 40e6
     assert warmup._zeros(3, 4, torch.bfloat16, by_rows=False).stride() == (1, 3)

@@ -9,11 +9,12 @@ import torch
 
 from entrenar.config_file import load_config, load_finetune_config
 from entrenar.interop import load_model, save_model
+from entrenar.interop.assemble import give_storage
 from entrenar.model import Llama
 from entrenar.peft import from_base
-from entrenar.planning import Ledger, go_through
-from entrenar.recipe import plan as planning
-from entrenar.recipe.models import give_storage
+from entrenar.planning import Ledger, plan_run, take_step
+from entrenar.planning.run_plan import batches_of, full_rows, scene_of
+from entrenar.planning.skeleton import give_shapes, skeleton
 from entrenar.train import build_optimizer
 
 SMALL = {
@@ -43,8 +44,15 @@ class Gone:
     """A ledger, and from which storage on its step begins."""
 
     def __init__(self, ledger, first):
-        self.ledger, self.lives, self.timeline = ledger, ledger.lives[first:], ledger.timeline(first)
+        self.ledger, self.lives, self.timeline = ledger, ledger.lives[first:], timeline(ledger.lives[first:])
         self.flops, self.moved_bytes = ledger.flops, ledger.moved_bytes
+
+
+def timeline(lives):
+    """Return each birth (size, +1) and death (size, -1) in order."""
+    events = [(life.born, life.size_bytes, 1) for life in lives]
+    events += [(life.died, life.size_bytes, -1) for life in lives if life.died is not None]
+    return [(size, sign) for _, size, sign in sorted(events)]
 
 
 def both_ways(config, folder=None, micro_batches=1):
@@ -54,32 +62,32 @@ def both_ways(config, folder=None, micro_batches=1):
 
 def go(config, folder, micro_batches, *, has_bytes):
     ledger = Ledger(has_bytes=has_bytes)
-    model, mapped = _model_in_earnest(config, folder) if has_bytes else _model_without_bytes(config, ledger)
-    rows, length = planning.batch_shape(config, model.config)
-    documents = planning.has_documents_in(config)
-    batch = planning.full_rows(rows, length, model.config.vocab_size, has_documents=documents)
-    scene = planning.scene_of(config, model, [batch] * micro_batches, mapped)
+    model, mapped = _model_in_earnest(config, folder) if has_bytes else _model_without_bytes(config, folder, ledger)
+    batches = batches_of(config)
+    rows, length = batches.batch_size, min(batches.seq_len, model.config.context_length)
+    batch = full_rows(rows, length, model.config.vocab_size, has_documents=batches.packs_documents)
+    scene = scene_of(config, model, [batch] * micro_batches, mapped)
     with ledger:
         ledger.mark([*model.parameters(), *model.buffers()], "weights")
         first, flops, moved = ledger.count, ledger.flops, ledger.moved_bytes
         optimizer = build_optimizer(model.named_parameters(), scene.optim, scene.precision)
         for _ in range(2):
-            go_through(scene, optimizer, ledger)
+            take_step(scene, optimizer, ledger)
     gone = Gone(ledger, first)
     gone.flops, gone.moved_bytes = gone.flops - flops, gone.moved_bytes - moved
     return gone
 
 
-def _model_without_bytes(config, ledger):
-    begun = planning.skeleton(config)
+def _model_without_bytes(config, folder, ledger):
+    begun = skeleton(config, folder)
     with ledger:
-        mapped = planning.give_shapes(config, begun, ledger)
+        mapped = give_shapes(config, begun, ledger)
     return begun.model, mapped
 
 
 def _model_in_earnest(config, folder):
     if folder is not None:
-        model = load_model(folder, dtype=planning.storage_dtype(config), quantize=config.method == "qlora")
+        model = load_model(folder, dtype=config.stored_dtype, quantize=config.method == "qlora")
         if config.method != "full":
             from_base(model, config.lora, torch.Generator().manual_seed(0))
         return model, []
@@ -117,7 +125,7 @@ def test_a_rehearsed_fine_tuning_step_allocates_what_the_step_allocates(flags, t
 @pytest.mark.slow
 def test_a_rehearsal_allocates_nothing_of_the_model():
     """A model of 26 GB is rehearsed with its optimizer state, and every weight stays without bytes."""
-    seen = planning.plan_run(load_config(None, {"preset": "7b", "data.batch_size": "1", "train.max_steps": "1",
+    seen = plan_run(load_config(None, {"preset": "7b", "data.batch_size": "1", "train.max_steps": "1",
                                                 "compute_dtype": "float32", "train.checkpointing": "full",
                                                 "data.seq_len": "64"}))  # fmt: skip
     assert seen.step.tensors["weights"] == 4 * seen.parameters
@@ -134,15 +142,15 @@ def test_the_finished_forward_leaves_activations_and_the_backward_gradients():
     """Kinds are what the storages are for."""
     config = load_config(None, SMALL | {"train.max_steps": "1"})
     rehearsed = go(config, None, 1, has_bytes=False)
-    gradients = {life.size_bytes for life in rehearsed.lives if life.kind == "gradients"}
+    gradients = {life.size_bytes for life in rehearsed.lives if life.use == "gradients"}
     assert 4 * 64 * 512 in gradients
-    assert any(life.kind == "activations" for life in rehearsed.lives)
+    assert any(life.use == "activations" for life in rehearsed.lives)
 
 
 def planned_weights(folder, **flags):
     sft = {"sft.data": "rows.jsonl", "sft.batch_size": "2", "sft.seq_len": "32", "compute_dtype": "float32"}
     config = load_finetune_config(None, {"model": str(folder), "train.precision": "bfloat16", **sft, **flags})
-    return planning.plan_run(config).step.tensors["weights"]
+    return plan_run(config, folder).step.tensors["weights"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from entrenar.cli.progress import TrainingView, duration
 from entrenar.cli.train import ENDS, describe
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
-from entrenar.recipe.plan import plan_run
+from entrenar.planning import plan_run
 from entrenar.runs import RunFolder
 
 
@@ -21,7 +21,7 @@ def run(words: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
     parsed = flags.parse(_arguments(), words, FinetuneConfig)
     config = _config(parsed.config, flags.given_flags(parsed, FinetuneConfig), is_resuming=parsed.resume)
-    planned = plan_run(config) if parsed.plan else None
+    planned = plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
     view = TrainingView(config.train.epochs)

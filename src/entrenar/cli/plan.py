@@ -15,9 +15,18 @@ from entrenar.cli.progress import duration, quantity
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.config_file import ConfigFile, load_config, load_finetune_config
 from entrenar.errors import GateFailed
-from entrenar.planning import Room, parse_bytes, room, status_bytes
-from entrenar.recipe.fit import Advice, Change, advise
-from entrenar.recipe.plan import RunPlan, plan_run
+from entrenar.planning import (
+    Advice,
+    Change,
+    MemoryLimit,
+    RunPlan,
+    advise,
+    memory_limit,
+    parse_bytes,
+    plan_run,
+    status_bytes,
+)
+from entrenar.recipe import model_folder
 
 _OF_FINETUNING = ("--model", "--method", "--data")
 
@@ -26,16 +35,17 @@ def run(words: Sequence[str]) -> int:
     """Print the plan; return 0 if the run fits, 1 if it does not."""
     kind = _kind(words)
     parsed = flags.parse(_arguments(kind), words, kind)
-    limit = Room(parse_bytes(parsed.memory), "--memory") if parsed.memory else None
+    limit = MemoryLimit(parse_bytes(parsed.memory), "--memory") if parsed.memory else None
     read = partial(_read, kind, parsed.config, flags.given_flags(parsed, kind))
     config = read({})
-    planned = plan_run(config)
-    limit = limit or room()
+    base = model_folder(config.model) if isinstance(config, FinetuneConfig) else None
+    planned = plan_run(config, base)
+    limit = limit or memory_limit()
     fits = planned.step.peak_bytes <= limit.size_bytes
     if not parsed.json:
         print("\n".join(lines(planned, config)))
-        print(f"memory       {_gb(limit.size_bytes)} ({limit.limit}): {'it fits' if fits else 'it does NOT fit'}")
-    advice = None if fits else advise(read, planned, limit.size_bytes, lambda change: _show(change, parsed.json))
+        print(f"memory       {_gb(limit.size_bytes)} ({limit.source}): {'it fits' if fits else 'it does NOT fit'}")
+    advice = None if fits else advise(read, base, planned, limit.size_bytes, lambda change: _show(change, parsed.json))
     if parsed.json:
         print(json.dumps(_as_json(planned, limit, advice), indent=2))
     if advice is None:
@@ -135,9 +145,9 @@ def _gb(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.0f} MB"
 
 
-def _as_json(planned: RunPlan, limit: Room, advice: Advice | None) -> dict[str, Any]:
+def _as_json(planned: RunPlan, limit: MemoryLimit, advice: Advice | None) -> dict[str, Any]:
     fits = planned.step.peak_bytes <= limit.size_bytes
-    result = {"limit_bytes": limit.size_bytes, "limit": limit.limit, "fits": fits, **_figures(planned)}
+    result = {"limit_bytes": limit.size_bytes, "limit": limit.source, "fits": fits, **_figures(planned)}
     if advice is not None:
         changes = [{"flags": dict(change.flags), **_figures(change.plan)} for change in advice.changes]
         result["advice"] = {"fits": advice.fits, "flags": advice.flags, "changes": changes}

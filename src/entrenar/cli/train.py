@@ -12,7 +12,7 @@ from entrenar.cli.progress import TrainingView, duration
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.infer import Evaluation
-from entrenar.recipe.plan import plan_run
+from entrenar.planning import plan_run
 from entrenar.runs import RunFolder
 
 ENDS = {

@@ -28,3 +28,8 @@ class DataConfig(BaseModel):
     """Keep documents that share a window from seeing each other."""
     max_eval_batches: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Held-out batches of one evaluation; all of them when not given."""
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether a row holds several documents that must not see each other."""
+        return self.mask_documents

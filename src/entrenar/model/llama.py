@@ -24,7 +24,7 @@ from entrenar.model.config import Checkpointing, LlamaConfig
 from entrenar.model.kv_cache import KVCache
 from entrenar.model.recompute import recomputed
 from entrenar.model.rope_scaling import RotaryTable
-from entrenar.model.streaming import LayerStream
+from entrenar.model.streaming import LayerStream, Stream
 from entrenar.model.token_check import check_token_ids
 
 
@@ -39,7 +39,7 @@ class Context:
     mask: Bool[Tensor, "B 1 T S"] | None = None
     checkpointing: Checkpointing = "none"
     compute_dtype: torch.dtype | None = None
-    stream: LayerStream | None = None
+    stream: Stream | None = None
 
 
 class RMSNorm(nn.Module):
@@ -224,7 +224,7 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing: Checkpointing = "none"
         self.compute_dtype: torch.dtype | None = None
-        self.stream: LayerStream | None = None
+        self.stream: Stream | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)

@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -36,6 +37,21 @@ def _advise(address: int, size: int, advice: int) -> None:
     if start < stop:
         # Advice may be refused, by a kernel without it or for pages that are locked; nothing depends on it.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Told by the model which layer it uses; `LayerStream` is one, and a plan has one without bytes."""
+
+    size_bytes: int
+
+    def begin(self, layer: int) -> None:
+        """Prepare for the forward of a layer."""
+        ...
+
+    def end(self, layer: int, out: Tensor) -> None:
+        """Release a layer after its forward; `out` is its output."""
+        ...
 
 
 class LayerStream:

@@ -17,6 +17,7 @@ most for a byte is taken until no step fits (Fox 1966, "Discrete optimization vi
 larger one dominates are passed over, so that a matrix may go from 2 to 4 bits at once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,3 +153,33 @@ class InputMoments:
         """Watch no longer."""
         for handle in self._handles:
             handle.remove()
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Return whether a module has a matrix of weights."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return rows and width of a module's matrix."""
+    rows, width = module.get_parameter("weight").shape
+    return rows, width
+
+
+def check_budget(model: nn.Module, bits: float, stored: torch.dtype | None = None) -> None:
+    """Check that a plain model can be held in `bits` bits a weight; shapes are enough, norms held as `stored`.
+
+    Raises:
+        ConfigError: with the least that is possible.
+    """
+    matrices = [matrix_shape(module) for module in model.modules() if is_matrix(module)]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    kept = sum(norm.numel() * (stored or norm.dtype).itemsize for norm in norms)
+    rounded = sum(ops.nf_bits_size(shape, min(WIDTHS)) for shape in matrices)
+    least = 8 * (kept + rounded) / sum(parameter.numel() for parameter in model.parameters())
+    if not bits >= least:
+        raise ConfigError(
+            f"--bits must be >= {math.ceil(least * 1000) / 1000:.3f} for this model, got {bits:g}: that is every "
+            f"matrix in {min(WIDTHS)} bits with its scales, and the norms as they are stored"
+        )

@@ -75,7 +75,9 @@ class LowRank(nn.Module):
         Raises:
             ConfigError: loftq is asked for and there is no original.
         """
-        if weight.device.type == "meta":
+        if weight.device.type == "meta":  # no values, but the matrices that PiSSA keeps
+            if init == "pissa":
+                self.start_from(self.lora_A.detach(), self.lora_B.detach())
             return
         rank, width = self.lora_A.shape
         draw = torch.empty(rank, width, dtype=torch.float32, device=generator.device)

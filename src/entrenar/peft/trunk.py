@@ -52,6 +52,11 @@ class TrunkConfig(BaseModel):
     trunk_checks: int = Field(default=3, ge=0, json_schema_extra=CHANGEABLE)
     """Batches read from disk that are computed the long way too and compared."""
 
+    @property
+    def cache_bytes(self) -> int:
+        """The most that the cache takes on the disk."""
+        return int(self.trunk_budget_gb * 1e9) if self.cache_trunk else 0
+
 
 @runtime_checkable
 class CutModel(Protocol):

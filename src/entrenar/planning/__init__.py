@@ -1,22 +1,38 @@
-"""What a run takes before it is run."""
+"""Memory and time of a run, before it is run."""
 
+from entrenar.planning.advice import Advice, Change, advise
 from entrenar.planning.ledger import Ledger
-from entrenar.planning.machine import Rates, Room, measure_rates, parse_bytes, room, status_bytes
-from entrenar.planning.planner import Plan, plan
-from entrenar.planning.rehearsal import Rehearsal, Scene, go_through, rehearse
+from entrenar.planning.machine import (
+    MemoryLimit,
+    Rates,
+    measure_rates,
+    memory_limit,
+    parse_bytes,
+    settle_compute_dtype,
+    status_bytes,
+)
+from entrenar.planning.rehearsal import Rehearsal, Scene, rehearse, take_step
+from entrenar.planning.run_plan import RunPlan, plan_run
+from entrenar.planning.step_plan import StepPlan, plan_step
 
 __all__ = [
+    "Advice",
+    "Change",
     "Ledger",
-    "Plan",
+    "MemoryLimit",
     "Rates",
     "Rehearsal",
-    "Room",
+    "RunPlan",
     "Scene",
-    "go_through",
+    "StepPlan",
+    "advise",
     "measure_rates",
+    "memory_limit",
     "parse_bytes",
-    "plan",
+    "plan_run",
+    "plan_step",
     "rehearse",
-    "room",
+    "settle_compute_dtype",
     "status_bytes",
+    "take_step",
 ]

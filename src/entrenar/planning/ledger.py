@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entrenar.planning.heap import Heap
-from entrenar.planning.meta_shapes import Shape, rule_of, writes
-from entrenar.planning.product_warmup import Practice
+from entrenar.planning.meta_shapes import TensorShape, rule_of, writes
+from entrenar.planning.product_warmup import ProductWarmup
 
-Kind = Literal["weights", "gradients", "optimizer", "activations", "temporaries", "batch"]
+Use = Literal["weights", "gradients", "optimizer", "activations", "temporaries", "batch"]
 _CAPACITY = 1 << 16
 _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -33,7 +33,7 @@ class Life:
     """A storage: its size, what it is for, and when it came and went, in events."""
 
     size_bytes: int
-    kind: Kind
+    use: Use
     born: int
     died: int | None = None
     watch: Any = None
@@ -58,7 +58,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         self.flops = 0
         self.moved_bytes = 0
         self._heap = heap
-        self._practice = Practice() if heap is not None else None
+        self._warmup = ProductWarmup() if heap is not None else None
         self._has_bytes = has_bytes
         self._events = 0
 
@@ -73,8 +73,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
         if not self._has_bytes and (any(t.is_meta for t in tensors) if tensors else _makes_numbers(func, kwargs)):
             result = self._without_bytes(func, args, kwargs, is_mixed=not all(t.is_meta for t in tensors))
-            if self._practice is not None:
-                self._practice.product(func._schema.name, tensors)
+            if self._warmup is not None:
+                self._warmup.run(func._schema.name, tensors)
         else:
             result = func(*args, **kwargs)
         returned = list(_tensors((result,)))
@@ -100,16 +100,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         finally:
             self._heap = heap
 
-    def mark(self, tensors: Iterable[Tensor], kind: Kind) -> None:
+    def mark(self, tensors: Iterable[Tensor], use: Use) -> None:
         """Say what tensors are for."""
         for tensor in tensors:
-            self._see(tensor).kind = kind
+            self._see(tensor).use = use
 
-    def mark_alive(self, kind: Kind, *, since: int) -> None:
+    def mark_alive(self, use: Use, *, since: int) -> None:
         """Say what all storages born since the `since`-th and still alive are for, where nothing else was said."""
         for life in self.lives[since:]:
-            if life.died is None and life.kind == "temporaries":
-                life.kind = kind
+            if life.died is None and life.use == "temporaries":
+                life.use = use
 
     @property
     def lives(self) -> list[Life]:
@@ -122,32 +122,26 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         each = sys.getsizeof(self._lives[0]) + 3 * sys.getsizeof(self.count)
         return sys.getsizeof(self._lives) + each * self.count
 
-    def timeline(self, since: int = 0) -> list[tuple[int, int]]:
-        """Return each birth (size, +1) and death (size, -1) from the `since`-th storage on, in order."""
-        events = [(life.born, life.size_bytes, 1) for life in self.lives[since:]]
-        events += [(life.died, life.size_bytes, -1) for life in self.lives[since:] if life.died is not None]
-        return [(size, sign) for _, size, sign in sorted(events)]
-
-    def peak(self) -> Counter[Kind]:
-        """Return the bytes of each kind at the moment when most were alive."""
+    def peak(self) -> Counter[Use]:
+        """Return the bytes of each use at the moment when most were alive."""
         events = [(life.born, life, 1) for life in self.lives]
         events += [(life.died, life, -1) for life in self.lives if life.died is not None]
-        now: Counter[Kind] = Counter()
-        total, most, composition = 0, -1, Counter[Kind]()
+        now: Counter[Use] = Counter()
+        total, most, composition = 0, -1, Counter[Use]()
         for _, life, sign in sorted(events, key=lambda event: event[0]):
             total += sign * life.size_bytes
             if sign < 0 and total + life.size_bytes > most:
                 most, composition = total + life.size_bytes, now.copy()
-            now[life.kind] += sign * life.size_bytes
+            now[life.use] += sign * life.size_bytes
         return composition if total <= most else now
 
     def _without_bytes(self, func: Any, args: Any, kwargs: dict[str, Any], *, is_mixed: bool) -> Any:
         rule = rule_of(func)
         if rule is not None:
             found = rule(*args, **kwargs)
-            if isinstance(found, Shape):
+            if isinstance(found, TensorShape):
                 return self._make(found)
-            is_several = isinstance(found, tuple) and isinstance(found[0], Shape)
+            is_several = isinstance(found, tuple) and isinstance(found[0], TensorShape)
             return tuple(self._make(one) for one in found) if is_several else found
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": None}
@@ -155,7 +149,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             args, kwargs = _shapes_only(args), {name: _shapes_only(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _make(self, shape: Shape) -> Tensor:
+    def _make(self, shape: TensorShape) -> Tensor:
         # The block before the small objects that describe it, as a kernel asks for them: otherwise these would lie
         # where a freed block of that size was, and the next one would not fit there.
         address = self._heap.take(shape.size_bytes) if self._heap is not None else None

@@ -1,4 +1,4 @@
-"""What this machine has for a run: memory, and how fast it multiplies and moves numbers."""
+"""Measure what this machine has for a run: memory, and how fast it multiplies and moves numbers."""
 
 import math
 import re
@@ -7,10 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
+from entrenar.config import AnyConfig
 from entrenar.errors import ConfigError
+from entrenar.ops import fastest_compute_dtype
+
+ConfigT = TypeVar("ConfigT", bound=AnyConfig)
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BINARY_UNITS = {"k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
@@ -21,18 +26,18 @@ _ADDED = 1 << 22
 
 
 @dataclass(frozen=True)
-class Room:
-    """How much memory a process may have in all, and what says so."""
+class MemoryLimit:
+    """How much memory a process may use in all, and what sets that limit."""
 
     size_bytes: int
-    limit: str
+    source: str
 
 
 def parse_bytes(text: str) -> int:
     """Read an amount of memory such as 6GB, 512 MiB or 24g; without a unit it is bytes.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no such amount.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
     size = 0
@@ -52,26 +57,26 @@ def status_bytes(name: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def room() -> Room:
-    """Return the tightest limit on this process's memory, what it holds already included."""
+def memory_limit() -> MemoryLimit:
+    """Return the tightest limit on this process's memory; what it holds already counts."""
     return min(_limits(), key=lambda limit: limit.size_bytes)
 
 
-def _limits() -> Iterator[Room]:
+def _limits() -> Iterator[MemoryLimit]:
     own = status_bytes("VmRSS")
     meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
     if found:
-        yield Room(int(found[1]) * 1024 + own, "memory that is available now")
+        yield MemoryLimit(int(found[1]) * 1024 + own, "memory that is available now")
     for name, kind in (("RLIMIT_AS", resource.RLIMIT_AS), ("RLIMIT_DATA", resource.RLIMIT_DATA)):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            yield Room(soft, f"the limit {name} of this process")
+            yield MemoryLimit(soft, f"the limit {name} of this process")
     yield from cgroup_limits(_CGROUPS, Path("/proc/self/cgroup"), own)
 
 
-def cgroup_limits(root: Path, own_groups: Path, own_bytes: int) -> Iterator[Room]:
-    """Yield what the control groups above this process leave it, of version 1 and 2."""
+def cgroup_limits(root: Path, own_groups: Path, own_bytes: int) -> Iterator[MemoryLimit]:
+    """Yield what the control groups above this process leave it, for cgroup versions 1 and 2."""
     for line in own_groups.read_text(encoding="ascii").splitlines() if own_groups.is_file() else ():
         _, controllers, path = line.split(":", 2)
         is_memory = "memory" in controllers.split(",")
@@ -83,7 +88,7 @@ def cgroup_limits(root: Path, own_groups: Path, own_bytes: int) -> Iterator[Room
         for folder in (group, *group.parents):
             limit, usage = (_number(folder / name) for name in names)
             if limit is not None and limit < 1 << 62:
-                yield Room(limit - max((usage or 0) - own_bytes, 0), f"the control group {folder}")
+                yield MemoryLimit(limit - max((usage or 0) - own_bytes, 0), f"the control group {folder}")
             if folder == base:
                 break
 
@@ -103,7 +108,7 @@ class Rates:
     bytes_per_s: float
 
     def seconds(self, flops: int, moved_bytes: int) -> float:
-        """Return how long products and other operations take one after the other."""
+        """Return how long products and then all other operations take."""
         return flops / self.flops_per_s + moved_bytes / self.bytes_per_s
 
 
@@ -123,3 +128,15 @@ def _least_s(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - started)
     return min(times[1:])
+
+
+def settle_compute_dtype(config: ConfigT, device: torch.device, recorded: str | None = None) -> ConfigT:
+    """Replace compute_dtype = "auto" by the dtype that is fastest here, or by the one that a resumed run recorded.
+
+    Another dtype would change the last bits, so it is measured once in the life of a run.
+    """
+    if config.compute_dtype != "auto":
+        return config
+    fastest = recorded or str(fastest_compute_dtype(getattr(torch, config.train.precision), device))
+    # mypy takes the copy of a union's member for the union.
+    return cast(ConfigT, config.model_copy(update={"compute_dtype": fastest.removeprefix("torch.")}))

@@ -52,7 +52,7 @@ def rule_of(func: Any) -> Callable[..., Any] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TensorShape:
     """A dense tensor that is yet to be made; `order` lists its dimensions from the outermost in memory on."""
 
     size: tuple[int, ...]
@@ -95,13 +95,13 @@ def _written(func: Any, *args: Any, **kwargs: Any) -> Any:
     return None if count == 0 else results[0] if count == 1 else tuple(results[:count])
 
 
-def _elementwise(dtype: torch.dtype | None, *args: Any, **_: Any) -> Shape:
+def _elementwise(dtype: torch.dtype | None, *args: Any, **_: Any) -> TensorShape:
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     shape = functools.reduce(_broadcast, (tuple(t.shape) for t in tensors))
     if dtype is None:
         dtype = _promoted(args)
     layout = next((t for t in tensors if tuple(t.shape) == shape and shape), None)
-    return Shape(tuple(shape), dtype, None if layout is None else _order_of(layout))
+    return TensorShape(tuple(shape), dtype, None if layout is None else _order_of(layout))
 
 
 def _broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ def _promoted(args: Sequence[Any]) -> torch.dtype:
     return dtype
 
 
-def _reduced(places: dict[str, int], *args: Any, **kwargs: Any) -> Shape:
+def _reduced(places: dict[str, int], *args: Any, **kwargs: Any) -> TensorShape:
     def value(name: str, default: Any) -> Any:
         place = places.get(name, len(args))
         return args[place] if place < len(args) else kwargs.get(name, default)
@@ -134,81 +134,83 @@ def _reduced(places: dict[str, int], *args: Any, **kwargs: Any) -> Shape:
     dims = value("dim", None)
     kept = value("keepdim", None)
     reduced = {at % x.ndim for at in ([dims] if isinstance(dims, int) else dims)} if dims else set(range(x.ndim))
-    return Shape(tuple(1 if at in reduced else n for at, n in enumerate(x.shape) if kept or at not in reduced), dtype)
+    return TensorShape(
+        tuple(1 if at in reduced else n for at, n in enumerate(x.shape) if kept or at not in reduced), dtype
+    )
 
 
-def _like(x: Tensor, *_: Any, dtype: torch.dtype | None = None, memory_format: Any = None, **__: Any) -> Shape:
+def _like(x: Tensor, *_: Any, dtype: torch.dtype | None = None, memory_format: Any = None, **__: Any) -> TensorShape:
     order = None if memory_format == torch.contiguous_format else _order_of(x)
-    return Shape(tuple(x.shape), dtype or x.dtype, order)
+    return TensorShape(tuple(x.shape), dtype or x.dtype, order)
 
 
-def _made(size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Shape:
-    return Shape(tuple(size), dtype or torch.get_default_dtype())
+def _made(size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> TensorShape:
+    return TensorShape(tuple(size), dtype or torch.get_default_dtype())
 
 
-def _cloned(x: Tensor, *, memory_format: Any = None) -> Shape:
+def _cloned(x: Tensor, *, memory_format: Any = None) -> TensorShape:
     return _like(x, memory_format=memory_format)
 
 
-def _new(x: Tensor, size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Shape:
-    return Shape(tuple(size), dtype or x.dtype)
+def _new(x: Tensor, size: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> TensorShape:
+    return TensorShape(tuple(size), dtype or x.dtype)
 
 
-def _mm(a: Tensor, b: Tensor) -> Shape:
-    return Shape((a.shape[0], b.shape[1]), a.dtype)
+def _mm(a: Tensor, b: Tensor) -> TensorShape:
+    return TensorShape((a.shape[0], b.shape[1]), a.dtype)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Shape:
-    return Shape((a.shape[0], a.shape[1], b.shape[2]), a.dtype)
+def _bmm(a: Tensor, b: Tensor) -> TensorShape:
+    return TensorShape((a.shape[0], a.shape[1], b.shape[2]), a.dtype)
 
 
-def _addmm(_: Tensor, a: Tensor, b: Tensor, **__: Any) -> Shape:
+def _addmm(_: Tensor, a: Tensor, b: Tensor, **__: Any) -> TensorShape:
     return _mm(a, b)
 
 
-def _embedding(weight: Tensor, indices: Tensor, *_: Any) -> Shape:
-    return Shape((*indices.shape, weight.shape[1]), weight.dtype)
+def _embedding(weight: Tensor, indices: Tensor, *_: Any) -> TensorShape:
+    return TensorShape((*indices.shape, weight.shape[1]), weight.dtype)
 
 
-def _embedding_backward(dy: Tensor, _: Tensor, num_weights: int, *__: Any) -> Shape:
-    return Shape((num_weights, dy.shape[-1]), dy.dtype)
+def _embedding_backward(dy: Tensor, _: Tensor, num_weights: int, *__: Any) -> TensorShape:
+    return TensorShape((num_weights, dy.shape[-1]), dy.dtype)
 
 
-def _index_select(x: Tensor, dim: int, index: Tensor) -> Shape:
+def _index_select(x: Tensor, dim: int, index: Tensor) -> TensorShape:
     shape = list(x.shape)
     shape[dim] = index.numel()
-    return Shape(tuple(shape), x.dtype)
+    return TensorShape(tuple(shape), x.dtype)
 
 
-def _gather(x: Tensor, _: int, index: Tensor, **__: Any) -> Shape:
-    return Shape(tuple(index.shape), x.dtype)
+def _gather(x: Tensor, _: int, index: Tensor, **__: Any) -> TensorShape:
+    return TensorShape(tuple(index.shape), x.dtype)
 
 
-def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Shape:
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> TensorShape:
     parts = [t for t in tensors if t.shape != (0,)]
     shape = list(parts[0].shape)
     shape[dim] = sum(t.shape[dim] for t in parts)
-    return Shape(tuple(shape), functools.reduce(torch.promote_types, (t.dtype for t in parts)))
+    return TensorShape(tuple(shape), functools.reduce(torch.promote_types, (t.dtype for t in parts)))
 
 
-def _stack(tensors: Sequence[Tensor], dim: int = 0) -> Shape:
+def _stack(tensors: Sequence[Tensor], dim: int = 0) -> TensorShape:
     shape = list(tensors[0].shape)
     shape.insert(dim % (len(shape) + 1), len(tensors))
-    return Shape(tuple(shape), tensors[0].dtype)
+    return TensorShape(tuple(shape), tensors[0].dtype)
 
 
-def _flash(q: Tensor, _: Tensor, v: Tensor, *__: Any, **___: Any) -> tuple[Shape, Shape]:
+def _flash(q: Tensor, _: Tensor, v: Tensor, *__: Any, **___: Any) -> tuple[TensorShape, TensorShape]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _by_token((*q.shape[:3], v.shape[3]), q.dtype), Shape(tuple(q.shape[:3]), wide, (0, 2, 1))
+    return _by_token((*q.shape[:3], v.shape[3]), q.dtype), TensorShape(tuple(q.shape[:3]), wide, (0, 2, 1))
 
 
-def _flash_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any, **___: Any) -> tuple[Shape, ...]:
+def _flash_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any, **___: Any) -> tuple[TensorShape, ...]:
     return tuple(_by_token(t.shape, t.dtype) for t in (q, k, v))
 
 
-def _by_token(size: Sequence[int], dtype: torch.dtype) -> Shape:
+def _by_token(size: Sequence[int], dtype: torch.dtype) -> TensorShape:
     """Return (B, H, T, K) as the kernel lays it out: the heads of a token side by side."""
-    return Shape(tuple(size), dtype, (0, 2, 1, 3))
+    return TensorShape(tuple(size), dtype, (0, 2, 1, 3))
 
 
 _RULES: dict[str, Callable[..., Any]] = {

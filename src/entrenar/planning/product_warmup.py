@@ -1,9 +1,9 @@
-"""Matrix products done once in earnest, for what the libraries behind them keep: packed operands, generated code.
+"""Run each matrix product once for real, for what libraries keep afterwards: packed operands, generated code.
 
-MKL copies operands into buffers whose size follows from the product and gives them back never: 35 MB for 262 x 768 x
-32,000 on two threads, which is more than all activations of a small model. So each product that a rehearsal meets is
-done once, when it is met, and the buffers take the place in the heap that they take in the run. The operands are pages
-of zeros, which cost no memory to be read; the result is given back at once.
+MKL copies operands into buffers whose size follows from the product, and never frees them: 35 MB for 262 x 768 x
+32,000 on two threads, more than all activations of a small model. So a rehearsal runs each product once, when it first
+meets it, and the buffers take the place in the heap that they take in the run. The operands are pages of zeros, which
+cost no memory to read; the result is freed at once.
 """
 
 import mmap
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A larger product is done in part, its longest side halved: a buffer holds blocks, and does not grow with the rows.
+# Of a larger product a part is run, with its longest side halved: buffers hold blocks and do not grow with the rows.
 _MOST_FLOPS = 1e11
 _FIRST_OPERAND = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 
 
-class Practice:
-    """Does each product of another shape, layout or dtype once."""
+class ProductWarmup:
+    """Runs each product of a new shape, layout or dtype once."""
 
     def __init__(self) -> None:
         self._done: set[tuple[Any, ...]] = set()
 
-    def product(self, name: str, tensors: list[Tensor]) -> None:
-        """Do what the operation `name` would do with `tensors`, if it is a product that was not done before."""
+    def run(self, name: str, tensors: list[Tensor]) -> None:
+        """Run the operation `name` on operands like `tensors`, if it is a product that has not run before."""
         first = _FIRST_OPERAND.get(name)
         if first is None:
             return
@@ -52,7 +52,7 @@ def _shortened(m: int, k: int, n: int) -> tuple[int, int, int]:
 
 
 def _zeros(rows: int, columns: int, dtype: torch.dtype, *, by_rows: bool) -> Tensor:
-    """Return zeros in pages of their own, outside of the heap, that take no memory until they are written to."""
+    """Return zeros in pages outside the heap that take no memory until they are written to."""
     pages = mmap.mmap(-1, rows * columns * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     flat = torch.frombuffer(pages, dtype=dtype)
     return flat.view(rows, columns) if by_rows else flat.view(columns, rows).mT

@@ -78,7 +78,7 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
         ledger.mark(scene.module.parameters(), "weights")
         for _ in range(_STEPS):
             flops, moved = ledger.flops, ledger.moved_bytes
-            moved_besides = go_through(scene, optimizer, ledger)
+            moved_besides = take_step(scene, optimizer, ledger)
     held = status_bytes("VmRSS") - heap.resident_bytes - heap.own_bytes - ledger.own_bytes
     state = optimizer.state_dict().values()
     peak = ledger.peak()
@@ -97,7 +97,7 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
     )
 
 
-def go_through(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
+def take_step(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
     """Take one step as the training loop takes it; return the bytes that parameters left out would have moved."""
     first = ledger.count
     optimizer.gradients.begin(len(scene.batches))

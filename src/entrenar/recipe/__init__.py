@@ -3,7 +3,7 @@
 from entrenar.recipe.finetune import Figures, FinetuneReport, finetune, question_of, resumable_finetune_config
 from entrenar.recipe.models import evaluate_model, model_folder, open_model, write_model_folder
 from entrenar.recipe.pretrain import TrainReport, check, open_corpora, resumable_config, train
-from entrenar.recipe.run import Observer, choose_device, use_machine
+from entrenar.recipe.run import Observer, choose_device
 
 __all__ = [
     "Figures",
@@ -21,6 +21,5 @@ __all__ = [
     "resumable_config",
     "resumable_finetune_config",
     "train",
-    "use_machine",
     "write_model_folder",
 ]

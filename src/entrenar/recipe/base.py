@@ -67,11 +67,13 @@ def _check_method(config: FinetuneConfig, folder: Path) -> None:
 
 
 def _load(config: FinetuneConfig, folder: Path, device: torch.device) -> Llama:
-    # A frozen base is stored in what it is computed in; weights that learn begin at what is in the file.
-    is_stored_low = config.train.precision == "bfloat16"
-    dtype = torch.float32 if not is_stored_low else torch.bfloat16 if config.method != "full" else None
-    is_low = config.method == "qlora"
-    model = load_model(folder, dtype=dtype, device=device, quantize=is_low, held=config.quantize)
+    model = load_model(
+        folder,
+        dtype=config.stored_dtype,
+        device=device,
+        quantize=config.method == "qlora",
+        held=config.quantize,
+    )
     model.set_compute_dtype(getattr(torch, config.compute_dtype))
     return model
 

@@ -5,7 +5,6 @@ what they do wrong (Frantar et al. 2022, arXiv:2210.17323, section 4).
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from entrenar import ops
 from entrenar.data import Tokenizer
-from entrenar.errors import ConfigError, DataError
+from entrenar.errors import DataError
 from entrenar.infer import GenerateConfig, generate
 from entrenar.interop.convert import Rounded, Source
 from entrenar.model import Llama
@@ -29,8 +28,11 @@ from entrenar.peft.bit_budget import (
     Cost,
     InputMoments,
     allocate,
+    check_budget,
     embedding_losses,
     head_losses,
+    is_matrix,
+    matrix_shape,
     watched_projections,
 )
 from entrenar.peft.layers import leading_factors
@@ -165,13 +167,13 @@ def quantize_to_budget(
         ConfigError: the budget is less than the least widths take; the message says what is possible.
         DataError: a weight is NaN or infinite.
     """
-    matrices = {name: module for name, module in model.named_modules() if _is_matrix(module)}
+    matrices = {name: module for name, module in model.named_modules() if is_matrix(module)}
     for name, module in matrices.items():
         if not bool(module.get_parameter("weight").isfinite().all()):
             raise DataError(f"{name}.weight must be finite to be quantized, got NaN or infinity; repair it first")
     numbers = sum(parameter.numel() for parameter in model.parameters())
     kept = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 1)
-    shapes = {name: _shape(module) for name, module in matrices.items()}
+    shapes = {name: matrix_shape(module) for name, module in matrices.items()}
     sizes = {name: {bits: ops.nf_bits_size(shape, bits) for bits in WIDTHS} for name, shape in shapes.items()}
     check_budget(model, bits)
     on_stage(f"Estimating what rounding {len(matrices)} matrices costs, on {len(rows[:_SENSITIVITY_ROWS])} rows")
@@ -185,34 +187,6 @@ def quantize_to_budget(
     spent = kept + sum(sizes[name][width] for name, width in widths.items())
     targets = rows[:_SENSITIVITY_ROWS, 1:].numel()
     return Budget(widths, spent, numbers, sum(costs[name][width].loss for name, width in widths.items()) / targets)
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, width = module.get_parameter("weight").shape
-    return rows, width
-
-
-def check_budget(model: Llama, bits: float, stored: torch.dtype | None = None) -> None:
-    """Check that a plain model can be held in `bits` bits a weight; shapes are enough, norms held as `stored`.
-
-    Raises:
-        ConfigError: with the least that is possible.
-    """
-    matrices = [_shape(module) for module in model.modules() if _is_matrix(module)]
-    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    kept = sum(norm.numel() * (stored or norm.dtype).itemsize for norm in norms)
-    rounded = sum(ops.nf_bits_size(shape, min(WIDTHS)) for shape in matrices)
-    least = 8 * (kept + rounded) / sum(parameter.numel() for parameter in model.parameters())
-    if not bits >= least:
-        raise ConfigError(
-            f"--bits must be >= {math.ceil(least * 1000) / 1000:.3f} for this model, got {bits:g}: that is every "
-            f"matrix in {min(WIDTHS)} bits with its scales, and the norms as they are stored"
-        )
 
 
 def sensitivities(
@@ -250,7 +224,7 @@ def _quantize(model: Llama, widths: Mapping[str, int], rows: Tensor, adapters: A
     _put(model, EMBEDDING, widths, None if HEAD in widths else _moments_of_tied_head(model, parts))
     states = [decoder.embed_tokens(part) for part in parts]
     for layer, block in enumerate(decoder.layers):
-        names = {f"model.layers.{layer}.{name}": module for name, module in block.named_modules() if _is_matrix(module)}
+        names = {f"model.layers.{layer}.{name}": module for name, module in block.named_modules() if is_matrix(module)}
         moments = InputMoments({name: module for name, module in names.items() if _source(name) == name})
         for state in states:
             model.through(state, layer, layer + 1)

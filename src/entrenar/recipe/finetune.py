@@ -38,24 +38,24 @@ from entrenar.infer import (
 )
 from entrenar.interop import load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
-from entrenar.model import Llama
+from entrenar.model import Llama, TokenBatch, batch_loss
+from entrenar.model.batch_loss import BatchLoss
 from entrenar.ops import Documents
 from entrenar.peft import TrunkCache, learning_rate_factors, memory_lines, trainable_table
+from entrenar.planning import settle_compute_dtype
 from entrenar.recipe.adapters import read_weights, write_adapter
 from entrenar.recipe.base import check_adapter, keep_base, open_base, put_adapter, round_base
 from entrenar.recipe.models import model_folder, write_model_folder
-from entrenar.recipe.pretrain import batch_loss
 from entrenar.recipe.run import (
     Observer,
     choose_device,
     find_checkpoint,
     open_run_folder,
     recorded,
-    settle_compute_dtype,
-    use_machine,
+    recorded_compute_dtype,
 )
 from entrenar.runs import RunFolder
-from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
+from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit, prepare_process
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
@@ -111,10 +111,10 @@ def finetune(
         ConfigError, DataError, FormatError, CheckpointError, TrainingHalted, MachineError.
     """
     observer = observer or Observer()
-    use_machine(config)
+    prepare_process(config.train)
     device = choose_device(config)
     checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
-    config = settle_compute_dtype(config, device, checkpoint)
+    config = settle_compute_dtype(config, device, recorded_compute_dtype(checkpoint))
     model, tokenizer, folder = open_base(config, device, is_resumed=checkpoint is not None)
     check_adapter(config, model, folder, is_resumed=checkpoint is not None)
     config = _fit_context(config, model)
@@ -274,8 +274,8 @@ def _loader(config: FinetuneConfig, examples: Sequence[Example], checkpoint: Che
     )
 
 
-def _cached_loss(trunk: TrunkCache, device: torch.device) -> Callable[[Batch], Tensor]:
-    def loss(batch: Batch) -> Tensor:
+def _cached_loss(trunk: TrunkCache, device: torch.device) -> BatchLoss:
+    def loss(batch: TokenBatch) -> Tensor:
         moved = batch.to(device)
         documents = None if moved.document_ids is None else Documents.from_ids(moved.document_ids)
         return trunk.loss(moved.input_ids, moved.targets, documents=documents)
@@ -298,7 +298,7 @@ def _reader(parts: _Parts) -> Callable[[Path], Mapping[str, Tensor]]:
 
 
 def _evaluator(
-    config: FinetuneConfig, parts: _Parts, loss: Callable[[Batch], Tensor], observer: Observer
+    config: FinetuneConfig, parts: _Parts, loss: BatchLoss, observer: Observer
 ) -> Callable[[], dict[str, float]]:
     """Return the evaluation during training: held-out loss (by the cache, if there is one), task, sample answers."""
 

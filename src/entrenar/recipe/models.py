@@ -10,21 +10,11 @@ from entrenar.data import Corpus, Tokenizer, check_same_tokenizer, validation_ba
 from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, save_model
-from entrenar.interop.assemble import set_parameter
 from entrenar.interop.convert import MODEL_BIN, open_source
 from entrenar.model import Llama
 from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
 from entrenar.runs import MODEL_FOLDER, RunFolder
 from entrenar.train import latest_good
-
-
-def give_storage(model: Llama, device: torch.device) -> None:
-    """Give a model without storage float32 weights, which hold nothing yet.
-
-    `to_empty` would do it, and load torch's symbolic algebra for it: 2 s and 14 MB at the start of each run.
-    """
-    for name, parameter in list(model.named_parameters()):
-        set_parameter(model, name, torch.empty(parameter.shape, device=device))
 
 
 def write_model_folder(folder: Path, model: Llama, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:

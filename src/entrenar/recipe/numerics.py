@@ -25,8 +25,10 @@ from entrenar.ops.attention import reference_attention
 from entrenar.ops.rms_norm import reference_rms_norm
 from entrenar.ops.rope import reference_rope
 from entrenar.ops.swiglu import reference_swiglu
+from entrenar.planning import settle_compute_dtype
 from entrenar.recipe.pretrain import open_corpora
-from entrenar.recipe.run import Observer, choose_device, settle_compute_dtype, use_machine
+from entrenar.recipe.run import Observer, choose_device
+from entrenar.train import prepare_process
 
 MOST_IN_FLOAT64 = 1e-9
 MOST_ROUNDINGS = 4.0
@@ -86,9 +88,9 @@ def compare_ways(config: RunConfig, *, with_compiler: bool = False, observer: Ob
         DataError: a corpus is missing or does not fit.
     """
     observer = observer or Observer()
-    use_machine(config)
+    prepare_process(config.train)
     device = choose_device(config)
-    config = settle_compute_dtype(config, device, None)
+    config = settle_compute_dtype(config, device)
     data = _Data(config, open_corpora(config, observer), max(2, min(_MOST_ROWS, config.data.batch_size) // 2 * 2))
     precision = getattr(torch, config.train.precision)
     exact, own = _model(config, torch.float64, None, device), _model(config, precision, config.compute_dtype, device)

@@ -5,18 +5,16 @@
 Each part knows nothing of the others; this page is where they meet, in the order in which things happen.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from entrenar.config import RunConfig, changeable
 from entrenar.config_file import load_config
 from entrenar.data import (
-    Batch,
     Corpus,
     Loader,
     LoaderState,
@@ -28,20 +26,20 @@ from entrenar.data import (
 from entrenar.errors import DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model
-from entrenar.model import Llama
-from entrenar.ops import Documents
-from entrenar.recipe.models import give_storage, write_model_folder
+from entrenar.interop.assemble import give_storage
+from entrenar.model import Llama, batch_loss
+from entrenar.planning import settle_compute_dtype
+from entrenar.recipe.models import write_model_folder
 from entrenar.recipe.run import (
     Observer,
     choose_device,
     find_checkpoint,
     open_run_folder,
     recorded,
-    settle_compute_dtype,
-    use_machine,
+    recorded_compute_dtype,
 )
 from entrenar.runs import RunFolder
-from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit
+from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit, prepare_process
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,10 @@ class _Checked:
 
 
 def _checked(config: RunConfig, observer: Observer, *, resume: bool, overwrite: bool, allow_changes: bool) -> _Checked:
-    use_machine(config)
+    prepare_process(config.train)
     device = choose_device(config)
     checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
-    config = settle_compute_dtype(config, device, checkpoint)
+    config = settle_compute_dtype(config, device, recorded_compute_dtype(checkpoint))
     if checkpoint is not None and not allow_changes:
         check_same_config(checkpoint.state["config"], recorded(config), may_differ=changeable(RunConfig))
     corpora = open_corpora(config, observer)
@@ -191,18 +189,6 @@ def _loader(config: RunConfig, corpora: list[Corpus], checkpoint: Checkpoint | N
         mask_documents=config.data.mask_documents,
         start=LoaderState.from_dict(position) if position else None,
     )
-
-
-def batch_loss(model: Llama, device: torch.device, *, is_compiled: bool) -> Callable[[Batch], Tensor]:
-    """Return the summed loss of a batch, wherever the batch lies."""
-    loss_of: Callable[..., Tensor] = torch.compile(model.loss) if is_compiled else model.loss
-
-    def loss(batch: Batch) -> Tensor:
-        moved = batch.to(device)
-        documents = None if moved.document_ids is None else Documents.from_ids(moved.document_ids)
-        return loss_of(moved.input_ids, moved.targets, documents=documents)
-
-    return loss
 
 
 class _HeldOut:

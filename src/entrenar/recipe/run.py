@@ -1,4 +1,4 @@
-"""What every kind of training needs before it starts: observers, threads and seeds, a device, a run folder."""
+"""Prepare what every training run needs before it starts: observers, a device, a run folder."""
 
 import shutil
 from collections.abc import Callable
@@ -8,20 +8,13 @@ from typing import Any
 
 import torch
 
-from entrenar.config import AnyConfig, ConfigT
+from entrenar.config import AnyConfig
 from entrenar.config_file import to_toml
 from entrenar.data import Progress
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
-from entrenar.ops import fastest_compute_dtype
 from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
-from entrenar.train import (
-    Checkpoint,
-    keep_freed_memory,
-    latest_good,
-    return_freed_blocks,
-    seed_all,
-)
+from entrenar.train import Checkpoint, latest_good
 
 
 @dataclass(frozen=True)
@@ -32,22 +25,6 @@ class Observer:
     on_record: Callable[[StepRecord], None] = lambda _: None
     on_event: Callable[[Event], None] = lambda _: None
     on_prepare: Callable[[Progress], None] = lambda _: None
-
-
-def use_machine(config: AnyConfig) -> None:
-    """Set threads, allocator and seeds, which hold for the whole process."""
-    seed_all(config.train.seed)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    if keeps_freed_memory(config):
-        keep_freed_memory()
-    else:
-        return_freed_blocks()
-
-
-def keeps_freed_memory(config: AnyConfig) -> bool:
-    """Say whether memory that a step frees stays with the process."""
-    return config.train.freed_memory == "keep" and config.train.offload != "disk"
 
 
 def choose_device(config: AnyConfig) -> torch.device:
@@ -105,22 +82,12 @@ def open_run_folder(config: AnyConfig, *, overwrite: bool, kept: str = "") -> No
     atomic_write(RunFolder(config.run_dir).config, to_toml(config))
 
 
-def settle_compute_dtype(config: ConfigT, device: torch.device, checkpoint: Checkpoint | None) -> ConfigT:
-    """Replace "auto" by the dtype that is fastest here, or by that of the run which goes on.
-
-    Another dtype would change the last bits, so it is measured once in the life of a run and recorded.
-    """
-    if config.compute_dtype != "auto":
-        return config
-    if checkpoint is not None:
-        settled = checkpoint.state["config"]["compute_dtype"]
-    else:
-        fastest = fastest_compute_dtype(getattr(torch, config.train.precision), device)
-        settled = str(fastest).removeprefix("torch.")
-    return config.model_copy(update={"compute_dtype": settled})
-
-
 def recorded(config: AnyConfig) -> dict[str, Any]:
     """Return the config as checkpoints remember it."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude={"preset"})
     return values
+
+
+def recorded_compute_dtype(checkpoint: Checkpoint | None) -> str | None:
+    """Return the compute dtype that a run recorded, if there is one to resume."""
+    return None if checkpoint is None else checkpoint.state["config"]["compute_dtype"]

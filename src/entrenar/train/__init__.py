@@ -13,6 +13,7 @@ from entrenar.train.loop import Outcome, fit
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.oom import is_oom
 from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer
+from entrenar.train.process import keeps_freed_memory, prepare_process
 from entrenar.train.rng import seed_all
 from entrenar.train.schedule import ScheduleConfig, lr_multiplier
 from entrenar.train.settings import CheckpointConfig, Settings, TrainConfig
@@ -40,9 +41,11 @@ __all__ = [
     "git_revision",
     "is_oom",
     "keep_freed_memory",
+    "keeps_freed_memory",
     "latest_good",
     "load",
     "lr_multiplier",
+    "prepare_process",
     "return_freed_blocks",
     "seed_all",
     "verify",

@@ -62,6 +62,11 @@ class TrainConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """CPU threads of one operation; by default torch decides."""
 
+    @property
+    def offload_bytes(self) -> int:
+        """The most that the file of offloaded activations takes on the disk."""
+        return int(self.offload_budget_gb * 1e9) if self.offload == "disk" else 0
+
     @model_validator(mode="after")
     def _has_an_end(self) -> Self:
         if self.max_steps is None and self.epochs is None and self.max_time_s is None:

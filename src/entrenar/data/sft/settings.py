@@ -46,6 +46,11 @@ class SftConfig(BaseModel):
     max_eval_examples: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Most held-out examples of one evaluation; all of them when not given."""
 
+    @property
+    def packs_documents(self) -> bool:
+        """Whether a row holds several documents that must not see each other."""
+        return self.batching == "packed"
+
     @field_validator("data", "eval_data", mode="before")
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:

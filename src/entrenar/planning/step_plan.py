@@ -1,13 +1,13 @@
-"""How much memory and time a run takes, told before anything of it is there.
+"""How much memory and time a training step takes, predicted before the run starts.
 
     peak = what the process holds already                        measured now
-         + what kernels and libraries take at their first use    measured by a real step of a model of no size,
+         + what kernels and libraries take at their first use    measured by a real step of a tiny model,
            and the graph and all small objects                   and after the rehearsal, which makes them too
          + weights in mapped files                               counted
          + what the heap covers for everything else              a rehearsal among the allocator's own blocks
 
-What the heap covers is split into the tensors by kind, counted, and the rest, which is holes. Nothing is fitted.
-Time is the products at this machine's rate and the bytes of all else at its bandwidth, both measured in a moment.
+What the heap covers is split into the tensors by use, counted, and the rest, which is holes. No constant is fitted.
+Time is the products at this machine's rate plus all other bytes at its bandwidth; both are measured in a moment.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ from entrenar.train.oom import return_freed_memory
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will take.
+class StepPlan:
+    """Memory and time that a training step will take.
 
     Attributes:
-        tensors: bytes by kind at the moment when they are most.
+        tensors: bytes by use at the moment of the peak.
         kernels_bytes: what kernels and libraries took at their first use, the graph and all small objects.
-        allocator_bytes: what the heap holds beside them; None where the allocator cannot be asked.
+        allocator_bytes: what the heap holds besides; None where the allocator cannot be asked.
         flops: what one step spends in products, adapters and recomputation included.
         checkpoint_bytes: the weights and optimizer state of one checkpoint.
     """
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def added_bytes(self) -> int:
-        """The peak over what the process held before."""
+        """The peak above what the process held before."""
         return self.kernels_bytes + sum(self.tensors.values()) + (self.allocator_bytes or 0)
 
     @property
@@ -53,19 +53,19 @@ class Plan:
         return self.imports_bytes + self.added_bytes
 
 
-def plan(
+def plan_step(
     build: Callable[[Ledger], Scene], imports_bytes: int, compute_dtype: torch.dtype, returned_from: int | None = None
-) -> Plan:
-    """Rehearse the step that `build` sets up and put the figures together; see `Heap` for `returned_from`.
+) -> StepPlan:
+    """Rehearse the step that `build` sets up and predict what it takes; see `Heap` for `returned_from`.
 
     `imports_bytes` is what the process held before it computed anything.
     """
     seen = rehearse(build, returned_from)
-    # The machine's rates afterwards: what is multiplied to measure them leaves buffers behind, which no run has.
+    # Measure the machine's rates last: their products leave buffers behind that no run has.
     rates = measure_rates(compute_dtype)
     return_freed_memory()
     in_heap = sum(seen.peak_bytes.values()) - seen.mapped_bytes
-    return Plan(
+    return StepPlan(
         trained_parameters=seen.trained_parameters,
         tensors=seen.peak_bytes,
         allocator_bytes=None if seen.heap_bytes is None else seen.heap_bytes - in_heap,

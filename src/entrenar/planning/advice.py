@@ -1,15 +1,16 @@
-"""If a run does not fit: the changes that make it fit, cheapest first, each of them planned and not guessed.
+"""When a run does not fit: the changes that make it fit, cheapest first, each planned and not guessed.
 
 The order is that of what a change costs: the same gradient in more pieces, then time, then precision of what is
-trained, then another method, then shorter texts. Changes add up until the run fits; those that turned out not to be
-needed are taken out again, dearest first.
+trained, then another method, then shorter texts. Changes add up until the run fits; those that turn out not to be
+needed are taken out again, most expensive first.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
-from entrenar.recipe.plan import RunPlan, plan_run
+from entrenar.config import AnyConfig, FinetuneConfig
+from entrenar.planning.run_plan import RunPlan, batches_of, plan_run
 
 _SHORTEST = 128
 # A change that saves less than this is not worth its price.
@@ -20,7 +21,7 @@ Flags = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Change:
-    """Settings, as dotted keys, and what the run takes with them and with those of all changes before."""
+    """Settings, as dotted keys, and the plan of the run with them and with those of all changes before."""
 
     flags: Flags
     plan: RunPlan
@@ -28,7 +29,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Advice:
-    """What makes a run fit.
+    """The changes that make a run fit.
 
     Attributes:
         changes: in the order they were made; together they are `flags`, whose plan is that of the last.
@@ -46,14 +47,18 @@ class Advice:
 
 def advise(
     read: Callable[[Flags], AnyConfig],
+    base: Path | None,
     unchanged: RunPlan,
     limit_bytes: int,
     on_change: Callable[[Change], None] = lambda _: None,
 ) -> Advice:
-    """Find what makes a run fit into `limit_bytes`; `read` returns the config with settings over it."""
+    """Find what makes a run fit into `limit_bytes`.
+
+    `read` returns the config with settings over it, `base` is the folder of the model to fine-tune.
+    """
 
     def planned(flags: Flags) -> RunPlan:
-        return plan_run(read(flags), unchanged.step.imports_bytes)
+        return plan_run(read(flags), base, unchanged.step.imports_bytes)
 
     made: list[Change] = []
     flags: dict[str, str] = {}
@@ -73,7 +78,10 @@ def advise(
 
 
 def _needed(made: list[Change], planned: Callable[[Flags], RunPlan], limit_bytes: int) -> tuple[Change, ...]:
-    """Take out what the run fits without, dearest first; the last change is needed, or the search had ended before."""
+    """Take out changes that the run fits without, most expensive first.
+
+    The last change is needed: without it the search would have ended before.
+    """
     for change in reversed(made[:-1]):
         rest = [other for other in made if other is not change]
         plan = planned({key: value for other in rest for key, value in other.flags.items()})
@@ -84,13 +92,21 @@ def _needed(made: list[Change], planned: Callable[[Flags], RunPlan], limit_bytes
 
 def _changes(read: Callable[[Flags], AnyConfig], made: Flags) -> Iterator[Flags]:
     """Yield changes in the order of their cost; each looks at the config with those `made` so far."""
-    section = "data" if isinstance(read({}), RunConfig) else "sft"
-    while (rows := _rows(config := read(made))) > 1:
+    yield from _fewer_rows(read, made)
+    yield from _cheaper_settings(read(made))
+    yield from _shorter_rows(read, made)
+
+
+def _fewer_rows(read: Callable[[Flags], AnyConfig], made: Flags) -> Iterator[Flags]:
+    while (rows := batches_of(config := read(made)).batch_size) > 1:
         fewer = rows // 2 if rows % 2 == 0 else 1
         accumulated = config.train.grad_accum_steps * (rows // fewer)
-        yield {f"{section}.batch_size": str(fewer), "train.grad_accum_steps": str(accumulated)}
-        if _rows(read(made)) == rows:
-            break
+        yield {f"{_table(config)}.batch_size": str(fewer), "train.grad_accum_steps": str(accumulated)}
+        if batches_of(read(made)).batch_size == rows:
+            return
+
+
+def _cheaper_settings(config: AnyConfig) -> Iterator[Flags]:
     ways = ["none", "selective", "full"]
     for way in ways[ways.index(config.train.checkpointing) + 1 :]:
         yield {"train.checkpointing": way}
@@ -105,15 +121,14 @@ def _changes(read: Callable[[Flags], AnyConfig], made: Flags) -> Iterator[Flags]
         yield {"train.offload": "disk"}
     if config.optim.optimizer != "adamw8bit":
         yield {"optim.optimizer": "adamw8bit"}
-    while (length := _length(read(made))) > _SHORTEST:
-        yield {f"{section}.seq_len": str(max(length // 2, _SHORTEST))}
-        if _length(read(made)) == length:
-            break
 
 
-def _rows(config: AnyConfig) -> int:
-    return config.data.batch_size if isinstance(config, RunConfig) else config.sft.batch_size
+def _shorter_rows(read: Callable[[Flags], AnyConfig], made: Flags) -> Iterator[Flags]:
+    while (length := batches_of(config := read(made)).seq_len) > _SHORTEST:
+        yield {f"{_table(config)}.seq_len": str(max(length // 2, _SHORTEST))}
+        if batches_of(read(made)).seq_len == length:
+            return
 
 
-def _length(config: AnyConfig) -> int:
-    return config.data.seq_len if isinstance(config, RunConfig) else config.sft.seq_len
+def _table(config: AnyConfig) -> str:
+    return "sft" if isinstance(config, FinetuneConfig) else "data"

@@ -1,0 +1,50 @@
+"""The loss of a batch, wherever the batch lies: shared by training, evaluation and the plan of a run."""
+
+from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entrenar.model.llama import Llama
+from entrenar.ops import Documents
+
+
+@runtime_checkable
+class TokenBatch(Protocol):
+    """Rows of tokens with their targets; `entrenar.data.Batch` is one."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Tokens, (B, T)."""
+        ...
+
+    @property
+    def targets(self) -> Tensor:
+        """The token after each token, -100 where none is asked for, (B, T)."""
+        ...
+
+    @property
+    def document_ids(self) -> Tensor | None:
+        """The document of each token in a packed batch, (B, T)."""
+        ...
+
+    def to(self, device: torch.device, /) -> Self:
+        """Return the batch on a device."""
+        ...
+
+
+BatchLoss = Callable[[TokenBatch], Float[Tensor, ""]]
+
+
+def batch_loss(model: Llama, device: torch.device, *, is_compiled: bool = False) -> BatchLoss:
+    """Return the function that moves a batch to `device` and gives its loss, summed over the targets in float32."""
+    loss_of: Callable[..., Tensor] = torch.compile(model.loss) if is_compiled else model.loss
+
+    def loss(batch: TokenBatch) -> Tensor:
+        moved = batch.to(device)
+        documents = None if moved.document_ids is None else Documents.from_ids(moved.document_ids)
+        return loss_of(moved.input_ids, moved.targets, documents=documents)
+
+    return loss
