@@ -19,7 +19,7 @@ from entrenar.interop.hf_peft import identify_base, read_base
 from entrenar.model import Llama, LlamaConfig
 from entrenar.ops import Int8Weight, NfBitsWeight
 from entrenar.peft import kinds_held, quantized_projections
-from entrenar.recipe.run import Observer
+from entrenar.recipe.start import Observer
 
 WORDS = ("cat", "dog", "bird", "fish")
 TEXT = " ".join(f"the opposite of {a} is {b}." for a in WORDS for b in WORDS) + " "

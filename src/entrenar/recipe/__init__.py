@@ -1,9 +1,11 @@
 """The only composer of the training half: each page puts the parts together in the order in which things happen."""
 
-from entrenar.recipe.finetune import Figures, FinetuneReport, finetune, question_of, resumable_finetune_config
+from entrenar.recipe.finetune import FinetuneReport, finetune, resumable_finetune_config
+from entrenar.recipe.finetune_figures import Figures
+from entrenar.recipe.finetune_rows import question_of
 from entrenar.recipe.models import evaluate_model, model_folder, open_model, write_model_folder
 from entrenar.recipe.pretrain import TrainReport, check, open_corpora, resumable_config, train
-from entrenar.recipe.run import Observer, choose_device
+from entrenar.recipe.start import Observer, choose_device
 
 __all__ = [
     "Figures",

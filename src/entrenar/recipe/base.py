@@ -22,7 +22,7 @@ from entrenar.peft.lora import OriginalWeight
 from entrenar.recipe.adapters import ROUNDED_FOLDER, is_adapter
 from entrenar.recipe.bit_budget import EMBEDDING, HEAD, Adapters, round_to_budget
 from entrenar.recipe.models import model_folder
-from entrenar.recipe.run import Observer
+from entrenar.recipe.start import Observer
 
 
 def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool) -> tuple[Llama, Tokenizer, Path]:

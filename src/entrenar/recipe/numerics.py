@@ -27,7 +27,7 @@ from entrenar.ops.rope import reference_rope
 from entrenar.ops.swiglu import reference_swiglu
 from entrenar.planning import settle_compute_dtype
 from entrenar.recipe.pretrain import open_corpora
-from entrenar.recipe.run import Observer, choose_device
+from entrenar.recipe.start import Observer, choose_device
 from entrenar.train import prepare_process
 
 MOST_IN_FLOAT64 = 1e-9

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from entrenar.config import RunConfig, changeable
+from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.data import (
     Corpus,
@@ -28,23 +28,25 @@ from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model
 from entrenar.interop.assemble import give_storage
 from entrenar.model import Llama, batch_loss
-from entrenar.planning import settle_compute_dtype
 from entrenar.recipe.models import write_model_folder
-from entrenar.recipe.run import (
+from entrenar.recipe.start import (
+    Mode,
     Observer,
-    choose_device,
+    Start,
+    carry_out,
+    check_unchanged,
     find_checkpoint,
     open_run_folder,
-    recorded,
-    recorded_compute_dtype,
+    put_into_training,
+    start,
 )
 from entrenar.runs import RunFolder
-from entrenar.train import Checkpoint, Outcome, Run, Settings, Task, check_same_config, fit, prepare_process
+from entrenar.train import Outcome, Task
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run came to; a run that a signal ended does not stay to measure."""
+    """The result of a run; one that a signal ended skips the final evaluation."""
 
     outcome: Outcome
     run_dir: Path
@@ -60,7 +62,7 @@ def train(
     allow_changes: bool = False,
     observer: Observer | None = None,
 ) -> TrainReport:
-    """Pre-train, or go on with the latest good checkpoint of the run.
+    """Pre-train, or resume from the latest good checkpoint of the run.
 
     `overwrite` deletes an earlier run of the same name; `allow_changes` resumes although the config changed.
 
@@ -68,71 +70,60 @@ def train(
         ConfigError, DataError, CheckpointError, TrainingHalted, MachineError.
     """
     observer = observer or Observer()
-    checked = _checked(config, observer, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
-    config, checkpoint = checked.config, checked.checkpoint
-    model = _build_model(config, checked.tokenizer, checked.device, checkpoint, observer)
-    open_run_folder(config, overwrite=overwrite)
-    held_out = _HeldOut(config, model, checked.corpora)
+    ready = _ready(config, Mode(resume, overwrite, allow_changes), observer)
+    started, config = ready.started, ready.started.config
+    model = _build_model(started, ready.tokenizer, observer)
+    open_run_folder(started)
+    held_out = _HeldOut(config, model, ready.corpora)
     before = None
-    if checkpoint is None:
+    if not started.is_resumed:
         observer.on_stage("Held-out loss before training")
         before = held_out.measure()
-    model.train()
-    model.checkpointing = config.train.checkpointing
-    if config.train.stream_base:
-        model.stream_base()
+    put_into_training(model, config.train)
     task = Task(
         module=model,
-        batches=iter(checked.loader),
-        loss=batch_loss(model, checked.device, is_compiled=config.train.compile),
-        write_model=lambda folder, weights: write_model_folder(folder, model, weights, checked.tokenizer),
+        batches=iter(ready.loader),
+        loss=batch_loss(model, started.device, is_compiled=config.train.compile),
+        write_model=lambda folder, weights: write_model_folder(folder, model, weights, ready.tokenizer),
         read_model=lambda folder: dict(load_model(folder).named_parameters()),
         evaluate=lambda: figures_of(held_out.measure()),
-        micro_batches_per_epoch=max(1, round(checked.loader.batches_per_epoch)),
+        micro_batches_per_epoch=max(1, round(ready.loader.batches_per_epoch)),
     )
-    settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
-    observer.on_stage("Resuming" if checkpoint else "Training")
-    run = Run(config.run_dir, recorded(config), checkpoint)
-    outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
-    model.eval()
+    outcome = carry_out(started, task, observer)
     return TrainReport(outcome, config.run_dir, before, held_out.after(outcome))
 
 
 def check(
     config: RunConfig, *, resume: bool = False, overwrite: bool = False, allow_changes: bool = False
 ) -> list[Corpus]:
-    """Do all that `train` checks before it builds the model, change nothing, and return the corpora.
+    """Check everything that `train` checks before it builds the model, change nothing, and return the corpora.
 
-    There are none where the first corpus is still to be prepared from its sources.
+    The list is empty if the first corpus has yet to be prepared from its sources.
 
     Raises:
         ConfigError, DataError, CheckpointError.
     """
+    mode = Mode(resume, overwrite, allow_changes)
     if _is_to_be_prepared(config):
-        find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
+        find_checkpoint(config.run_dir, mode)
         return []
-    return _checked(config, Observer(), resume=resume, overwrite=overwrite, allow_changes=allow_changes).corpora
+    return _ready(config, mode, Observer()).corpora
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """A run of which everything is known to fit together, before anything of it is made or replaced."""
+class _Ready:
+    """A run whose parts are known to belong together, before anything is made or replaced."""
 
-    config: RunConfig
-    device: torch.device
-    checkpoint: Checkpoint | None
+    started: Start[RunConfig]
     corpora: list[Corpus]
     tokenizer: Tokenizer
     loader: Loader
 
 
-def _checked(config: RunConfig, observer: Observer, *, resume: bool, overwrite: bool, allow_changes: bool) -> _Checked:
-    prepare_process(config.train)
-    device = choose_device(config)
-    checkpoint = find_checkpoint(config.run_dir, resume=resume, overwrite=overwrite)
-    config = settle_compute_dtype(config, device, recorded_compute_dtype(checkpoint))
-    if checkpoint is not None and not allow_changes:
-        check_same_config(checkpoint.state["config"], recorded(config), may_differ=changeable(RunConfig))
+def _ready(config: RunConfig, mode: Mode, observer: Observer) -> _Ready:
+    started = start(config, mode)
+    check_unchanged(started)
+    config = started.config
     corpora = open_corpora(config, observer)
     tokenizer = corpora[0].tokenizer()
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -140,7 +131,7 @@ def _checked(config: RunConfig, observer: Observer, *, resume: bool, overwrite: 
             f"the corpus' tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
             f"set model.vocab_size = {tokenizer.vocab_size} or prepare the corpus with a smaller tokenizer"
         )
-    return _Checked(config, device, checkpoint, corpora, tokenizer, _loader(config, corpora, checkpoint))
+    return _Ready(started, corpora, tokenizer, _loader(started, corpora))
 
 
 def _is_to_be_prepared(config: RunConfig) -> bool:
@@ -162,24 +153,23 @@ def open_corpora(config: RunConfig, observer: Observer) -> list[Corpus]:
     return [Corpus.open(folder) for folder in config.data.corpus]
 
 
-def _build_model(
-    config: RunConfig, tokenizer: Tokenizer, device: torch.device, checkpoint: Checkpoint | None, observer: Observer
-) -> Llama:
+def _build_model(started: Start[RunConfig], tokenizer: Tokenizer, observer: Observer) -> Llama:
+    config = started.config
     tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     own = config.model.model_dump(exclude_unset=True)
     with torch.device("meta"):
         model = Llama(config.model.model_copy(update={key: v for key, v in tokens.items() if own.get(key) is None}))
-    give_storage(model, device)
-    if checkpoint is None:
+    give_storage(model, started.device)
+    if not started.is_resumed:
         model.init_weights(torch.Generator().manual_seed(config.train.seed))
     model.set_compute_dtype(getattr(torch, config.compute_dtype))
     trained = sum(parameter.numel() for parameter in model.parameters())
-    observer.on_stage(f"Model: {trained:,} parameters, all trained, on {device}")
+    observer.on_stage(f"Model: {trained:,} parameters, all trained, on {started.device}")
     return model
 
 
-def _loader(config: RunConfig, corpora: list[Corpus], checkpoint: Checkpoint | None) -> Loader:
-    position = checkpoint.loader_state if checkpoint else None
+def _loader(started: Start[RunConfig], corpora: list[Corpus]) -> Loader:
+    config, position = started.config, started.position
     return Loader(
         *corpora,
         batch_size=config.data.batch_size,

@@ -1,0 +1,193 @@
+"""Begin a run: what pre-training and fine-tuning have in common, in the order in which it happens.
+
+    start -> check_unchanged -> open_run_folder -> put_into_training -> carry_out
+
+Nothing is written before `open_run_folder`: a fault in a new run must not cost the old one.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+
+from entrenar.config import AnyConfig, ConfigT, changeable
+from entrenar.config_file import to_toml
+from entrenar.data import Batch, Progress
+from entrenar.errors import CheckpointError, ConfigError
+from entrenar.files import atomic_write, explained_disk_errors
+from entrenar.model import Llama
+from entrenar.planning import settle_compute_dtype
+from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
+from entrenar.train import (
+    Checkpoint,
+    Outcome,
+    Run,
+    Settings,
+    Task,
+    TrainConfig,
+    check_same_config,
+    fit,
+    latest_good,
+    prepare_process,
+)
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who is told what happens: the command line prints it."""
+
+    on_stage: Callable[[str], None] = lambda _: None
+    on_record: Callable[[StepRecord], None] = lambda _: None
+    on_event: Callable[[Event], None] = lambda _: None
+    on_prepare: Callable[[Progress], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a run begins: new, resumed, or over an earlier run of its name.
+
+    Attributes:
+        resume: continue the latest good checkpoint.
+        overwrite: delete an earlier run of the same name first.
+        allow_changes: resume although the config changed.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    allow_changes: bool = False
+
+
+@dataclass(frozen=True)
+class Start(Generic[ConfigT]):
+    """A run that can begin: its process is set up, its device is there, and its folder is free or to be resumed."""
+
+    config: ConfigT
+    mode: Mode
+    device: torch.device
+    checkpoint: Checkpoint | None
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the run continues from a checkpoint."""
+        return self.checkpoint is not None
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """The loader's position in the checkpoint, if there is one."""
+        return self.checkpoint.loader_state if self.checkpoint else None
+
+
+def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
+    """Set up the process and find the device and the checkpoint; the compute dtype is settled in the config returned.
+
+    Raises:
+        ConfigError, CheckpointError: the machine lacks the device, or the folder is not free, or cannot be resumed.
+    """
+    prepare_process(config.train)
+    device = choose_device(config)
+    checkpoint = find_checkpoint(config.run_dir, mode)
+    recorded = checkpoint.state["config"]["compute_dtype"] if checkpoint else None
+    return Start(settle_compute_dtype(config, device, recorded), mode, device, checkpoint)
+
+
+def choose_device(config: AnyConfig) -> torch.device:
+    """Return the device that the config names, or the best there is.
+
+    Raises:
+        ConfigError: the machine has no such device.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device must be one this machine has, got \'cuda\'; set device = "cpu" or "auto"')
+    return torch.device(config.device)
+
+
+def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
+    """Return the checkpoint to resume from; None for a new run, whose folder is free or may be cleared.
+
+    Raises:
+        CheckpointError: there is nothing to resume.
+        ConfigError: a run of that name exists already, or both modes are asked for.
+    """
+    checkpoints = RunFolder(run_dir).checkpoints
+    if mode.resume and mode.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; leave one out")
+    if mode.resume:
+        if not run_dir.is_dir():
+            raise CheckpointError(f"there is no run at {run_dir} to resume; start it without --resume")
+        return latest_good(checkpoints)
+    if list_checkpoints(checkpoints) and not mode.overwrite:
+        raise ConfigError(
+            f"{run_dir} already holds a run; continue it with --resume, replace it with --overwrite, "
+            "or choose another --name"
+        )
+    return None
+
+
+def check_unchanged(started: Start[ConfigT]) -> None:
+    """Check that a resumed run has the config it began with, where that changes what a step computes.
+
+    Raises:
+        ConfigError: it has another, and changes are not allowed.
+    """
+    if started.checkpoint is None or started.mode.allow_changes:
+        return
+    config = started.config
+    check_same_config(started.checkpoint.state["config"], _recorded(config), may_differ=changeable(type(config)))
+
+
+def open_run_folder(started: Start[ConfigT], kept: str = "") -> None:
+    """Make the run's folder and write the config into it; in mode overwrite, delete what an earlier run left there.
+
+    Files whose name ends in `kept` stay. Call it once everything else has been checked.
+
+    Raises:
+        DiskFullError, MachineError.
+    """
+    config = started.config
+    with explained_disk_errors(config.run_dir):
+        if started.mode.overwrite and config.run_dir.is_dir():
+            for old in config.run_dir.iterdir():
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
+                elif not kept or not old.name.endswith(kept):
+                    old.unlink()
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write(RunFolder(config.run_dir).config, to_toml(config))
+
+
+def put_into_training(model: Llama, config: TrainConfig) -> None:
+    """Switch the model to training mode, with the memory savers that the config asks for.
+
+    Raises:
+        ConfigError: the base is to be streamed and is not mapped from a file.
+    """
+    model.train()
+    model.checkpointing = config.checkpointing
+    if config.stream_base:
+        model.stream_base()
+
+
+def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) -> Outcome:
+    """Run the training loop and leave the model in evaluation mode.
+
+    Raises:
+        TrainingHalted, CheckpointError, MachineError: see `train.fit`.
+    """
+    config = started.config
+    settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
+    observer.on_stage("Resuming" if started.is_resumed else "Training")
+    run = Run(config.run_dir, _recorded(config), started.checkpoint)
+    outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
+    task.module.eval()
+    return outcome
+
+
+def _recorded(config: AnyConfig) -> dict[str, Any]:
+    """Return the config as checkpoints remember it."""
+    values: dict[str, Any] = config.model_dump(mode="json", exclude={"preset"})
+    return values
