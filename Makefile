@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
-PROMPTS := "def read_json(path):" "class Stack:" "import os"
 
 # Tests compute on one thread each: the same bits everywhere, and a fork is safe.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -42,22 +41,17 @@ $(VENV)/.tier3: $(VENV)/.test
 	@$(PIP) --editable '.[tier3]'
 	@touch $@
 
-quickstart: $(VENV)/.base ## train a small LLaMA on this machine's own Python sources, in about five minutes
-	$(BIN)/entrenar prepare stdlib --out corpora/stdlib --vocab-size 4096 --if-missing
-	$(BIN)/entrenar train --config configs/quickstart.toml --overwrite
-	$(BIN)/entrenar generate runs/quickstart --prompt $(PROMPTS) --max-new-tokens 80 --temperature 0.5
-	@printf '\nNext:\n  %s\n  %s\n  %s\n' \
-	  '$(BIN)/entrenar generate runs/quickstart --prompt "for name in"   continue a prompt of yours' \
-	  '$(BIN)/entrenar train --config configs/quickstart.toml --resume --max-time-s 600   train it longer' \
-	  'docs/index.md   the book: how it works, and why you can trust it'
+quickstart: $(VENV)/.base ## train a first model in five minutes and see what it learned
+	$(BIN)/entrenar quickstart
 
-finetune-demo: $(VENV)/.base ## teach the quickstart's model to write docstrings, in about two minutes
-	@test -d runs/quickstart/checkpoints || $(MAKE) quickstart
+finetune-demo: $(VENV)/.base ## teach a model of Python code to write docstrings, in about five minutes
+	$(BIN)/entrenar prepare stdlib --out corpora/stdlib --vocab-size 4096 --if-missing
+	@test -d runs/stdlib/checkpoints || $(BIN)/entrenar train --config configs/stdlib.toml
 	$(BIN)/python examples/finetune_docstrings/make_rows.py --out corpora/docstrings
 	$(BIN)/entrenar finetune --config examples/finetune_docstrings/config.toml --overwrite
 	@printf '\nNext:\n  %s\n  %s\n  %s\n' \
-	  '$(BIN)/entrenar data show corpora/docstrings/train.jsonl --model runs/quickstart   what it was trained on, in color' \
-	  '$(BIN)/entrenar merge runs/quickstart runs/docstrings merged   one model of base and adapter' \
+	  '$(BIN)/entrenar data show corpora/docstrings/train.jsonl --model runs/stdlib   what it was trained on, in color' \
+	  '$(BIN)/entrenar merge runs/stdlib runs/docstrings merged   one model of base and adapter' \
 	  'docs/finetune.md   your own rows, LoRA, and the cache of frozen layers'
 
 test: $(VENV)/.test ## run the tests, and record which lines and branches they reach

@@ -11,6 +11,7 @@ from entrenar import __version__
 from entrenar.errors import EntrenarError
 
 COMMANDS = {
+    "quickstart": "train a first model in five minutes and see what it learned",
     "prepare": "tokenize text, code, jsonl or parquet into shards, training a tokenizer first if there is none",
     "train": "pre-train from a config file, or resume",
     "finetune": "teach a model a task from a file of rows: all weights, or a LoRA adapter",

@@ -79,6 +79,7 @@ def train(
     if not started.is_resumed:
         observer.on_stage("Held-out loss before training")
         before = held_out.measure()
+        observer.on_look(model, ready.tokenizer)
     put_into_training(model, config.train)
     task = Task(
         module=model,
@@ -86,7 +87,7 @@ def train(
         loss=batch_loss(model, started.device, is_compiled=config.train.compile),
         write_model=lambda folder, weights: write_model_folder(folder, model, weights, ready.tokenizer),
         read_model=lambda folder: dict(load_model(folder).named_parameters()),
-        evaluate=lambda: figures_of(held_out.measure()),
+        evaluate=lambda: {**figures_of(held_out.measure()), **observer.on_look(model, ready.tokenizer)},
         micro_batches_per_epoch=max(1, round(ready.loader.batches_per_epoch)),
     )
     outcome = carry_out(started, task, observer)

@@ -6,7 +6,7 @@ Nothing is written before `open_run_folder`: a fault in a new run must not cost 
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -15,7 +15,7 @@ import torch
 
 from entrenar.config import AnyConfig, ConfigT, changeable
 from entrenar.config_file import to_toml
-from entrenar.data import Batch, Progress
+from entrenar.data import Batch, Progress, Tokenizer
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.model import Llama
@@ -37,12 +37,17 @@ from entrenar.train import (
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told what happens: the command line prints it."""
+    """Callbacks for progress; the command line prints what they are told.
+
+    `on_look` sees the model at each held-out evaluation, including the one before the first step; the figures that it
+    returns join the evaluation's.
+    """
 
     on_stage: Callable[[str], None] = lambda _: None
     on_record: Callable[[StepRecord], None] = lambda _: None
     on_event: Callable[[Event], None] = lambda _: None
     on_prepare: Callable[[Progress], None] = lambda _: None
+    on_look: Callable[[Llama, Tokenizer], Mapping[str, float]] = lambda *_: {}
 
 
 @dataclass(frozen=True)
