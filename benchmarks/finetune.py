@@ -104,7 +104,6 @@ def serve_ours(work: Workload, mode: str) -> None:
     import torch
 
     from entrenar.data import Tokenizer, held_out_batches
-    from entrenar.ops import Documents
     from entrenar.peft import TrunkCache, TrunkConfig
     from entrenar.train import OptimConfig, build_optimizer, keep_freed_memory
 
@@ -128,7 +127,7 @@ def serve_ours(work: Workload, mode: str) -> None:
         loss_of = TrunkCache(model, trunk, tokenizer_hash=Tokenizer.load(work.model).hash).loss
 
     def loss(batch: Any) -> Any:
-        return loss_of(batch.input_ids, batch.targets, documents=Documents.from_ids(batch.document_ids))
+        return loss_of(batch.input_ids, batch.targets, documents=batch.documents)
 
     def step(batch: Any) -> float:
         optimizer.gradients.begin(1)
@@ -181,7 +180,8 @@ def serve_peft(work: Workload) -> None:
     epochs = _batches(work, train, work.batching)
 
     def loss(batch: Any) -> Any:
-        is_token = (batch.document_ids == 0).long()
+        ends = torch.tensor([spans[0][1] for spans in batch.documents])
+        is_token = (torch.arange(batch.input_ids.shape[1]) < ends[:, None]).long()
         labels = torch.cat([torch.full_like(batch.targets[:, :1], -100), batch.targets[:, :-1]], dim=1)
         # The last target has no place in labels that are shifted inside; one more column makes it.
         ids = torch.cat([batch.input_ids, batch.targets[:, -1:].clamp_min(0)], dim=1)
@@ -245,9 +245,8 @@ def _serve_epochs(
 def _real_tokens(batch: Any) -> int:
     """Count the tokens of documents that have a target; the rest is padding."""
     count = 0
-    for documents, targets in zip(batch.document_ids, batch.targets, strict=True):
-        for document in documents[targets != -100].unique():
-            count += int((documents == document).sum())
+    for spans, targets in zip(batch.documents, batch.targets, strict=True):
+        count += sum(end - start for start, end in spans if (targets[start:end] != -100).any())
     return count
 
 

@@ -163,7 +163,6 @@ def serve_quality(work: dict[str, Any], name: str) -> None:
     import torch
 
     from entrenar.data import SftConfig, SftLoader, Tokenizer, held_out_batches, read_examples, split
-    from entrenar.ops import Documents
     from entrenar.train import OptimConfig, build_optimizer
 
     torch.set_num_threads(work["threads"])
@@ -175,7 +174,7 @@ def serve_quality(work: dict[str, Any], name: str) -> None:
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=LR, weight_decay=0.0), "bfloat16")
 
     def loss_of(batch: Any) -> Any:
-        return model.loss(batch.input_ids, batch.targets, documents=Documents.from_ids(batch.document_ids))
+        return model.loss(batch.input_ids, batch.targets, documents=batch.documents)
 
     def evaluate() -> float:
         batches = list(held_out_batches(held_out[: work["held_out"]], batch_size=2, seq_len=work["seq_len"]))

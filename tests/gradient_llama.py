@@ -29,7 +29,8 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 IDS = torch.tensor([[0, 3, 1, 4, 2], [2, 2, 0, 1, 3]])
 TARGETS = torch.tensor([[3, 1, -100, 2, 0], [2, -100, 1, 3, 4]])
-DOCUMENTS = ops.Documents.from_ids(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]))
+SPANS = (((0, 2), (2, 5)), ((0, 1), (1, 3), (3, 5)))
+DOCUMENTS = ops.Documents.from_spans(SPANS)
 SPECIFIED_STEP, SPECIFIED_THRESHOLD = 1e-3, 0.2
 OPS = ("attention", "linear", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
 
@@ -60,8 +61,8 @@ def drawn(module: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(
-    *, documents: ops.Documents | None = None, checkpointing: str = "none", adapted: bool = False, nf4: bool = False,
-    **changes: object,
+    *, documents: ops.DocumentSpans | None = None, checkpointing: str = "none", adapted: bool = False,
+    nf4: bool = False, **changes: object,
 ) -> Subject:  # fmt: skip
     """Return the loss of the whole model by its parameters, or by its adapters if it has any."""
     model = Llama(CONFIG.model_copy(update=changes)).double()
@@ -104,9 +105,9 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "block": lambda: layer(lambda block: block, *BLOCK_OPS),
     "block, three tokens asked": lambda: layer(lambda block: block, *BLOCK_OPS, asked=torch.tensor([0, 4, 7])),
     "model": whole,
-    "packed model of two layers": lambda: whole(documents=DOCUMENTS, num_layers=2),
+    "packed model of two layers": lambda: whole(documents=SPANS, num_layers=2),
     "tied model": lambda: whole(tie_word_embeddings=True),
-    "recomputed model": lambda: whole(documents=DOCUMENTS, checkpointing="full"),
+    "recomputed model": lambda: whole(documents=SPANS, checkpointing="full"),
     "model with LoRA": lambda: whole(adapted=True),
     "model with LoRA over NF4": lambda: whole(adapted=True, nf4=True),
 }

@@ -526,7 +526,7 @@ def test_the_model_reads_a_packed_document_as_it_is_alone(seed, heads, lengths):
     """Logits of each document in a packed row are those of the document by itself."""
     model, ids = model_of(seed, heads), ids_of(seed, 1, sum(lengths))
     numbers = torch.tensor([[number for number, length in enumerate(lengths) for _ in range(length)]])
-    packed = model(ids, documents=ops.Documents.from_ids(numbers))
+    packed = model(ids, documents=ops.document_spans(numbers))
     start = 0
     for length in lengths:
         close(packed[:, start : start + length], model(ids[:, start : start + length]))

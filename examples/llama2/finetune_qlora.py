@@ -16,7 +16,7 @@ from entrenar.data import SftConfig, SftLoader, Tokenizer, read_examples
 from entrenar.interop import load_model
 from entrenar.interop.hf_peft import identify_base, load_adapter, save_adapter
 from entrenar.model import Llama
-from entrenar.ops import Documents, fastest_compute_dtype
+from entrenar.ops import fastest_compute_dtype
 from entrenar.peft import LoraConfig, from_base, memory_lines, merge, set_adapter, trainable_table
 from entrenar.train import OptimConfig, build_optimizer
 
@@ -61,7 +61,7 @@ def main() -> None:
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=parsed.lr, weight_decay=0.0))
     for step, (batch, _) in enumerate(islice(loader, parsed.steps), start=1):
         optimizer.gradients.begin(1)
-        loss = model.loss(batch.input_ids, batch.targets, documents=Documents.from_ids(batch.document_ids))
+        loss = model.loss(batch.input_ids, batch.targets, documents=batch.documents)
         loss.backward()
         optimizer.step(parsed.lr, 1 / batch.num_targets)  # the loss is a sum, divided once
         if step % 10 == 0 or step == 1:

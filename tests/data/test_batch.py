@@ -15,7 +15,7 @@ def _batch(rows: int) -> Batch:
     inputs = torch.arange(rows * 3).reshape(rows, 3)
     targets = inputs + 1
     targets[0, 0] = -100
-    return Batch(inputs, targets, torch.zeros(rows, 3, dtype=torch.int32), 11)
+    return Batch(inputs, targets, tuple(((0, 1), (1, row + 2)) for row in range(rows)), 11)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
@@ -24,18 +24,19 @@ def test_parts_are_the_whole(rows: int):
     batch = _batch(5)
     parts = batch.split(rows)
     assert all(0 < len(part.input_ids) <= rows for part in parts)
-    for name in ("input_ids", "targets", "document_ids"):
+    for name in ("input_ids", "targets"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert tuple(spans for part in parts for spans in part.documents) == batch.documents
     assert sum(part.num_targets for part in parts) == batch.num_targets == 14
 
 
 def test_batches_without_documents_split_and_move():
     """None stays None; `to` keeps the bytes."""
     batch = Batch(torch.ones(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), None, 3)
-    assert batch.split(1)[0].document_ids is None
+    assert batch.split(1)[0].documents is None
     moved = batch.to("cpu")
-    assert (moved.document_ids, moved.num_bytes) == (None, 3)
-    assert torch.equal(_batch(2).to("cpu").document_ids, _batch(2).document_ids)
+    assert (moved.documents, moved.num_bytes) == (None, 3)
+    assert _batch(2).to("cpu").documents == _batch(2).documents
 
 
 def test_states_survive_json():

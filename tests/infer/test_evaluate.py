@@ -17,7 +17,7 @@ CONFIG = LlamaConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, i
 class Rows:
     input_ids: torch.Tensor
     targets: torch.Tensor
-    document_ids: torch.Tensor | None = None
+    documents: tuple[tuple[tuple[int, int], ...], ...] | None = None
     num_bytes: int | None = None
 
 
@@ -60,8 +60,7 @@ def test_result_does_not_depend_on_the_batches(sizes: list[int]) -> None:
 def test_packed_documents_do_not_see_each_other() -> None:
     """A packed row costs what its documents cost alone."""
     model, rows = model_of(), rows_of(1)
-    documents = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
-    packed = evaluate(model, [replace(rows, document_ids=documents)])
+    packed = evaluate(model, [replace(rows, documents=(((0, 5), (5, 12)),))])
     alone = evaluate(model, [Rows(rows.input_ids[:, a:b], rows.targets[:, a:b]) for a, b in ((0, 5), (5, 12))])
     assert packed.loss == pytest.approx(alone.loss, rel=1e-12)
     assert packed.loss != pytest.approx(evaluate(model, [rows]).loss, rel=1e-6)

@@ -8,7 +8,6 @@ from entrenar.data import Batch, train_bpe
 from entrenar.errors import DataError
 from entrenar.infer import Question, accuracy, exact_match, token_hits, write_answers
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Documents
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +92,8 @@ def test_token_hits_counts_the_likeliest_targets(model):
     """Only targets count, and in a packed row each document by itself."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 200, (2, 12), generator=generator)
-    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], dtype=torch.int32)
-    likeliest = model(ids, documents=Documents.from_ids(documents)).argmax(-1)
+    documents = (((0, 5), (5, 12)), ((0, 12),))
+    likeliest = model(ids, documents=documents).argmax(-1)
     targets = likeliest.clone()
     targets[0, :3] = -100
     targets[1, 4:8] = (targets[1, 4:8] + 1) % 200

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from entrenar.errors import DataError, FormatError
 from entrenar.model import KVCache, Llama, LlamaConfig
-from entrenar.ops import Documents
+from entrenar.ops import document_spans
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -92,7 +92,7 @@ def test_packed_documents_equal_each_alone(cuts: list[int]) -> None:
     """Logits, loss and gradients of a packed row are those of its documents by themselves."""
     model, input_ids, targets = small_model(), tokens(1, 20), tokens(1, 20).flip(1)
     ids = torch.cat([torch.full((length,), number) for number, length in enumerate(cuts)])[None]
-    documents = Documents.from_ids(ids)
+    documents = document_spans(ids)
     alone = torch.cat([model(piece) for piece in input_ids.split(cuts, dim=1)], dim=1)
     torch.testing.assert_close(model(input_ids, documents=documents), alone, rtol=0, atol=1e-11)
     model.loss(input_ids, targets, documents=documents).backward()
@@ -107,7 +107,7 @@ def test_documents_and_cache_exclude_each_other() -> None:
     """A cache beside documents is refused: it would be ignored."""
     model, cache = small_model(), KVCache(LlamaConfig(**SMALL), 1, 4, dtype=torch.float64)
     with pytest.raises(DataError, match="documents and a key/value cache exclude each other"):
-        model(tokens(1, 4), documents=Documents.from_ids(torch.zeros(1, 4, dtype=torch.int32)), cache=cache)
+        model(tokens(1, 4), documents=document_spans(torch.zeros(1, 4, dtype=torch.int32)), cache=cache)
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
@@ -215,7 +215,7 @@ def test_model_cut_at_a_layer_is_the_model(layer: int) -> None:
     model = Llama(LlamaConfig(**SMALL))
     model.init_weights(torch.Generator().manual_seed(0))
     ids = torch.arange(12).reshape(2, 6)
-    for documents in (None, Documents.from_ids(torch.tensor([[0, 0, 1, 1, 1, 2]] * 2))):
+    for documents in (None, document_spans(torch.tensor([[0, 0, 1, 1, 1, 2]] * 2))):
         below = model.hidden_below(ids, layer, documents=documents)
         for targets in (ids, ids.where(ids % 3 == 0, -100)):
             whole = model.loss(ids, targets, documents=documents)
@@ -232,7 +232,7 @@ def test_tokens_without_a_target_are_seen_and_cost_no_more_than_that(checkpointi
     ids = torch.arange(24).reshape(2, 12)
     targets = torch.full_like(ids, -100)
     targets[0, 3:5], targets[1, 11] = 7, 8
-    documents = Documents.from_ids(torch.tensor([[0] * 6 + [1] * 6] * 2))
+    documents = document_spans(torch.tensor([[0] * 6 + [1] * 6] * 2))
     wanted = model.logits(model.hidden(ids, documents=documents)).flatten(0, 1)
     torch.nn.functional.cross_entropy(wanted, targets.flatten(), reduction="sum").backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

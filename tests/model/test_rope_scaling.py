@@ -86,8 +86,9 @@ def test_documents_turn_as_if_alone_under_dynamic_scaling() -> None:
     cos, sin = table.of_documents(documents)
     for start, end in documents.spans[0]:
         alone_cos, alone_sin = table.rows(end - start, cpu)
-        torch.testing.assert_close(cos[0, start:end], alone_cos[: end - start], rtol=0, atol=0)
-        torch.testing.assert_close(sin[0, start:end], alone_sin[: end - start], rtol=0, atol=0)
+        # One unit in the last place: some processors' vector cosine rounds the rest of a block as a scalar does.
+        torch.testing.assert_close(cos[0, start:end], alone_cos[: end - start], rtol=0, atol=2**-23)
+        torch.testing.assert_close(sin[0, start:end], alone_sin[: end - start], rtol=0, atol=2**-23)
 
 
 def test_table_made_while_inferring_serves_training() -> None:

@@ -5,7 +5,6 @@ import torch
 
 from entrenar.errors import DataError
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Documents
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +51,14 @@ def test_the_forward_refuses_them_too(model):
         model(torch.tensor([[99]]))
 
 
-def test_documents_must_cover_the_ids(model):
-    """Ids of documents that were made for another batch are refused."""
-    documents = Documents.from_ids(torch.tensor([[0, 1]]))
-    with pytest.raises(DataError, match=r"^document ids must have the shape \(1, 3\) of the token ids, got \(1, 2\)$"):
+@pytest.mark.parametrize(
+    "documents",
+    [(((0, 1), (1, 2)),), (((0, 3),), ((0, 3),)), (((0, 1), (2, 3)),), (((1, 3),),), (((0, 2), (1, 3)),), ((),), ()],
+)
+def test_documents_must_cover_the_ids(model, documents):
+    """Spans of another batch, with a gap, or that overlap are refused."""
+    message = rf"^documents must cover each of the 1 rows of 3 tokens without a gap, got {len(documents)} rows, "
+    with pytest.raises(DataError, match=message):
         model.loss(IDS, IDS, documents=documents)
 
 

@@ -12,7 +12,6 @@ from entrenar.ops.attention import (
     AttentionFunction,
     causal_mask,
     derived_attention,
-    document_spans,
     fused_attention,
     fused_attention_by_document,
     reference_attention,
@@ -196,24 +195,9 @@ def test_fused_path_equals_the_reference_without_a_span(generator):
     assert_same(lambda *x: fused_attention(*x, 3**-0.5), reference_attention, inputs, generator)
 
 
-def test_documents_know_their_spans_and_positions():
-    """Runs of equal ids become spans that cover the row, and positions restart in each."""
-    documents = documents_of("001112", "555555")
-    assert documents.spans == (((0, 2), (2, 5), (5, 6)), ((0, 6),))
-    assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
-    assert document_spans([]) == ()
-
-
 def test_mask_shows_the_past_and_the_token_itself():
     """Rows are queries, columns are keys, aligned at the end."""
     assert causal_mask(2, 3).tolist() == [[True, True, False], [True, True, True]]
-
-
-def test_decreasing_document_ids_are_refused():
-    """An id that comes back would be two documents with one number."""
-    message = r"^document ids must not decrease within a row, got 0 after 1 at position 2: number the documents .*$"
-    with pytest.raises(DataError, match=message):
-        documents_of("010")
 
 
 def test_heads_must_divide_into_groups(generator):
@@ -233,6 +217,6 @@ def test_more_queries_than_keys_are_refused(generator):
 @pytest.mark.parametrize(("rows", "keys"), [(("00111",), 5), (("0011", "0011"), 5), (("00111", "00111"), 6)])
 def test_documents_must_fit_the_batch(rows, keys, generator):
     """Documents of another shape, or together with a cache, are refused with both shapes."""
-    message = rf"^documents must cover each of the \(B, T\) = \(2, 5\) queries and {keys} keys, got ids of shape .*$"
+    message = rf"^documents must cover each of the \(B, T\) = \(2, 5\) queries and {keys} keys, got .*$"
     with pytest.raises(DataError, match=message):
         attention(*draw(generator, keys=keys), documents=documents_of(*rows))

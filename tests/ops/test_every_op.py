@@ -13,9 +13,9 @@ from .cases import Backward, Example, table, vjp
 
 TABLE = table()
 NOT_OPERATIONS = {
-    "Documents", "Int8Weight", "Nf4Weight", "NfBitsWeight", "QuantizedWeight", "dequantize", "dequantize_nf4",
-    "dequantize_nf_bits", "fastest_compute_dtype", "nf_bits_size", "quantize_int8", "quantize_nf4", "quantize_nf_bits",
-    "quantized_embedding",
+    "DocumentSpans", "Documents", "Int8Weight", "Nf4Weight", "NfBitsWeight", "QuantizedWeight", "dequantize",
+    "dequantize_nf4", "dequantize_nf_bits", "document_spans", "fastest_compute_dtype", "nf_bits_size",
+    "quantize_int8", "quantize_nf4", "quantize_nf_bits", "quantized_embedding",
 }  # fmt: skip
 
 

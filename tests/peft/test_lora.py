@@ -5,7 +5,7 @@ import torch
 
 from entrenar.errors import ConfigError
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Documents
+from entrenar.ops import document_spans
 from entrenar.peft import (
     LoraConfig,
     LoraLinear,
@@ -233,7 +233,7 @@ def test_gradients_are_the_same_with_activation_checkpointing_and_dropout(
 ) -> None:
     """A recomputed forward draws the same dropout, so in packed rows too no gradient differs by a bit."""
     gradients = []
-    documents = Documents.from_ids(torch.arange(IDS.shape[1] - 1).div(3, rounding_mode="floor").expand(len(IDS), -1))
+    documents = document_spans(torch.arange(IDS.shape[1] - 1).div(3, rounding_mode="floor").expand(len(IDS), -1))
     for way in ("none", checkpointing):
         model = adapted(LoraConfig(rank=3, lora_dropout=0.4), dtype).train()
         perturb(model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from entrenar.errors import ConfigError, MachineError
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Documents
+from entrenar.ops import DocumentSpans, document_spans
 from entrenar.peft import LoraConfig, TrunkCache, TrunkConfig, add_adapter, from_base, highest_cut, set_adapter
 from entrenar.peft.trunk_rows import RowFormat
 from entrenar.peft.trunk_store import TrunkStore
@@ -38,7 +38,7 @@ def build(lora: LoraConfig | None = TOP, dtype: torch.dtype = torch.float32, **c
     return model
 
 
-def packed(order: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, Documents]:
+def packed(order: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, DocumentSpans]:
     """Six documents of two to seven tokens in rows of twelve, in any order; the rest of a row is padding."""
     documents = [torch.arange(2 + number) * 7 % 60 + 1 - number % 2 for number in range(6)]
     rows: list[list[int]] = [[]]
@@ -57,7 +57,7 @@ def packed(order: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, Document
             numbers[row, start:end] = place
             start = end
         numbers[row, start:] = len(members)
-    return ids, targets, Documents.from_ids(numbers)
+    return ids, targets, document_spans(numbers)
 
 
 OpenCache = Callable[..., TrunkCache]
@@ -127,7 +127,7 @@ def test_rounded_rows_stay_within_their_bound(cache: OpenCache, kind: str, tmp_p
     first = trunk.states(ids, targets, documents)
     again = trunk.states(ids, targets, documents)
     assert torch.equal(first, again)
-    kept = documents.ids < documents.ids[:, -1:]
+    kept = torch.arange(12) < torch.tensor([spans[-1][0] for spans in documents])[:, None]
     error = ((first - exact).norm(dim=-1) / exact.norm(dim=-1))[kept]
     assert 1e-6 < float(error.max()) <= RowFormat(kind, 32).largest_error + 1e-6
     assert trunk.is_active
@@ -138,7 +138,7 @@ def test_bfloat16_model_reads_back_bit_for_bit(cache: OpenCache, tmp_path: Path)
     model = build(dtype=torch.bfloat16)
     trunk = cache(model, tmp_path, trunk_rows="bfloat16")
     ids, targets, documents = packed(ORDERS[0])
-    kept = documents.ids < documents.ids[:, -1:]
+    kept = torch.arange(12) < torch.tensor([spans[-1][0] for spans in documents])[:, None]
     exact = model.hidden_below(ids, 3, documents=documents)
     trunk.states(ids, targets, documents)
     assert torch.equal(trunk.states(ids, targets, documents)[kept], exact[kept])
@@ -391,7 +391,7 @@ def test_documents_that_train_nothing_are_neither_computed_nor_kept(cache: OpenC
     torch.testing.assert_close(loss, model.loss(ids, targets, documents=documents))
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
-    assert len(trunk.store) == trunk.documents_computed == len(documents.spans[0]) - 1
+    assert len(trunk.store) == trunk.documents_computed == len(documents[0]) - 1
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import sympy as sp
+import torch
+
+from entrenar.ops import document_spans
 
 from ..mutants import mutant
 from .symbolic import EPS, SCALE, Sym, Symbols, constants, torch_of, variables
@@ -101,7 +104,7 @@ def packed_attention(rows: Sequence[Sequence[int]], queries: int, groups: int, w
             "_scaled_dot_product_flash_attention_for_cpu": staticmethod(kernel),
             "_scaled_dot_product_flash_attention_for_cpu_backward": staticmethod(kernel_backward),
         })})  # fmt: skip
-        spans = tuple(module.document_spans(row) for row in rows)
+        spans = document_spans(torch.tensor(rows))
         inputs = heads(symbols, len(rows), queries, groups, len(rows[0]), len(rows[0]), width)
         y, backward = taped(module.FlashFunction, *inputs, SCALE, spans, "exact")
         definition = attended(symbols, *inputs, lambda b, i, j: j <= i and rows[b][i] == rows[b][j])

@@ -67,8 +67,8 @@ TWINS: dict[str, tuple[str, str, str]] = {
     "attention: documents not cut apart": (
         "packed 0012 H1/1 K2",
         "pieces = span_slices(q.shape[0], q.shape[2], spans,", "pieces = span_slices(q.shape[0], q.shape[2], (),"),
-    "attention: a document begins a token late": (
-        "packed 001|011 H2/1 K1", "if ids[place] != ids[place - 1]:", "if ids[place] != ids[max(0, place - 2)]:"),
+    "attention: a document begins a token early": (
+        "packed 001|011 H2/1 K1", "slice(None), slice(start, end))", "slice(None), slice(max(0, start - 1), end))"),
     "rms_norm: 1/D missing": ("N2 D2", "rstd * rstd * rstd / x.shape[-1]", "rstd * rstd * rstd"),
     "rms_norm: square for the cube": ("N2 D2", "rstd * rstd * rstd / x.shape[-1]", "rstd * rstd / x.shape[-1]"),
     "rms_norm: dweight without the deviation": ("N2 D2", "rstd.mT @ (dy * x)", "(rstd / rstd).mT @ (dy * x)"),

@@ -141,7 +141,7 @@ def _gradient_checks() -> Iterator[tuple[str, float, Callable[[], float]]]:
     ids = torch.randint(0, 64, (4, 16), generator=generator)
     targets = torch.randint(0, 64, (4, 16), generator=generator)
     targets[0, :5] = -100
-    documents = torch.tensor([[0] * 7 + [1] * 9] * 4)
+    documents = (((0, 7), (7, 16)),) * 4
     whole = _gradient(model, [(ids, targets, None)])
     packed = _gradient(model, [(ids, targets, documents)])
 
@@ -167,13 +167,12 @@ def _gradient_checks() -> Iterator[tuple[str, float, Callable[[], float]]]:
     yield "derived backward = finite differences", _STENCIL, lambda: _finite_difference(model, ids, targets, whole)
 
 
-Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Piece = tuple[torch.Tensor, torch.Tensor, ops.DocumentSpans | None]
 
 
 def _gradient(model: Llama, pieces: Sequence[Piece]) -> torch.Tensor:
     model.zero_grad(set_to_none=True)
-    for ids, targets, document_ids in pieces:
-        documents = None if document_ids is None else ops.Documents.from_ids(document_ids)
+    for ids, targets, documents in pieces:
         model.loss(ids, targets, documents=documents).backward()  # type: ignore[no-untyped-call]
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 

@@ -9,30 +9,35 @@ from torch import Tensor
 from entrenar.errors import DataError
 
 IGNORED = -100
+DocumentSpans = tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens; `targets[b, t]` is the token after `input_ids[b, t]`, or -100 where nothing is to be learned.
+    """Rows of tokens, and the token to predict after each.
 
-    `document_ids` number the documents of a row from 0; tokens of different documents must not see each other.
-    `num_bytes` is how many bytes of text the targets stand for.
+    Attributes:
+        input_ids: the tokens.
+        targets: `targets[b, t]` is the token after `input_ids[b, t]`, or -100 where nothing is trained.
+        documents: for each row, the half-open (start, end) of each document, in order, covering the row; tokens of
+            different documents must not see each other. Plain integers: the device is never asked for them.
+        num_bytes: bytes of text that the targets stand for.
     """
 
     input_ids: Tensor  # int64 (B, T)
     targets: Tensor  # int64 (B, T)
-    document_ids: Tensor | None  # int32 (B, T)
+    documents: DocumentSpans | None
     num_bytes: int | None
 
     @property
     def num_targets(self) -> int:
-        """How many positions are trained."""
+        """Number of trained positions."""
         return int((self.targets != IGNORED).sum())
 
     def split(self, rows: int) -> list["Batch"]:
-        """Cut into batches of at most `rows` rows; `num_bytes` of a part is not known."""
+        """Cut into batches of at most `rows` rows; the `num_bytes` of a part is unknown."""
         cuts = range(0, len(self.input_ids), rows)
-        documents = self.document_ids
+        documents = self.documents
         return [
             Batch(
                 self.input_ids[at : at + rows],
@@ -45,9 +50,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on `device`."""
-        documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
         moved = self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
-        return Batch(*moved, documents, self.num_bytes)
+        return Batch(*moved, self.documents, self.num_bytes)
 
 
 @dataclass(frozen=True)

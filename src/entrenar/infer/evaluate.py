@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entrenar.errors import DataError
 from entrenar.model import Llama
-from entrenar.ops import Documents
+from entrenar.ops import DocumentSpans
 
 
 @runtime_checkable
@@ -33,8 +33,8 @@ class EvalBatch(Protocol):
         ...
 
     @property
-    def document_ids(self) -> Tensor | None:
-        """The document of each token in a packed batch, (B, T)."""
+    def documents(self) -> DocumentSpans | None:
+        """The half-open spans of the documents in each row of a packed batch."""
         ...
 
     @property
@@ -75,8 +75,7 @@ def evaluate(model: Llama, batches: Iterable[EvalBatch]) -> Evaluation:
     has_bytes = True
     for batch in batches:
         targets = batch.targets.to(device)
-        documents = None if batch.document_ids is None else Documents.from_ids(batch.document_ids.to(device))
-        losses.append(float(model.loss(batch.input_ids.to(device), targets, documents=documents)))
+        losses.append(float(model.loss(batch.input_ids.to(device), targets, documents=batch.documents)))
         num_targets += int((targets != -100).sum())
         has_bytes = has_bytes and batch.num_bytes is not None
         num_bytes += batch.num_bytes or 0

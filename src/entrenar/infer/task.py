@@ -20,7 +20,6 @@ from entrenar.errors import DataError
 from entrenar.infer.evaluate import EvalBatch
 from entrenar.infer.generate import GenerateConfig, end_tokens, generate
 from entrenar.model import Llama
-from entrenar.ops import Documents
 from entrenar.runs import CHANGEABLE
 
 Metric = Literal["exact_match", "accuracy"]
@@ -138,9 +137,8 @@ def token_hits(model: Llama, batches: Iterable[EvalBatch]) -> Iterator[tuple[int
     """Yield, for each batch, how many targets the model finds likeliest, and how many there are."""
     device = model.device
     for batch in batches:
-        documents = None if batch.document_ids is None else Documents.from_ids(batch.document_ids.to(device))
         targets = batch.targets.to(device)
         is_target = targets != -100
-        hidden = model.hidden(batch.input_ids.to(device), documents=documents)[is_target]  # (N, D)
+        hidden = model.hidden(batch.input_ids.to(device), documents=batch.documents)[is_target]  # (N, D)
         found = torch.cat([model.logits(part[None])[0].argmax(-1) for part in torch.split(hidden, 512)])
         yield int((found == targets[is_target]).sum()), int(is_target.sum())

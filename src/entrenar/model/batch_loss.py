@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entrenar.model.llama import Llama
-from entrenar.ops import Documents
+from entrenar.ops import DocumentSpans
 
 
 @runtime_checkable
@@ -26,8 +26,8 @@ class TokenBatch(Protocol):
         ...
 
     @property
-    def document_ids(self) -> Tensor | None:
-        """The document of each token in a packed batch, (B, T)."""
+    def documents(self) -> DocumentSpans | None:
+        """The half-open spans of the documents in each row of a packed batch."""
         ...
 
     def to(self, device: torch.device, /) -> Self:
@@ -44,7 +44,6 @@ def batch_loss(model: Llama, device: torch.device, *, is_compiled: bool = False)
 
     def loss(batch: TokenBatch) -> Tensor:
         moved = batch.to(device)
-        documents = None if moved.document_ids is None else Documents.from_ids(moved.document_ids)
-        return loss_of(moved.input_ids, moved.targets, documents=documents)
+        return loss_of(moved.input_ids, moved.targets, documents=moved.documents)
 
     return loss

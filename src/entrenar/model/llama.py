@@ -263,12 +263,12 @@ class Llama(nn.Module):
         return self.model.norm.weight.dtype
 
     def hidden(
-        self, input_ids: Int[Tensor, "B T"], *, documents: ops.Documents | None = None, cache: KVCache | None = None
+        self, input_ids: Int[Tensor, "B T"], *, documents: ops.DocumentSpans | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return the final hidden state of each token, after the last norm.
 
-        With `documents`, no token sees another document and positions restart with each. With a `cache`, the tokens
-        go on where it ends, and it grows by them.
+        `documents` are the half-open spans of the documents in each row: no token sees another document, and
+        positions restart with each. A `cache` holds the tokens before these, and grows by them.
         """
         check_token_ids(input_ids, self.config.vocab_size, None, documents)
         context = self._context(input_ids, documents, cache)
@@ -278,7 +278,7 @@ class Llama(nn.Module):
         return out
 
     def hidden_below(
-        self, input_ids: Int[Tensor, "B T"], layer: int, *, documents: ops.Documents | None = None
+        self, input_ids: Int[Tensor, "B T"], layer: int, *, documents: ops.DocumentSpans | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return the state of each token as it enters block `layer`."""
         context = self._context(input_ids, documents, None)
@@ -294,7 +294,7 @@ class Llama(nn.Module):
         layer: int,
         targets: Int[Tensor, "B T"],
         *,
-        documents: ops.Documents | None = None,
+        documents: ops.DocumentSpans | None = None,
     ) -> Float[Tensor, ""]:
         """Return `loss`, going on from the state that enters block `layer`."""
         asked = asked_tokens(targets)
@@ -309,13 +309,13 @@ class Llama(nn.Module):
         return ops.nf4_linear(hidden, weight, compute_dtype=self.compute_dtype)
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], *, documents: ops.Documents | None = None, cache: KVCache | None = None
+        self, input_ids: Int[Tensor, "B T"], *, documents: ops.DocumentSpans | None = None, cache: KVCache | None = None
     ) -> Float[Tensor, "B T V"]:
         """Return the logits of the token after each token."""
         return self.logits(self.hidden(input_ids, documents=documents, cache=cache))
 
     def loss(
-        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.Documents | None = None
+        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.DocumentSpans | None = None
     ) -> Float[Tensor, ""]:
         """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t."""
         check_token_ids(input_ids, self.config.vocab_size, targets, documents)
@@ -347,19 +347,20 @@ class Llama(nn.Module):
                 draw = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
                 weight.copy_(draw.normal_(0.0, residual_deviation if is_residual else deviation, generator=generator))
 
-    def _context(self, tokens: Tensor, documents: ops.Documents | None, cache: KVCache | None) -> Context:
+    def _context(self, tokens: Tensor, documents: ops.DocumentSpans | None, cache: KVCache | None) -> Context:
         if cache is not None:
             if documents is not None:
                 raise DataError("documents and a key/value cache exclude each other: a cache holds one document a row")
             return self._cached_context(tokens, cache)
         checkpointing = self.checkpointing if torch.is_grad_enabled() else "none"
         if documents is not None:
-            cos, sin = self.rotary.of_documents(documents)
+            placed = ops.Documents.from_spans(documents, tokens.device)
+            cos, sin = self.rotary.of_documents(placed)
         else:
-            num_tokens = tokens.shape[1]
+            placed, num_tokens = None, tokens.shape[1]
             cos, sin = (table[None, :num_tokens] for table in self.rotary.rows(num_tokens, tokens.device))
         return Context(
-            cos, sin, documents, checkpointing=checkpointing, compute_dtype=self.compute_dtype, stream=self.stream
+            cos, sin, placed, checkpointing=checkpointing, compute_dtype=self.compute_dtype, stream=self.stream
         )
 
     def _cached_context(self, input_ids: Tensor, cache: KVCache) -> Context:

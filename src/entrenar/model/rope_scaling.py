@@ -129,7 +129,6 @@ class RotaryTable:
         if not self._is_dynamic or positions.shape[1] <= self._config.max_seq_len:
             cos, sin = self.rows(positions.shape[1], positions.device)
             return cos[positions], sin[positions]
-        lengths = [[end - start for start, end in row for _ in range(start, end)] for row in documents.spans]
-        frequencies, factor = inverse_frequencies(self._config, torch.tensor(lengths), positions.device)
+        frequencies, factor = inverse_frequencies(self._config, documents.lengths, positions.device)
         angles = positions[..., None].float() * frequencies
         return angles.cos() * factor, angles.sin() * factor

@@ -4,7 +4,8 @@ Each file holds one operation: its derivation, a plain reference, the arithmetic
 that cite the equations, the `autograd.Function`, and the public operation.
 """
 
-from entrenar.ops.attention import Documents, attention
+from entrenar.ops.attention import attention
+from entrenar.ops.documents import Documents, DocumentSpans, document_spans
 from entrenar.ops.linear import fastest_compute_dtype, linear
 from entrenar.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.ops.lora_linear import lora_linear
@@ -18,6 +19,7 @@ from entrenar.ops.rope import rope
 from entrenar.ops.swiglu import swiglu
 
 __all__ = [
+    "DocumentSpans",
     "Documents",
     "Int8Weight",
     "Nf4Weight",
@@ -27,6 +29,7 @@ __all__ = [
     "dequantize",
     "dequantize_nf4",
     "dequantize_nf_bits",
+    "document_spans",
     "fastest_compute_dtype",
     "linear",
     "linear_cross_entropy",

@@ -25,63 +25,18 @@ which are measured to be faster, and has the former as its oracle. Packed docume
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from entrenar.errors import DataError
+from entrenar.ops.documents import Documents, DocumentSpans
 from entrenar.ops.first_order import refuse_double_backward
 
-Spans = tuple[tuple[int, int], ...]
 Piece = tuple[slice, slice, slice]
-
-
-def document_spans(ids: Sequence[int]) -> Spans:
-    """Return the half-open span of each run of equal ids.
-
-    Raises:
-        DataError: an id is smaller than the one before it.
-    """
-    starts = [0]
-    for place in range(1, len(ids)):
-        if ids[place] < ids[place - 1]:
-            raise DataError(
-                f"document ids must not decrease within a row, got {ids[place]} after {ids[place - 1]} "
-                f"at position {place}: number the documents of a row in their order"
-            )
-        if ids[place] != ids[place - 1]:
-            starts.append(place)
-    return tuple(zip(starts, [*starts[1:], len(ids)], strict=True)) if ids else ()
-
-
-@dataclass(frozen=True, eq=False)
-class Documents:
-    """Where the documents of each row of a packed batch begin and end.
-
-    Attributes:
-        ids: the document of each token, not decreasing within a row.
-        spans: for each row, the half-open (start, end) of each document, in order, covering the row.
-        positions: the place of each token within its document.
-    """
-
-    ids: Int[Tensor, "B T"]
-    spans: tuple[Spans, ...]
-    positions: Int[Tensor, "B T"]
-
-    @staticmethod
-    def from_ids(ids: Int[Tensor, "B T"]) -> "Documents":
-        """Find spans and positions from the ids."""
-        spans = tuple(document_spans(row) for row in ids.tolist())
-        positions = torch.tensor(
-            [[place for start, end in row for place in range(end - start)] for row in spans],
-            dtype=torch.int64,
-            device=ids.device,
-        ).reshape(ids.shape)
-        return Documents(ids, spans, positions)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
@@ -226,7 +181,7 @@ class FlashFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Spans, ...], compute_dtype: torch.dtype
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, spans: DocumentSpans, compute_dtype: torch.dtype
     ) -> Tensor:
         """Compute out; save q, k, v, out and the log-sum-exp of each span."""
         pieces = span_slices(q.shape[0], q.shape[2], spans, by_row=compute_dtype != q.dtype)
@@ -259,7 +214,7 @@ class FlashFunction(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def span_slices(batch: int, time: int, spans: tuple[Spans, ...], *, by_row: bool) -> list[Piece]:
+def span_slices(batch: int, time: int, spans: DocumentSpans, *, by_row: bool) -> list[Piece]:
     """Return the index of each document in a (B, H, T, K) tensor; without documents, of each row or of the whole."""
     if not spans and not by_row:
         return [(slice(0, batch), slice(None), slice(0, time))]
@@ -295,7 +250,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     )
 
 
-def fused_attention_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: tuple[Spans, ...]) -> Tensor:
+def fused_attention_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, spans: DocumentSpans) -> Tensor:
     """Attend within each document by torch's fused kernel."""
     rows = []
     for row, ends in enumerate(spans):
@@ -338,8 +293,8 @@ def check_attention_shapes(q: Tensor, k: Tensor, documents: Documents | None) ->
         raise DataError(f"query heads must be a multiple of key/value heads, got {heads} and {groups}")
     if keys < queries:
         raise DataError(f"attention needs at least as many keys as queries, got {keys} keys and {queries} queries")
-    if documents is not None and (queries != keys or documents.ids.shape != (q.shape[0], queries)):
+    if documents is not None and (queries != keys or documents.positions.shape != (q.shape[0], queries)):
         raise DataError(
             f"documents must cover each of the (B, T) = {(q.shape[0], queries)} queries and {keys} keys, "
-            f"got ids of shape {tuple(documents.ids.shape)}: a key/value cache and documents exclude each other"
+            f"got {tuple(documents.positions.shape)}: a key/value cache and documents exclude each other"
         )

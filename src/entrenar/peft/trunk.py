@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from entrenar.errors import ConfigError
-from entrenar.ops import Documents
+from entrenar.ops import DocumentSpans
 from entrenar.peft.fingerprint import fingerprint
 from entrenar.peft.lora import plain_state, wrappers
 from entrenar.peft.targets import layer_number
@@ -65,13 +65,13 @@ class CutModel(Protocol):
     config: Any
     compute_dtype: torch.dtype | None
 
-    def hidden_below(self, input_ids: Tensor, layer: int, *, documents: Documents | None = None) -> Tensor:
+    def hidden_below(self, input_ids: Tensor, layer: int, *, documents: DocumentSpans | None = None) -> Tensor:
         """Return the state that enters block `layer`."""
 
-    def loss_from(self, x: Tensor, layer: int, targets: Tensor, *, documents: Documents | None = None) -> Tensor:
+    def loss_from(self, x: Tensor, layer: int, targets: Tensor, *, documents: DocumentSpans | None = None) -> Tensor:
         """Go on from there to the summed loss."""
 
-    def loss(self, input_ids: Tensor, targets: Tensor, *, documents: Documents | None = None) -> Tensor:
+    def loss(self, input_ids: Tensor, targets: Tensor, *, documents: DocumentSpans | None = None) -> Tensor:
         """Return the summed loss of the whole model."""
 
 
@@ -122,7 +122,7 @@ class TrunkCache:
         self._on_event = on_event
 
     def loss(
-        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: Documents | None = None
+        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: DocumentSpans | None = None
     ) -> Float[Tensor, ""]:
         """Return what the model's own `loss` returns, up to the rounding of the rows."""
         if not self.is_active:
@@ -131,7 +131,7 @@ class TrunkCache:
         return self._model.loss_from(x, self.cut, targets, documents=documents)
 
     def states(
-        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], documents: Documents | None
+        self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], documents: DocumentSpans | None
     ) -> Float[Tensor, "B T D"]:
         """Return the state of each token as it enters the cut; of documents without a target, ones.
 
@@ -161,12 +161,13 @@ class TrunkCache:
         x: Tensor,
         missing: dict[int, list[tuple[str, int, int]]],
         input_ids: Tensor,
-        documents: Documents | None,
+        documents: DocumentSpans | None,
     ) -> None:
         """Put the missing documents' states into x and on disk, running only the rows that hold one."""
         rows = sorted(missing)
+        packed = None if documents is None else tuple(documents[row] for row in rows)
         with torch.no_grad():
-            states = self._model.hidden_below(input_ids[rows], self.cut, documents=_rows_of(documents, rows))
+            states = self._model.hidden_below(input_ids[rows], self.cut, documents=packed)
         for row, row_states in zip(rows, states, strict=True):
             for document, start, end in missing[row]:
                 encoded = self._format.encode(row_states[start:end])
@@ -174,7 +175,7 @@ class TrunkCache:
                 x[row, start:end] = self._format.decode(encoded, self._dtype).to(x.device)
                 self.documents_computed += 1
 
-    def _checked(self, x: Tensor, was_read: Tensor, input_ids: Tensor, documents: Documents | None) -> Tensor:
+    def _checked(self, x: Tensor, was_read: Tensor, input_ids: Tensor, documents: DocumentSpans | None) -> Tensor:
         """Return x if the tokens that were read are what the layers give, else what the layers give."""
         with torch.no_grad():
             computed = self._model.hidden_below(input_ids, self.cut, documents=documents)
@@ -258,18 +259,12 @@ def _check_budget(expected_tokens: int | None, row_format: RowFormat, budget_byt
 
 
 def _trained_documents(
-    input_ids: Tensor, targets: Tensor, documents: Documents | None
+    input_ids: Tensor, targets: Tensor, documents: DocumentSpans | None
 ) -> Iterator[tuple[str, int, int, int]]:
     """Yield hash, row, start and end of each document that has a target."""
     rows = input_ids.cpu().contiguous().long().numpy()
     is_trained = (targets != -100).cpu()
     for row, ids in enumerate(rows):
-        for start, end in documents.spans[row] if documents is not None else ((0, len(ids)),):
+        for start, end in documents[row] if documents is not None else ((0, len(ids)),):
             if is_trained[row, start:end].any():
                 yield hashlib.blake2b(ids[start:end].tobytes(), digest_size=16).hexdigest(), row, start, end
-
-
-def _rows_of(documents: Documents | None, rows: list[int]) -> Documents | None:
-    if documents is None:
-        return None
-    return Documents(documents.ids[rows], tuple(documents.spans[row] for row in rows), documents.positions[rows])

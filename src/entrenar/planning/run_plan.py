@@ -4,6 +4,7 @@ config -> shapes of the weights -> adapter -> loss -> batches of full rows -> re
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -109,8 +110,9 @@ def batches_of(config: AnyConfig) -> DataConfig | SftConfig:
 def full_rows(rows: int, length: int, vocab_size: int, *, has_documents: bool) -> Batch:
     """Return a batch with no padding and a target everywhere: no batch of that shape takes more."""
     ids = torch.arange(rows * length).view(rows, length) % vocab_size
-    documents = torch.arange(length) * min(_DOCUMENTS_PER_ROW, length) // length
-    return Batch(ids, ids, documents.int().expand(rows, length).contiguous() if has_documents else None, None)
+    count = min(_DOCUMENTS_PER_ROW, length)
+    documents = tuple(pairwise(-(-number * length // count) for number in range(count + 1)))
+    return Batch(ids, ids, (documents,) * rows if has_documents else None, None)
 
 
 def scene_of(config: AnyConfig, model: Llama, batches: list[Batch], mapped: list[Tensor]) -> Scene:

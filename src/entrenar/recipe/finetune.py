@@ -22,7 +22,6 @@ from entrenar.interop import load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
 from entrenar.model import Llama, TokenBatch, batch_loss
 from entrenar.model.batch_loss import BatchLoss
-from entrenar.ops import Documents
 from entrenar.peft import TrunkCache, learning_rate_factors, memory_lines, trainable_table
 from entrenar.recipe.adapters import read_weights, write_adapter
 from entrenar.recipe.base import check_adapter, keep_base, open_base, put_adapter, round_base
@@ -203,8 +202,7 @@ def _loader(started: Start[FinetuneConfig], examples: Sequence[Example]) -> SftL
 def _cached_loss(trunk: TrunkCache, device: torch.device) -> BatchLoss:
     def loss(batch: TokenBatch) -> Tensor:
         moved = batch.to(device)
-        documents = None if moved.document_ids is None else Documents.from_ids(moved.document_ids)
-        return trunk.loss(moved.input_ids, moved.targets, documents=documents)
+        return trunk.loss(moved.input_ids, moved.targets, documents=moved.documents)
 
     return loss
 

@@ -184,11 +184,7 @@ Loss = Callable[[Llama, Batch], Tensor]
 
 
 def _loss(model: Llama, batch: Batch) -> Tensor:
-    return model.loss(batch.input_ids, batch.targets, documents=_documents(batch))
-
-
-def _documents(batch: Batch) -> Documents | None:
-    return None if batch.document_ids is None else Documents.from_ids(batch.document_ids)
+    return model.loss(batch.input_ids, batch.targets, documents=batch.documents)
 
 
 def _gradients(model: Llama, pieces: Sequence[Batch], loss: Loss = _loss) -> Gradients:
@@ -203,17 +199,14 @@ def _gradients(model: Llama, pieces: Sequence[Batch], loss: Loss = _loss) -> Gra
 def _unpacked(model: Llama, data: _Data) -> Pair:
     """Compare packed rows with each of their documents alone; rows of one document are taken as two."""
     batch = data.first
-    ids = batch.document_ids
-    if ids is None or int(ids.max()) == 0:
-        ids = (
-            (torch.arange(batch.input_ids.shape[1]) >= batch.input_ids.shape[1] // 2)
-            .int()
-            .expand(batch.input_ids.shape)
-        )
-    packed = Batch(batch.input_ids, batch.targets, ids, None)
+    rows, length = batch.input_ids.shape
+    documents = batch.documents
+    if documents is None or all(len(spans) == 1 for spans in documents):
+        documents = (((0, length // 2), (length // 2, length)),) * rows
+    packed = Batch(batch.input_ids, batch.targets, documents, None)
     alone = [
         Batch(batch.input_ids[row, None, start:end], batch.targets[row, None, start:end], None, None)
-        for row, spans in enumerate(Documents.from_ids(ids).spans)
+        for row, spans in enumerate(documents)
         for start, end in spans
     ]
     return _gradients(model, [packed]), _gradients(model, [piece for piece in alone if piece.num_targets])
@@ -229,7 +222,7 @@ def _checkpointed(model: Llama, data: _Data, kind: str) -> Pair:
 
 
 def _chunked_loss(model: Llama, batch: Batch) -> Tensor:
-    hidden = model.hidden(batch.input_ids, documents=_documents(batch)).flatten(0, 1)
+    hidden = model.hidden(batch.input_ids, documents=batch.documents).flatten(0, 1)
     weight = model.head_weight
     return linear_cross_entropy(
         hidden, weight, batch.targets.flatten(), chunk_size=7, compute_dtype=model.compute_dtype
@@ -238,10 +231,11 @@ def _chunked_loss(model: Llama, batch: Batch) -> Tensor:
 
 def eager_loss(model: Llama, batch: Batch) -> Tensor:
     """Return the loss by plain torch operators alone, whose gradient is autograd's: nothing here is derived by hand."""
-    config, weights, documents = model.config, dict(model.named_parameters()), _documents(batch)
+    config, weights, device = model.config, dict(model.named_parameters()), batch.input_ids.device
+    documents = None if batch.documents is None else Documents.from_spans(batch.documents, device)
     length, head = batch.input_ids.shape[1], "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head"
     if documents is None:
-        cos, sin = (table[None, :length] for table in model.rotary.rows(length, batch.input_ids.device))
+        cos, sin = (table[None, :length] for table in model.rotary.rows(length, device))
     else:
         cos, sin = model.rotary.of_documents(documents)
     heads = (*batch.input_ids.shape, -1, config.head_width)
@@ -265,7 +259,7 @@ def eager_loss(model: Llama, batch: Batch) -> Tensor:
 def _compiled(model: Llama, data: _Data) -> Pair:
     compiled = torch.compile(model.loss)
     return _gradients(model, [data.first]), _gradients(
-        model, [data.first], lambda _, batch: compiled(batch.input_ids, batch.targets, documents=_documents(batch))
+        model, [data.first], lambda _, batch: compiled(batch.input_ids, batch.targets, documents=batch.documents)
     )
 
 

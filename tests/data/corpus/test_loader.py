@@ -25,6 +25,7 @@ from entrenar.data import (
     validation_batches,
 )
 from entrenar.errors import ConfigError, DataError
+from entrenar.ops import document_spans
 
 STORIES = [f"story {number} of the cat {'that sat ' * (number % 5)}" for number in range(40)]
 QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
@@ -58,11 +59,8 @@ def rows_of(batches: list[tuple[Batch, LoaderState]]) -> list[tuple[int, ...]]:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    documents = (first.document_ids is None) == (second.document_ids is None) and (
-        first.document_ids is None or torch.equal(first.document_ids, second.document_ids)
-    )
     tensors = torch.equal(first.input_ids, second.input_ids) and torch.equal(first.targets, second.targets)
-    return tensors and documents and first.num_bytes == second.num_bytes
+    return tensors and (first.documents, first.num_bytes) == (second.documents, second.num_bytes)
 
 
 @pytest.mark.property
@@ -142,7 +140,7 @@ def test_ranks_share_one_global_batch(corpora: list[Corpus], *, world_size: int,
     for step, (whole, after) in enumerate(alone):
         parts = [found[step][0] for found in ranks]
         assert all(len(part.input_ids) == 6 // world_size for part in parts)
-        documents = torch.cat([part.document_ids for part in parts]) if mask else None
+        documents = tuple(spans for part in parts for spans in part.documents or ()) if mask else None
         joined = Batch(
             torch.cat([part.input_ids for part in parts]),
             torch.cat([part.targets for part in parts]),
@@ -183,16 +181,14 @@ def test_epochs_are_counted(corpora: list[Corpus]):
     assert state.epoch >= 2
 
 
-def test_document_ids_follow_the_documents(corpora: list[Corpus], tokenizer: Tokenizer):
-    """Ids start at 0 in each row, rise by one at each BOS, and are left out when not wanted."""
+def test_documents_start_where_bos_stands(corpora: list[Corpus], tokenizer: Tokenizer):
+    """In each row a document starts at 0 and at each BOS, and ends at the next; they are left out when not wanted."""
     for batch, _ in take(Loader(*corpora, batch_size=4, seq_len=64, seed=0), 10):
-        assert batch.document_ids is not None
-        assert batch.document_ids.dtype == torch.int32
         starts = batch.input_ids == tokenizer.bos_id
         starts[:, 0] = False
-        assert torch.equal(batch.document_ids.long(), starts.cumsum(1))
+        assert batch.documents == document_spans(starts.cumsum(1))
     batch, _ = take(Loader(*corpora, batch_size=4, seq_len=64, seed=0, mask_documents=False), 1)[0]
-    assert batch.document_ids is None
+    assert batch.documents is None
 
 
 def test_documents_of_a_tokenizer_with_one_boundary_token(
@@ -205,13 +201,12 @@ def test_documents_of_a_tokenizer_with_one_boundary_token(
     stream = corpus.stream("train")
     ids = stream.read(0, len(stream)).tolist()
     batch, _ = take(Loader(corpus, batch_size=1, seq_len=len(ids) - 1, seed=0), 1)[0]
-    assert batch.document_ids is not None
     expected_targets = ids[1:]
     for at, index in enumerate(ids[1:]):
         if index == 1 and ids[at] == 1:
             expected_targets[at] = -100
     assert batch.targets.tolist() == [expected_targets]
-    assert Counter(batch.document_ids[0].tolist()) == {0: 5, 1: 5, 2: 4}
+    assert batch.documents == (((0, 5), (5, 10), (10, 14)),)
     assert batch.num_bytes == 9
 
 
@@ -239,9 +234,9 @@ def test_padding_is_a_document_of_its_own(corpora: list[Corpus]):
     corpus = corpora[0]
     length = len(corpus.stream("val"))
     (batch,) = validation_batches(corpus, batch_size=1, seq_len=length + 7)
-    assert batch.document_ids is not None
     assert (batch.targets[0, -8:] == -100).all()
-    assert (batch.document_ids[0, length - 1 :] == batch.document_ids[0, length - 2] + 1).all()
+    assert batch.documents is not None
+    assert batch.documents[0][-1] == (length - 1, length + 7)
     assert (batch.input_ids[0, length - 1 :] == 0).all()
 
 
@@ -275,8 +270,7 @@ def test_padding_behind_a_document_that_just_began_is_another(corpora: list[Corp
     entry = corpora[0].manifest.tokenizer
     monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7, entry.eos_id, entry.bos_id, 7]))
     (batch,) = validation_batches(corpora[0], batch_size=1, seq_len=5)
-    assert batch.document_ids is not None
-    assert batch.document_ids.tolist() == [[0, 0, 1, 2, 2]]
+    assert batch.documents == (((0, 2), (2, 3), (3, 5)),)
 
 
 def test_a_single_id_is_no_validation_split(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,6 @@ from entrenar.data.sft.encode import Example
 from entrenar.data.sft.loader import SftLoader, SftState, held_out_batches, make_batch
 from entrenar.errors import DataError
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import Documents
 
 BATCHINGS = ("packed", "grouped", "padded")
 
@@ -30,9 +29,9 @@ def some(count=37, seed=0):
 def documents_of(batch):
     """Every real document as (its tokens, its targets)."""
     found = []
-    for ids, targets, documents in zip(batch.input_ids, batch.targets, batch.document_ids, strict=True):
-        for document in documents.unique():
-            here = documents == document
+    for ids, targets, spans in zip(batch.input_ids, batch.targets, batch.documents, strict=True):
+        for start, end in spans:
+            here = slice(start, end)
             if (targets[here] != IGNORED).any():
                 found.append((ids[here].tolist(), targets[here].tolist()))
     return found
@@ -72,7 +71,7 @@ def test_resuming_anywhere_goes_on_with_the_same_batches(batching):
         assert after == whole[number + 1][1]
         assert torch.equal(batch.input_ids, whole[number + 1][0].input_ids)
         assert torch.equal(batch.targets, whole[number + 1][0].targets)
-        assert torch.equal(batch.document_ids, whole[number + 1][0].document_ids)
+        assert batch.documents == whole[number + 1][0].documents
 
 
 def test_grouping_and_packing_save_padding():
@@ -90,7 +89,7 @@ def test_grouping_and_packing_save_padding():
 
 
 @pytest.mark.property
-@pytest.mark.kills("data.sft.loader", "documents[number, start:end] = document", "documents[number, start:end] = 0")
+@pytest.mark.kills("data.sft.loader", "edges if edges[-1] == length else [*edges, length]", "[0, length]")
 @settings(max_examples=15)
 @given(st.integers(0, 2**31 - 1))
 def test_a_packed_example_has_the_logits_of_the_example_alone(seed):
@@ -106,11 +105,11 @@ def test_a_packed_example_has_the_logits_of_the_example_alone(seed):
         for length in rng.integers(2, 20, 7)
     ]
     (batch,) = held_out_batches(examples, batch_size=99, seq_len=40)
-    packed = model(batch.input_ids, documents=Documents.from_ids(batch.document_ids))
+    packed = model(batch.input_ids, documents=batch.documents)
     found = 0
-    for row, documents in enumerate(batch.document_ids):
-        for document in documents.unique():
-            here = documents == document
+    for row, spans in enumerate(batch.documents):
+        for start, end in spans:
+            here = slice(start, end)
             if (batch.targets[row][here] == IGNORED).all():
                 continue
             alone = model(batch.input_ids[row][here][None])[0]
@@ -123,7 +122,7 @@ def test_a_batch_is_as_long_as_its_longest_row():
     """Shorter rows are filled with a document of its own that has no target."""
     batch = make_batch([[example(1, 5), example(2, 2)], [example(3, 3)]])
     assert batch.input_ids.shape == (2, 7)
-    assert batch.document_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert batch.documents == (((0, 5), (5, 7)), ((0, 3), (3, 7)))
     assert (batch.targets[1, 3:] == IGNORED).all()
 
 

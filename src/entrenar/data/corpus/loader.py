@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ def make_batch(picked: Sequence[tuple[_Windows, int]], seq_len: int, *, mask_doc
     """Read windows into a batch."""
     inputs = np.zeros((len(picked), seq_len), dtype=np.int64)
     targets = np.full((len(picked), seq_len), IGNORED, dtype=np.int64)
-    documents = np.zeros((len(picked), seq_len), dtype=np.int32)
+    documents = []
     num_bytes = 0
     for row, (windows, index) in enumerate(picked):
         ids = windows.read(index)
@@ -167,15 +168,15 @@ def make_batch(picked: Sequence[tuple[_Windows, int]], seq_len: int, *, mask_doc
             starts &= ids[:-1] == entry.eos_id
         inputs[row, :used] = ids[:-1]
         targets[row, :used] = np.where(starts, IGNORED, ids[1:])
-        documents[row, 1:used] = np.cumsum(starts[:-1])
-        documents[row, used:] = documents[row, used - 1] + 1
+        edges = [0, *(np.flatnonzero(starts[:-1]) + 1).tolist(), used, *([seq_len] if used < seq_len else [])]
+        documents.append(tuple(pairwise(edges)))
         num_bytes += int(windows.corpus.token_bytes[ids[1:]].sum())
         if entry.adds_space:
             num_bytes -= int(np.count_nonzero((ids[:-1] == entry.bos_id) & (ids[1:] != entry.eos_id)))
     return Batch(
         torch.from_numpy(inputs),
         torch.from_numpy(targets),
-        torch.from_numpy(documents) if mask_documents else None,
+        tuple(documents) if mask_documents else None,
         num_bytes,
     )
 

@@ -13,6 +13,7 @@ A batch is as long as its longest row. What fills the others is a document of it
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -141,14 +142,11 @@ def make_batch(rows: Sequence[Sequence[Example]]) -> Batch:
     length = max(sum(example.num_inputs for example in row) for row in rows)
     inputs = np.zeros((len(rows), length), dtype=np.int64)
     targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
-    documents = np.zeros((len(rows), length), dtype=np.int32)
+    documents = []
     for number, row in enumerate(rows):
-        start = 0
-        for document, example in enumerate(row):
-            end = start + example.num_inputs
+        edges = [0, *accumulate(example.num_inputs for example in row)]
+        for (start, end), example in zip(pairwise(edges), row, strict=True):
             inputs[number, start:end] = example.ids[:-1]
             targets[number, start:end] = np.where(example.is_trained[1:], example.ids[1:], IGNORED)
-            documents[number, start:end] = document
-            start = end
-        documents[number, start:] = len(row)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(documents), None)
+        documents.append(tuple(pairwise(edges if edges[-1] == length else [*edges, length])))
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), tuple(documents), None)
