@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from entrenar.data import Tokenizer
-from entrenar.data.tokenizer.llama2c import tokenizer_bin
 from entrenar.infer import GenerateConfig, complete
 from entrenar.interop.llama2c import load_llama2c, save_llama2c
+from entrenar.interop.tokenizers import tokenizer_bin
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from entrenar.data import Tokenizer
-from entrenar.data.tokenizer.llama2c import tokenizer_bin
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.files import TEMPORARY_PREFIX, atomic_directory, fsync_directory, fsync_file
 from entrenar.interop import gguf_file, hf, llama2c
@@ -26,6 +25,7 @@ from entrenar.interop.proof.bounds import Format, bound_of, bound_of_rounded
 from entrenar.interop.proof.numpy_llama import Array
 from entrenar.interop.proof.verify import Origin, Report, origin_of, verify
 from entrenar.interop.safetensors_file import TensorReader
+from entrenar.interop.tokenizers import tokenizer_bin
 from entrenar.model import Llama
 from entrenar.peft import QuantizeConfig, widen
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entrenar.data import Tokenizer
-from entrenar.data.tokenizer.vocabulary import tokenizer_files, vocabulary_of
+from entrenar.data.tokenizer.vocabulary import tokenizer_files
 from entrenar.errors import ConfigError, FormatError
 from entrenar.files import explained_disk_errors
 from entrenar.interop.assemble import assemble
@@ -28,6 +28,7 @@ from entrenar.interop.gguf_metadata import (
     vocabulary_metadata,
 )
 from entrenar.interop.rotary_rows import half_split, interleaved
+from entrenar.interop.tokenizers import vocabulary_of
 from entrenar.model import Llama, LlamaConfig
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]

@@ -1,11 +1,10 @@
-"""llama2.c's tokenizer.bin: same ids as the sentencepiece model it was made from, both ways, damage named."""
+"""llama2.c's tokenizer.bin: same ids as the sentencepiece model it was made from; damage is named."""
 
 import struct
 
 import pytest
 
 from entrenar.data import Tokenizer
-from entrenar.data.tokenizer.llama2c import read_tokens, tokenizer_bin
 from entrenar.errors import FormatError
 
 TEXTS = ["hello world", "Once upon a time,", "a  b", "naïve 漢字 🙂", "\n\n\t", "", "x" * 40, "Ünïcödé 123 4567"]
@@ -26,33 +25,6 @@ def test_tok512_bin_keeps_runs_of_spaces(shared_data):
     single = [text for text in TEXTS if text == " ".join(text.split())]
     assert [ours.encode(text) for text in single] == [model.encode(text) for text in single]
     assert ours.encode("a  b") != model.encode("a  b")
-
-
-@pytest.mark.parametrize("source", ["tokenizers/tok512/tok512.bin", "tokenizers/llama2/tokenizer.bin"])
-def test_what_is_written_equals_what_was_published(shared_data, tmp_path, source):
-    """Tokens byte for byte, and the length of the longest."""
-    path = shared_data / source
-    tokenizer = Tokenizer.load(path)
-    target = tmp_path / "tokenizer.bin"
-    target.write_bytes(tokenizer_bin(tokenizer, tokenizer.vocab_size))
-    assert [token for _, token in read_tokens(target)] == [token for _, token in read_tokens(path)]
-    assert target.read_bytes()[:4] == path.read_bytes()[:4]
-
-
-def test_a_written_file_reads_back_with_the_same_ids(shared_data, tmp_path):
-    """Scores that were derived from merges merge in the order of the original ones."""
-    model = Tokenizer.load(shared_data / "tokenizers/llama2_hf")
-    (tmp_path / "tokenizer.bin").write_bytes(tokenizer_bin(model, 32003))
-    back = Tokenizer.load(tmp_path)
-    assert back.vocab_size == 32003
-    assert [back.encode(text) for text in TEXTS] == [model.encode(text) for text in TEXTS]
-
-
-def test_a_byte_level_tokenizer_is_refused_with_the_way_out(shared_data):
-    """llama2.c's program could not encode with it."""
-    tokenizer = Tokenizer.load(shared_data / "tokenizers/llama3_style_small/tiktoken_small.model")
-    with pytest.raises(FormatError, match=r"^llama2\.c reads sentencepiece tokenizers .* convert to gguf, or leave"):
-        tokenizer_bin(tokenizer, 2000)
 
 
 def bin_of(*tokens: bytes, longest: int = 16) -> bytes:

@@ -6,7 +6,7 @@ sentencepiece's "▁"; id 0 is `<unk>`, ids 1 and 2 are written "\n<s>\n" and "\
 
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from entrenar.data.tokenizer.sentencepiece import SPACE
 from entrenar.data.tokenizer.vocabulary import (
@@ -16,12 +16,8 @@ from entrenar.data.tokenizer.vocabulary import (
     UNKNOWN,
     Vocabulary,
     tokenizer_files,
-    vocabulary_of,
 )
 from entrenar.errors import FormatError
-
-if TYPE_CHECKING:  # the tokenizer reads files through this module
-    from entrenar.data.tokenizer.tokenizer import Tokenizer
 
 _CONTROL = {1: "<s>", 2: "</s>"}
 _BYTE_NAMES = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -88,26 +84,3 @@ def read_tokens(path: Path) -> list[tuple[float, bytes]]:
         entries.append((score, data[at : at + length]))
         at += length
     return entries
-
-
-def tokenizer_bin(tokenizer: "Tokenizer", vocab_size: int) -> bytes:
-    """Return a `tokenizer.bin` of `vocab_size` tokens.
-
-    Raises:
-        FormatError: llama2.c's program could not encode with this tokenizer.
-    """
-    vocabulary = vocabulary_of(tokenizer)
-    roles = (vocabulary.unk_id, vocabulary.bos_id, vocabulary.eos_id)
-    if vocabulary.family != "pieces" or roles != (0, 1, 2) or not vocabulary.adds_space:
-        raise FormatError(
-            "llama2.c reads sentencepiece tokenizers with <unk>, <s>, </s> as ids 0, 1, 2 and a leading space only, "
-            f"got family {vocabulary.family}, ids {roles}; convert to gguf, or leave the tokenizer out (--no-tokenizer)"
-        )
-    texts = [text.replace(SPACE, " ") for text in vocabulary.tokens]
-    texts[1], texts[2] = "\n<s>\n", "\n</s>\n"
-    texts += [f"<unused{index}>" for index in range(len(texts), vocab_size)]
-    scores = vocabulary.scores + [0.0] * (len(texts) - len(vocabulary.scores))
-    encoded = [text.encode() for text in texts]
-    parts = [struct.pack("<I", max(map(len, encoded)))]
-    parts += [struct.pack("<fi", score, len(data)) + data for score, data in zip(scores, encoded, strict=True)]
-    return b"".join(parts)

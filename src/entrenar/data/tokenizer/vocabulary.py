@@ -7,16 +7,12 @@ order. "bytes" (byte-level BPE) keeps its merges and the name of the pattern tha
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from entrenar.data.tokenizer.sentencepiece import SentencePieceModel, tokenizer_json
-from entrenar.data.tokenizer.token_bytes import decoder_family
 from entrenar.errors import FormatError
-
-if TYPE_CHECKING:  # the tokenizer reads files through this module
-    from entrenar.data.tokenizer.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BPE = 2
@@ -26,7 +22,7 @@ LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PATTERNS: Mapping[WordPattern, str] = {"llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
+WORD_PATTERNS: Mapping[WordPattern, str] = {"llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
 
 
 @dataclass(frozen=True)
@@ -59,78 +55,6 @@ class Vocabulary:
     def family(self) -> str:
         """The kind of tokenizer: "bytes" or "pieces"."""
         return "pieces" if self.pattern is None else "bytes"
-
-
-def vocabulary_of(tokenizer: "Tokenizer") -> Vocabulary:
-    """Restate a tokenizer.
-
-    Raises:
-        FormatError: it cuts words by a pattern that the other formats have no name for.
-    """
-    content = tokenizer.content
-    model = content["model"]
-    family, _ = decoder_family(content.get("decoder"), "tokenizer")
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    tokens: list[str] = [""] * tokenizer.vocab_size
-    for token, index in model["vocab"].items():
-        tokens[index] = token
-    kinds = [NORMAL if token else UNUSED for token in tokens]
-    for added in content["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    unk_id = tokenizer.id_of(model["unk_token"]) if model.get("unk_token") else None
-    if unk_id is not None:
-        kinds[unk_id] = UNKNOWN
-    if family == "pieces" and model.get("byte_fallback"):
-        for byte in range(256):
-            index = tokenizer.id_of(f"<0x{byte:02X}>")
-            if index is not None:
-                kinds[index] = BYTE
-    tokens = [token or f"[UNUSED{index}]" for index, token in enumerate(tokens)]
-    return Vocabulary(
-        tokens=tokens,
-        scores=_scores(tokens, kinds, merges) if family == "pieces" else [0.0] * len(tokens),
-        kinds=kinds,
-        merges=merges if family == "bytes" else [],
-        pattern=_pattern(content.get("pre_tokenizer")) if family == "bytes" else None,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        unk_id=unk_id,
-        add_bos=tokenizer.add_bos,
-        add_eos=tokenizer.add_eos,
-        adds_space=tokenizer.adds_space,
-        chat_template=tokenizer.chat_template,
-    )
-
-
-def _scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[tuple[str, ...]]) -> list[float]:
-    first: dict[str, int] = {}
-    for rank, merge in enumerate(merges):
-        first.setdefault("".join(merge), rank)
-    lowest = len(merges)
-    return [
-        -float(first.get(token, lowest)) if kind == NORMAL else 0.0 for token, kind in zip(tokens, kinds, strict=True)
-    ]
-
-
-def _pattern(pre_tokenizer: Any) -> WordPattern:
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
-    splits = [step for step in steps if step.get("type") == "Split"]
-    levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    if len(levels) == 1 and len(splits) + 1 == len(steps) and not levels[0].get("add_prefix_space"):
-        if not splits and levels[0].get("use_regex", True):
-            return "gpt2"
-        if len(splits) == 1 and not levels[0].get("use_regex", True):
-            found = splits[0].get("pattern", {}).get("Regex")
-            is_plain = splits[0].get("behavior") == "Isolated" and not splits[0].get("invert")
-            for name, pattern in _PATTERNS.items():
-                if is_plain and found == pattern:
-                    return name
-    raise FormatError(
-        "tokenizer.json: pre_tokenizer cuts words neither as LLaMA 3 nor as GPT-2 does, and other formats know these "
-        "two only; keep the Hugging Face folder"
-    )
 
 
 def tokenizer_files(vocabulary: Vocabulary, place: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -210,36 +134,36 @@ def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
     is_behind = [token["id"] for token in added] == list(range(len(vocab), len(vocab) + len(added)))
     if not is_behind:
         vocab |= {token["content"]: token["id"] for token in added}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        # LLaMA 3's rule: a word that is a token is that token, whatever its merges say. No control token must be.
+        "ignore_merges": vocabulary.pattern == "llama3" and is_behind,
+        "vocab": vocab,
+        "merges": [list(merge) for merge in vocabulary.merges],
+    }
+    return _byte_level_file(vocabulary, added, model)
+
+
+def _byte_level_file(vocabulary: Vocabulary, added: list[dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"Regex": _PATTERNS[vocabulary.pattern or "llama3"]}
+    split = {"Regex": WORD_PATTERNS[vocabulary.pattern or "llama3"]}
+    steps = [{"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}, byte_level]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": _bos_template(vocabulary),
         "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},  # as `tokenizers` and LLaMA 3 have it
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # LLaMA 3's rule: a word that is a token is that token, whatever its merges say. No control token must be.
-            "ignore_merges": vocabulary.pattern == "llama3" and is_behind,
-            "vocab": vocab,
-            "merges": [list(merge) for merge in vocabulary.merges],
-        },
+        "model": model,
     }
 
 
