@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from entrenar.errors import DataError
+from entrenar.errors import ConfigError, DataError
 
 IGNORED = -100
 DocumentSpans = tuple[tuple[tuple[int, int], ...], ...]
@@ -52,6 +52,23 @@ class Batch:
         """Return the batch on `device`."""
         moved = self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
         return Batch(*moved, self.documents, self.num_bytes)
+
+
+def rows_of_rank(num_rows: int, rank: int, world_size: int) -> slice:
+    """Return the rows of a batch that a rank takes: in order, all ranks together take each row once."""
+    return slice(rank * num_rows // world_size, (rank + 1) * num_rows // world_size)
+
+
+def check_ranks(batch_size: int, rank: int, world_size: int) -> None:
+    """Refuse a batch that the ranks cannot share equally.
+
+    Raises: ConfigError.
+    """
+    if world_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
+        raise ConfigError(
+            f"batch_size ({batch_size}, over all ranks) must be a multiple of world_size ({world_size}), "
+            f"and rank ({rank}) below it"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from entrenar.data.batch import IGNORED
 from entrenar.data.sft.encode import Example
 from entrenar.data.sft.loader import SftLoader, SftState, held_out_batches, make_batch
-from entrenar.errors import DataError
+from entrenar.errors import ConfigError, DataError
 from entrenar.model import Llama, LlamaConfig
 
 BATCHINGS = ("packed", "grouped", "padded")
@@ -72,6 +72,29 @@ def test_resuming_anywhere_goes_on_with_the_same_batches(batching):
         assert torch.equal(batch.input_ids, whole[number + 1][0].input_ids)
         assert torch.equal(batch.targets, whole[number + 1][0].targets)
         assert batch.documents == whole[number + 1][0].documents
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_ranks_share_one_global_batch(batching, world_size):
+    """All ranks' documents are those of one rank, in order; states are equal; a rank without a row has no target."""
+    examples = some(33)
+    options = {"batch_size": 4, "seq_len": 24, "seed": 1, "batching": batching}
+    alone = SftLoader(examples, **options)
+    ranks = [iter(SftLoader(examples, **options, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for _, (whole, after) in zip(range(2 * alone.batches_per_epoch), alone, strict=False):
+        parts = [next(stream) for stream in ranks]
+        assert {state for _, state in parts} == {after}
+        assert [one for part, _ in parts for one in documents_of(part)] == documents_of(whole)
+        assert sum(part.num_targets for part, _ in parts) == whole.num_targets
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (2, 2), (-1, 2), (0, 0)])
+def test_a_batch_that_ranks_cannot_share_is_refused(rank, world_size):
+    """Batch size, world size and rank are named."""
+    message = rf"^batch_size \(4, over .* world_size \({world_size}\), and rank \({rank}\)"
+    with pytest.raises(ConfigError, match=message):
+        SftLoader(some(3), batch_size=4, seq_len=24, seed=1, rank=rank, world_size=world_size)
 
 
 def test_grouping_and_packing_save_padding():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from entrenar.data.batch import IGNORED, Batch, LoaderState
+from entrenar.data.batch import IGNORED, Batch, LoaderState, check_ranks, rows_of_rank
 from entrenar.data.corpus.corpus import Corpus, Split, TokenStream
 from entrenar.data.corpus.mixing import draw, integer_weights
 from entrenar.data.corpus.permutation import permute, round_keys
@@ -75,8 +75,7 @@ class Loader:
         self.windows_per_epoch = sum(windows.count for windows in self._windows)
         self._weights = _checked_weights(weights, [windows.count for windows in self._windows])
         self._batch_size, self._seq_len, self._seed = batch_size, seq_len, seed
-        rows = batch_size // world_size
-        self._rows = slice(rank * rows, (rank + 1) * rows)
+        self._rows = rows_of_rank(batch_size, rank, world_size)
         self._mask_documents = mask_documents
         self.fingerprint = self._fingerprint()
         self._start = start or LoaderState(0, (0,) * len(corpora), 0, self.fingerprint)
@@ -187,11 +186,7 @@ def _check_settings(corpora: Sequence[Corpus], batch_size: int, seq_len: int, ra
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("world_size", world_size)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
-    if batch_size % world_size or not 0 <= rank < world_size:
-        raise ConfigError(
-            f"batch_size ({batch_size}, over all ranks) must be a multiple of world_size ({world_size}), "
-            f"and rank ({rank}) below it"
-        )
+    check_ranks(batch_size, rank, world_size)
 
 
 def _check_corpora(corpora: Sequence[Corpus], windows: Sequence[_Windows], batch_size: int, seq_len: int) -> None:

@@ -7,7 +7,8 @@ seed and the epoch, so the state is one integer and a fingerprint, and resuming 
     grouped   examples of like length share a batch; the batches are shuffled
     padded    examples are shuffled, each in a row of its own
 
-A batch is as long as its longest row. What fills the others is a document of its own that nothing is asked of.
+A batch is as long as its longest row; the others are filled with a document that has no target. The order is global:
+each rank takes its share of the rows of every batch, so all ranks together train the same batches as one would.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from entrenar.data.batch import IGNORED, Batch
+from entrenar.data.batch import IGNORED, Batch, check_ranks, rows_of_rank
 from entrenar.data.corpus.permutation import permute, round_keys
 from entrenar.data.sft.encode import Example
 from entrenar.data.sft.packing import pack
@@ -64,17 +65,21 @@ class SftLoader:
         seq_len: int,
         seed: int,
         batching: Batching = "packed",
+        rank: int = 0,
+        world_size: int = 1,
         start: SftState | None = None,
     ) -> None:
-        """Lay out the rows.
+        """Lay out the rows, `batch_size` of them in a batch over all ranks.
 
-        Raises: DataError for no example, one longer than `seq_len`, and for a state of other data.
+        Raises: DataError for no example, one longer than `seq_len`, and for a state of other data; ConfigError for a
+        batch that the ranks cannot share.
         """
+        check_ranks(batch_size, rank, world_size)
         if not examples:
             raise DataError("a loader needs at least one example, got none")
         self._examples, self._seed = examples, seed
         self._rows = lay_out([example.num_inputs for example in examples], seq_len, batching)
-        self._batch_size = batch_size
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._is_grouped = batching == "grouped"
         self.batches_per_epoch = -(-len(self._rows) // batch_size)
         self.fingerprint = self._fingerprint(batching, seq_len)
@@ -105,7 +110,8 @@ class SftLoader:
         first = place * self._batch_size
         places = np.arange(first, min(first + self._batch_size, len(self._rows)), dtype=np.uint64)
         rows = places if self._is_grouped else permute(places, len(self._rows), keys)
-        return make_batch([[self._examples[index] for index in self._rows[int(row)]] for row in rows])
+        mine = rows[rows_of_rank(len(rows), self._rank, self._world_size)]
+        return make_batch([[self._examples[index] for index in self._rows[int(row)]] for row in mine])
 
     def _fingerprint(self, batching: Batching, seq_len: int) -> str:
         digest = hashlib.sha256(f"{batching} {seq_len} {self._batch_size} {self._seed}\n".encode())
@@ -138,7 +144,12 @@ def held_out_batches(examples: Sequence[Example], *, batch_size: int, seq_len: i
 
 
 def make_batch(rows: Sequence[Sequence[Example]]) -> Batch:
-    """Put the examples of each row one after the other, as documents of their own."""
+    """Put the examples of each row one after the other, as documents of their own.
+
+    No row gives one token without a target: a rank that has no share of an epoch's last batch still takes its part.
+    """
+    if not rows:
+        return Batch(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORED), (((0, 1),),), None)
     length = max(sum(example.num_inputs for example in row) for row in rows)
     inputs = np.zeros((len(rows), length), dtype=np.int64)
     targets = np.full((len(rows), length), IGNORED, dtype=np.int64)
