@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from entrenar.data import Tokenizer
 from entrenar.data.sft import chat_worker
@@ -53,16 +54,21 @@ GROWING = """{% set ns = namespace(s='aaaaaaaa') %}
 {% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"""
 SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 SCRIPTS = Path(chat_worker.__file__).parent
-CONTROL = {"bos_token": "<s>", "eos_token": "</s>"}
+CONTROL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def small_tokenizer(template: str | None) -> Tokenizer:
-    model = {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "a": 2}, "merges": []}
+    model = {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}, "merges": []}
     added = [{"id": i, "content": name, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False} for i, name in enumerate(("<s>", "</s>"))]  # fmt: skip
+              "normalized": False} for i, name in enumerate(("<s>", "</s>", "<unk>"))]  # fmt: skip
     content = {"version": "1.0", "model": model, "added_tokens": added, "decoder": DECODER}
     return Tokenizer(content, CONTROL if template is None else {**CONTROL, "chat_template": template})
+
+
+def worker_of(chat: ChatTemplate) -> subprocess.Popen[bytes]:
+    """Return the process that renders, for tests of how it ends."""
+    return chat._processes["default"]._worker
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, TOJSON])
@@ -121,8 +127,8 @@ def test_only_cpu_time_counts():
     """A template that waits for the processor for longer than its limit is still rendered."""
     with ChatTemplate(small_tokenizer(CHATML), cpu_s=0.2) as chat:
         first = chat.render(TALK)
-        os.kill(chat._worker.pid, signal.SIGSTOP)
-        threading.Timer(0.5, os.kill, (chat._worker.pid, signal.SIGCONT)).start()
+        os.kill(worker_of(chat).pid, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (worker_of(chat).pid, signal.SIGCONT)).start()
         assert chat.render(TALK) == first
 
 
@@ -141,8 +147,8 @@ def test_a_process_that_was_killed_is_started_again():
         thread = threading.Thread(target=chat.render, args=(TALK,))
         thread.start()
         thread.join()
-        chat._worker.kill()
-        chat._worker.wait()
+        worker_of(chat).kill()
+        worker_of(chat).wait()
         assert "Be brief." in chat.render(TALK)
 
 
@@ -153,7 +159,7 @@ from entrenar.data import Tokenizer
 from entrenar.data.sft.chat_template import ChatTemplate
 chat = ChatTemplate(Tokenizer.load(Path(sys.argv[1])), cpu_s=3600)
 chat.render([])
-print(chat._worker.pid, flush=True)
+print(chat._processes["default"]._worker.pid, flush=True)
 chat.render([{"role": "user", "content": "spin"}])
 """
 
@@ -217,5 +223,72 @@ def test_a_tokenizer_without_template_says_so():
 
 def test_variables_reach_the_template():
     """`tools` and the like are handed on."""
-    with ChatTemplate(small_tokenizer("{{ tools | tojson }}")) as chat:
-        assert json.loads(chat.render([], tools=[{"name": "f"}])) == [{"name": "f"}]
+    with ChatTemplate(small_tokenizer("{{ tools | tojson }}{{ x }}")) as chat:
+        assert chat.render([], tools=[{"name": "f"}], x=1) == '[{"name": "f"}]1'
+
+
+WITH_REASONING = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "reasoning": "b"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+SURROUNDINGS = {
+    "{{ tools is none }} {{ documents is none }}": (TALK, None),
+    "{{ tools is defined }} {{ tools | tojson }}": (TALK, TOOLS),
+    "{{ unk_token }} {{ bos_token }} {{ pad_token is defined }}": (TALK, None),
+    "{{ strftime_now('%Y') | length }}": (TALK, None),
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}": (TALK, None),
+    "{% for m in messages %}{{ m.keys() | list }}{% endfor %}": (WITH_REASONING, None),
+    "{{ messages[-1].reasoning_content }} {{ messages[-1].thinking }}": (WITH_REASONING, None),
+    "{{ messages | tojson(indent=2) }}": (WITH_REASONING, None),
+}
+
+
+@pytest.mark.parametrize("template", SURROUNDINGS)
+def test_a_template_finds_what_transformers_gives_it(template):
+    """Tools, documents, special tokens, the clock, generation blocks, and messages without empty keys."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = small_tokenizer(template)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(dict(tokenizer.content)))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **CONTROL)
+    messages, tools = SURROUNDINGS[template]
+    expected = theirs.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
+    with ChatTemplate(tokenizer) as chat:
+        assert chat.render(messages, tools=tools) == expected
+
+
+def test_generation_blocks_are_found_where_they_stand():
+    """Each block's span holds its text, in every rendering."""
+    template = "{% for m in messages %}<{% generation %}{{ m.content }}{% endgeneration %}>{% endfor %}"
+    with ChatTemplate(small_tokenizer(template)) as chat:
+        for _ in range(2):
+            found = chat.rendering(TALK)
+            assert [found.text[start:end] for start, end in found.generated] == [m["content"] for m in TALK]
+
+
+NAMED = {"default": "D{{ messages | length }}", "tool_use": "T{{ tools | length }}"}
+
+
+@pytest.mark.parametrize("form", [NAMED, [{"name": name, "template": text} for name, text in NAMED.items()]])
+def test_the_template_for_tools_is_taken_where_there_are_tools(form):
+    """Of several templates, by transformers' rule; both spellings of several."""
+    with ChatTemplate(Tokenizer(dict(small_tokenizer(None).content), {**CONTROL, "chat_template": form})) as chat:
+        assert chat.render(TALK) == "D4"
+        assert chat.render(TALK, tools=TOOLS) == "T1"
+        assert chat.render(TALK) == "D4"
+
+
+def test_several_templates_without_a_default_are_refused_by_name():
+    """A message names those that there are."""
+    form = {"rag": "x", "tool_use": "y"}
+    with ChatTemplate(Tokenizer(dict(small_tokenizer(None).content), {**CONTROL, "chat_template": form})) as chat:
+        assert chat.render(TALK, tools=TOOLS) == "y"
+        with pytest.raises(DataError, match=r"must have a chat template named 'default', got rag, tool_use; rename"):
+            chat.render(TALK)
+
+
+def test_tools_and_calls_cannot_forge_a_turn():
+    """Control tokens are looked for in every text of a message, and in the tools."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": ["</s>"]}}}]}
+    with ChatTemplate(small_tokenizer(CHATML)) as chat:
+        with pytest.raises(DataError, match="message 0 spells the control token"):
+            chat.encode([call])
+        with pytest.raises(DataError, match="the list of tools spells the control token '<s>'"):
+            chat.encode([{"role": "user", "content": "a"}], tools=[{"name": "<s>"}])

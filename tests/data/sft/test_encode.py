@@ -1,9 +1,11 @@
 """Tokens and their marks: what is trained is the answers, and prompts are what generation would be given."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -102,8 +104,11 @@ def test_a_prompt_is_encoded_as_generation_would(family, prompt, answer):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages[0]['content'] }}{{ '<a>' if add_generation_prompt }}", "drops the answer of message 1"),
-        ("{% for m in messages %}{{ m['role'] + ';' }}{% endfor %}", "drops the answer of message 1"),
+        (
+            "{{ messages[0]['content'] }}{{ '<a>' if add_generation_prompt }}",
+            "leaves out words of the answer in message 1",
+        ),
+        ("{% for m in messages %}{{ m['role'] + ';' }}{% endfor %}", "leaves out words of the answer in message 1"),
         ("{{ raise_exception('no tools') }}", "no tools"),
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "rewrites"),
     ],
@@ -130,7 +135,7 @@ def test_a_template_that_rewrites_the_past_can_train_the_last_turn(tokenizer):
         "{{ '<' + m['role'] + '>' + c }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     )
     chat = with_template(tokenizer, template)
-    with pytest.raises(UnusableRowError, match="rewrites turns before message 3; set train_on = last"):
+    with pytest.raises(UnusableRowError, match="rewrites turns after message 1; set train_on = last"):
         parts(chat, TALK)
     assert parts(chat, TALK, train_on="last")[1] == ["ran under"]
 
@@ -152,17 +157,188 @@ def test_chat_needs_a_template(tokenizer):
         Encoder(tokenizer, "chat", "answers")
 
 
-def _sentencepiece() -> Tokenizer:
-    """A small tokenizer that puts a space before every text and falls back to bytes, as LLaMA's does."""
+# Templates as they are published, without their checks of roles.
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
+    "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}"
+    "{% else %}{{ 'USER: ' + m.content + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
+    "{% else %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
+)
+PUBLISHED_CHATML = (
+    "{% for m in messages %}{{ '<|h|>' + m.role + '\n' + m.content + '<|/h|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant\n' }}{% endif %}"
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|h|>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ '<|/h|>' + m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|h|><think>\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|h|>' }}{% generation %}{{ m.content + eos_token }}"
+    "{% endgeneration %}{% else %}{{ '<|/h|>' + m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>' }}{% endif %}"
+)
+PUBLISHED = {"mistral": MISTRAL, "vicuna": VICUNA, "llama2": LLAMA2, "llama3": LLAMA3, "chatml": PUBLISHED_CHATML}
+ENDS = {"chatml": "<|/h|>\n"}
+WORDS = st.lists(st.sampled_from(["the", "cat", "ab", "é漢", "🙂", "a\nb", "e  a"]), min_size=1, max_size=4).map(
+    " ".join
+)
+
+
+def theirs(tokenizer, template):
+    """Return transformers' tokenizer over the same file, which it takes as it stands."""
+    transformers = pytest.importorskip("transformers")
+    backend = tokenizers.Tokenizer.from_str(json.dumps(dict(tokenizer.content)))
+    roles = {"bos_token": tokenizer.name_of(tokenizer.bos_id), "eos_token": tokenizer.name_of(tokenizer.eos_id)}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **roles)
+
+
+@pytest.fixture(params=PUBLISHED)
+def published(request, family):
+    """A template's name, a tokenizer with it, and what encodes rows and prompts."""
+    tokenizer = with_template(_TOKENIZERS[family], PUBLISHED[request.param])
+    with Encoder(tokenizer, "chat", "answers") as encoder, ChatTemplate(tokenizer) as chat:
+        yield request.param, tokenizer, encoder, chat
+
+
+@pytest.fixture(params=["bytes", "sentencepiece", "metaspace"])
+def family(request):
+    """The name of a kind of tokenizer."""
+    return request.param
+
+
+@pytest.mark.property
+@pytest.mark.kills(
+    "data.sft.encode",
+    "ids, offsets = self._tokenizer.encode_with_offsets(spans.text)",
+    "ids, offsets = self._tokenizer.encode(spans.text), self._tokenizer.encode_with_offsets(spans.text)[1]",
+)
+@settings(max_examples=15)
+@given(talk=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3))
+def test_the_ids_of_training_are_those_of_generation(published, talk):
+    """A whole chat has the ids of transformers, each answer follows the prompt's own ids, and it alone is trained."""
+    name, tokenizer, encoder, chat = published
+    oracle = theirs(tokenizer, PUBLISHED[name])
+    messages = [message for pair in talk for message in (user(pair[0]), says(pair[1]))]
+    example = encoder.encode(read_shape({"messages": messages}, None), "")
+    prompt = chat.encode(messages[:-1], add_generation_prompt=True)
+    assert example.ids.tolist() == oracle.apply_chat_template(messages, return_dict=False)
+    assert prompt == oracle.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert example.ids[: example.answer_start].tolist() == prompt
+    end = ENDS.get(name, tokenizer.name_of(tokenizer.eos_id))
+    assert [text.strip() for text in trained_texts(tokenizer, example)] == [
+        (answer + (" " if name == "llama2" else "") + end).strip() for _, answer in talk
+    ]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def says(content):
+    return {"role": "assistant", "content": content}
+
+
+def trained_texts(tokenizer, example):
+    """Return the text of each trained stretch."""
+    marks = np.flatnonzero(np.diff(np.concatenate([[0], example.is_trained.astype(int), [0]]))).reshape(-1, 2)
+    texts = []
+    for start, end in marks:
+        stream = tokenizer.decode_stream(example.ids[:start].tolist(), skip_special=False)
+        texts.append(stream.feed(example.ids[start:end].tolist()) + stream.finish())
+    return texts
+
+
+def test_a_generation_prompt_that_opens_a_block_trains_the_answer_only(family):
+    """The header that prompt and turn share is read; the answer is found right behind it."""
+    tokenizer = with_template(_TOKENIZERS[family], R1)
+    end = tokenizer.name_of(tokenizer.eos_id)
+    talk = [user("the cat"), says("sat"), user("ab"), says("ran a")]
+    with Encoder(tokenizer, "chat", "answers") as encoder:
+        example = encoder.encode(read_shape({"messages": talk}, None), "")
+        assert example.ids.tolist() == theirs(tokenizer, R1).apply_chat_template(talk, return_dict=False)
+        assert [text.strip() for text in trained_texts(tokenizer, example)] == ["sat" + end, "ran a" + end]
+        for content, message in [
+            ("x</think>y", "leaves out words of the answer in message 1"),
+            ("<think", "is no beginning of message 1"),
+        ]:
+            with pytest.raises(UnusableRowError, match=message):
+                encoder.encode(read_shape({"messages": [user("a"), says(content)]}, None), "")
+
+
+def test_generation_blocks_train_what_transformers_masks(family):
+    """`return_assistant_tokens_mask` of the same row."""
+    tokenizer = with_template(_TOKENIZERS[family], MARKED)
+    talk = [user("the cat"), says("sat e"), user("ab"), says("é漢 a")]
+    expected = theirs(tokenizer, MARKED).apply_chat_template(talk, return_assistant_tokens_mask=True)
+    with Encoder(tokenizer, "chat", "answers") as encoder:
+        example = encoder.encode(read_shape({"messages": talk}, None), "")
+    assert example.ids.tolist() == expected["input_ids"]
+    assert example.is_trained.astype(int).tolist() == expected["assistant_masks"]
+    with Encoder(tokenizer, "chat", "last") as encoder:
+        last = encoder.encode(read_shape({"messages": talk}, None), "")
+    assert trained_texts(tokenizer, last) == trained_texts(tokenizer, example)[1:]
+
+
+def test_generation_blocks_that_are_no_answers_are_trained_together_only(tokenizer):
+    """Where their number is not that of the answers, none of them can be left out."""
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+    chat = with_template(tokenizer, template)
+    assert parts(chat, TALK)[1] == [message["content"] for message in TALK["messages"]]
+    with pytest.raises(UnusableRowError, match="marks 4 generation blocks for 2 answers, so none can be left out"):
+        parts(chat, TALK, train_on="last")
+
+
+def test_a_chat_that_the_assistant_begins_trains_its_answers(tokenizer):
+    """No prompt comes before the first answer; its header is read like that of every other."""
+    eos = tokenizer.name_of(tokenizer.eos_id)
+    talk = {"messages": [says("sat"), user("the dog"), says("ran")]}
+    assert parts(with_template(tokenizer, CHATML), talk)[1] == [f"sat{eos}", f"ran{eos}"]
+
+
+def test_what_follows_the_last_answer_is_read(tokenizer):
+    """A row's last question stays in the row, as transformers has it, and is not trained."""
+    talk = {"messages": [*TALK["messages"], user("the mat")]}
+    chat = with_template(tokenizer, CHATML)
+    text, trained = parts(chat, talk)
+    assert text.endswith("<user>the mat" + tokenizer.name_of(tokenizer.eos_id))
+    assert len(trained) == 2
+
+
+def _sentencepiece(*, is_metaspace: bool = False) -> Tokenizer:
+    """A small tokenizer that puts a space before a text and falls back to bytes, as LLaMA's does.
+
+    It puts one behind every control token too, or with `is_metaspace` at the start of the whole text only.
+    """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "ab", "e"]
+    control = {0, 1, 2, len(pieces), len(pieces) + 1}
+    pieces += ["<|h|>", "<|/h|>"]
+    prepend = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     content = {
         "added_tokens": [
             {"id": i, "content": pieces[i], "special": True, "normalized": False, "single_word": False,
-             "lstrip": False, "rstrip": False} for i in range(3)
+             "lstrip": False, "rstrip": False} for i in sorted(control)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "pre_tokenizer": None, "post_processor": None,
+        "normalizer": None if is_metaspace else prepend,
+        "pre_tokenizer": metaspace if is_metaspace else None, "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
             {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
@@ -176,4 +352,8 @@ def _bytes() -> Tokenizer:
     return train_bpe(["the cat sat on the mat\n    return the mat\n"] * 4, 300)
 
 
-_TOKENIZERS = {"bytes": _bytes(), "sentencepiece": _sentencepiece()}
+_TOKENIZERS = {
+    "bytes": _bytes(),
+    "sentencepiece": _sentencepiece(),
+    "metaspace": _sentencepiece(is_metaspace=True),
+}

@@ -1,19 +1,25 @@
-"""Chat templates: from messages to the text, and the tokens, that a chat model was trained on.
+"""Chat templates turn messages into the text, and the tokens, that a chat model was trained on.
 
 A template is a program (jinja2) that a stranger wrote. It runs in jinja2's sandbox, in a separate process whose memory
 and CPU time the kernel limits: no check inside one process stops `"a" * 10**10` or three nested loops. Only CPU time
-counts, so neither a busy machine nor the start of the process makes a template fail. Variables and settings are Hugging
-Face's (`apply_chat_template`), except the clock: a text must not depend on the day.
+counts, so neither a busy machine nor the start of the process makes a template fail.
 
-A message whose text spells a control token is refused: as a token it would end the turn and speak for the other side.
+Templates, variables and settings are those of Hugging Face's `apply_chat_template`: `tools` and `documents` are None
+when there are none, special tokens are variables under their roles' names, a message loses the keys whose value is
+None, reasoning has the names `reasoning_content` and `thinking`, and messages with tools get the template `tool_use`
+where the tokenizer has several.
+
+A message that spells a control token is refused: as a token it would end the turn and speak for the other side.
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,11 +29,21 @@ from entrenar.data.tokenizer.tokenizer import Tokenizer
 from entrenar.errors import DataError, FormatError
 
 MAX_CPU_S = 10.0
+REASONING = ("reasoning_content", "thinking", "reasoning")
 Message = Mapping[str, Any]
+Span = tuple[int, int]
 
 
 class TemplateStoppedError(FormatError):
     """A template used up its CPU time or its memory; it would do so again for the next row."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The text of messages, and the spans of it that the template marks as generated (`{% generation %}`)."""
+
+    text: str
+    generated: tuple[Span, ...]
 
 
 class ChatTemplate:
@@ -38,17 +54,16 @@ class ChatTemplate:
 
         Raises: DataError if it has none.
         """
-        if tokenizer.chat_template is None:
+        self._templates = tokenizer.chat_templates
+        if not self._templates:
             raise DataError(
                 "the tokenizer has no chat_template; add one to tokenizer_config.json or chat_template.jinja"
             )
         self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template
         self._cpu_s = cpu_s
-        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-        self._tokens = {name: "" if index is None else tokenizer.name_of(index) for name, index in names.items()}
-        self._control = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
-        self._worker: subprocess.Popen[bytes] | None = None
+        control = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        self._processes: dict[str, _Process] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -56,39 +71,97 @@ class ChatTemplate:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
-        """Return the text of `messages`, each with `role` and `content`.
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """Return the text of `messages`; see `rendering`."""
+        return self.rendering(messages, **variables).text
+
+    def rendering(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> Rendering:
+        """Return the text of `messages`, each with `role` and `content`, and of what the model says in them.
 
         Raises:
+            DataError: the tokenizer names several templates, and none of them fits.
             FormatError: the template is faulty, refuses the messages, or writes too much text.
             TemplateStoppedError: it takes too much CPU time or memory.
         """
         given = {
-            **self._tokens,
+            **self._tokenizer.special_tokens,
+            "documents": None,
             **variables,
-            "messages": list(messages),
+            "messages": [_as_templates_expect(message) for message in messages],
+            "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
         }
-        answer = self._ask(json.dumps(given))
+        name = self._name(has_tools=tools is not None)
+        process = self._processes.setdefault(name, _Process(self._templates[name], self._cpu_s))
+        answer = process.ask(json.dumps(given))
         if "error" in answer:
             raise FormatError(f"chat_template: {answer['error']}")
-        return answer["text"]
+        return Rendering(answer["text"], tuple((start, end) for start, end in answer["spans"]))
 
-    def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any
-    ) -> list[int]:
+    def encode(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, **variables: Any) -> list[int]:
         """Return the tokens of `messages`; control tokens come from the template only.
 
         Raises:
             DataError: a message spells a control token.
-            FormatError: as `render`.
+            FormatError: as `rendering`.
         """
-        for number, message in enumerate(messages):
-            for name in self._control:
-                if name in str(message.get("content", "")) or name in str(message.get("role", "")):
-                    raise DataError(f"message {number} spells the control token {name!r}, which would forge a turn")
-        text = self.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self._tokenizer.encode(text, allow_special=True)
+        self.refuse_forgery(messages, tools)
+        return self._tokenizer.encode(self.render(messages, tools=tools, **variables), allow_special=True)
+
+    def refuse_forgery(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> None:
+        """Refuse messages or tools that spell a control token.
+
+        Raises: DataError.
+        """
+        places = [("the list of tools", tools), *((f"message {n}", message) for n, message in enumerate(messages))]
+        for place, value in places:
+            found = next((match for text in _texts(value) if (match := self._control.search(text))), None)
+            if found is not None:
+                raise DataError(f"{place} spells the control token {found[0]!r}, which would forge a turn")
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes.values():
+            process.close()
+        self._processes.clear()
+
+    def _name(self, *, has_tools: bool) -> str:
+        name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise DataError(
+                f"the tokenizer must have a chat template named 'default', got {', '.join(sorted(self._templates))}; "
+                "rename one of them in tokenizer_config.json"
+            )
+        return name
+
+
+class _Process:
+    """One template in its process, started with the first question."""
+
+    def __init__(self, template: str, cpu_s: float) -> None:
+        self._template, self._cpu_s = template, cpu_s
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Return the worker's answer to a line.
+
+        Raises: TemplateStoppedError.
+        """
+        try:
+            worker = self._running()
+            self._send(worker, line)
+            assert worker.stdout is not None  # noqa: S101  # opened with PIPE
+            answer: dict[str, Any] = json.loads(worker.stdout.readline())
+        except (BrokenPipeError, ValueError) as error:
+            raise TemplateStoppedError(f"chat_template: {self._why_it_ended()}") from error
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -96,14 +169,6 @@ class ChatTemplate:
             self._worker.kill()
             self._worker.communicate()
             self._worker = None
-
-    def _ask(self, line: str) -> dict[str, str]:
-        try:
-            worker = self._running()
-            self._send(worker, line)
-            return self._receive(worker)
-        except (BrokenPipeError, ValueError) as error:
-            raise TemplateStoppedError(f"chat_template: {self._why_it_ended()}") from error
 
     def _running(self) -> subprocess.Popen[bytes]:
         """Return the process; start one if there is none, or if it ended with the thread that had started it."""
@@ -128,12 +193,6 @@ class ChatTemplate:
         worker.stdin.write(line.encode() + b"\n")
         worker.stdin.flush()
 
-    @staticmethod
-    def _receive(worker: subprocess.Popen[bytes]) -> dict[str, str]:
-        assert worker.stdout is not None  # noqa: S101  # opened with PIPE
-        answer: dict[str, str] = json.loads(worker.stdout.readline())
-        return answer
-
     def _why_it_ended(self) -> str:
         worker = self._worker
         assert worker is not None  # noqa: S101  # it just answered, badly or not at all
@@ -142,3 +201,23 @@ class ChatTemplate:
         if worker.returncode == -signal.SIGPROF:
             return f"it took more than {self._cpu_s:g} s of CPU time for one text; use a simpler template"
         return "it ended the process that renders it, probably for lack of memory; use a simpler template"
+
+
+def _as_templates_expect(message: Message) -> dict[str, Any]:
+    """Drop keys without a value, and give the reasoning both names that templates read."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((kept[key] for key in REASONING if key in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _texts(item)

@@ -17,25 +17,54 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MEMORY_BYTES = 1 << 29
 MAX_CHARACTERS = 4_000_000
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PROBLEMS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+Span = tuple[int, int]
 
 
 class TextTooLongError(Exception):
     """The rendered text has more than MAX_CHARACTERS."""
 
 
+class GenerationBlocks(Extension):
+    """`{% generation %} … {% endgeneration %}`: the template itself marks the assistant's words."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja2's own way to name an extension's tags
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.written = 0
+        self.spans: list[Span] = []
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Turn the block into a call that notes where its text stands."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        self.spans.append((self.written, self.written + len(text)))
+        return text
+
+
 def environment() -> ImmutableSandboxedEnvironment:
-    """Return the surroundings that Hugging Face's chat templates are written for."""
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    """Return the environment that Hugging Face's chat templates are written for."""
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
+    )
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -43,34 +72,40 @@ def environment() -> ImmutableSandboxedEnvironment:
     def tojson(value: Any, **options: Any) -> str:  # the defaults differ from jinja2's, which escapes HTML
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)  # local time, as the template's readers expect
+
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = strftime_now
     return env
 
 
-def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render, giving up as soon as the text is too long."""
+def render(template: jinja2.Template, variables: dict[str, Any]) -> tuple[str, list[Span]]:
+    """Return the text and the spans of its generation blocks; stop as soon as the text is too long."""
     parts: list[str] = []
-    size = 0
+    blocks = template.environment.extensions[GenerationBlocks.identifier]
+    assert isinstance(blocks, GenerationBlocks)  # noqa: S101  # `environment` put it there
+    blocks.written, blocks.spans = 0, []
     for part in template.generate(**variables):
-        size += len(part)
-        if size > MAX_CHARACTERS:
+        blocks.written += len(part)
+        if blocks.written > MAX_CHARACTERS:
             raise TextTooLongError
         parts.append(part)
-    return "".join(parts)
+    return "".join(parts), blocks.spans
 
 
-def _answer(template: jinja2.Template | str, line: str) -> dict[str, str]:
-    if isinstance(template, str):
-        return {"error": template}
+def answer(template: jinja2.Template, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the text and its spans, or why there is none."""
     try:
-        return {"text": render(template, json.loads(line))}
+        text, spans = render(template, variables)
     except TextTooLongError:
         return {"error": f"the text is longer than {MAX_CHARACTERS} characters"}
     except (MemoryError, RecursionError) as error:
         return {"error": f"it needs too much memory or recursion ({type(error).__name__})"}
     except _PROBLEMS as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    return {"text": text, "spans": spans}
 
 
 def die_with_parent(parent: int) -> None:
@@ -104,19 +139,19 @@ def main() -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    template: jinja2.Template | str
     source = json.loads(sys.stdin.readline())
     limit_cpu(cpu_s)
+    fault = template = None
     try:
         template = environment().from_string(source)
     except (MemoryError, RecursionError, *_PROBLEMS) as error:
-        template = f"{type(error).__name__}: {error}"
+        fault = {"error": f"{type(error).__name__}: {error}"}
     limit_cpu(0)
     for line in sys.stdin:
         limit_cpu(cpu_s)
-        answer = _answer(template, line)
+        said = fault if template is None else answer(template, json.loads(line))
         limit_cpu(0)
-        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
 
 

@@ -19,7 +19,10 @@ _MAX_ID = 1 << 31
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Return what lies beside a tokenizer: special_tokens_map.json, tokenizer_config.json, chat_template.jinja.
+    """Return the content of the files next to a tokenizer.
+
+    These are special_tokens_map.json, tokenizer_config.json, and the chat templates that have files of their own:
+    chat_template.jinja and additional_chat_templates/NAME.jinja, which replace those in the config.
 
     Raises: FormatError.
     """
@@ -30,13 +33,38 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
             if not isinstance(found, dict):
                 raise FormatError(f"{folder / name} must hold a JSON object, got {type(found).__name__}")
             config |= found
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        try:
-            config["chat_template"] = template.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{template} is not UTF-8: {error}") from error
+    templates = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = folder / "chat_template.jinja"
+    texts = {name: _template(path) for name, path in templates.items()}
+    if texts:
+        config["chat_template"] = texts["default"] if set(texts) == {"default"} else texts
     return config
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not UTF-8: {error}") from error
+
+
+def chat_templates(value: Any, place: str) -> dict[str, str]:
+    """Return chat templates by name; `value` is one template, a list of {"name", "template"}, or an object of them.
+
+    Raises: FormatError naming `place`.
+    """
+    named = {"default": value} if isinstance(value, str) else value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+    if value is None:
+        return {}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise FormatError(
+            f"{place}: chat_template must be a text, or named texts as an object or a list of objects with name and "
+            f"template, got {value!r:.80}"
+        )
+    return named
 
 
 def control_tokens(config: Mapping[str, Any]) -> dict[str, str]:

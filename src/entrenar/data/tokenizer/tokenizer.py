@@ -18,7 +18,13 @@ from typing import Any, Self
 
 import tokenizers
 
-from entrenar.data.tokenizer.json_file import TokenizerFile, control_tokens, read_folder_config, read_tokenizer_json
+from entrenar.data.tokenizer.json_file import (
+    TokenizerFile,
+    chat_templates,
+    control_tokens,
+    read_folder_config,
+    read_tokenizer_json,
+)
 from entrenar.data.tokenizer.llama2c import read_tokenizer_bin
 from entrenar.data.tokenizer.sentencepiece import read_sentencepiece, special_tokens, tokenizer_json
 from entrenar.data.tokenizer.tiktoken import is_tiktoken, read_tiktoken
@@ -53,6 +59,7 @@ class Tokenizer:
         self.bos_id = self._role("bos_token", place)
         self.eos_id = self._role("eos_token", place)
         self.pad_id = self._role("pad_token", place)
+        self.chat_templates = chat_templates(self.config.get("chat_template"), place)
         self.add_bos = bool(self.config.get("add_bos_token", self._template_starts_with_bos()))
         self.add_eos = bool(self.config.get("add_eos_token", False))
 
@@ -97,9 +104,16 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The chat template that came with the tokenizer."""
-        template = self.config.get("chat_template")
-        return template if isinstance(template, str) else None
+        """The chat template that came with the tokenizer; of several, the one named "default"."""
+        return self.chat_templates.get("default")
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The special tokens' texts by role, such as {"bos_token": "<s>"}, as chat templates name them."""
+        indices = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        found = {role: self.name_of(index) for role, index in indices.items() if index is not None}
+        unknown = self._content["model"].get("unk_token")
+        return {**({"unk_token": unknown} if unknown else {}), **found, **control_tokens(self.config)}
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
@@ -144,6 +158,14 @@ class Tokenizer:
         backend = self._special_backend if allow_special else self._backend
         valid = [_valid_text(text) for text in texts]
         return [before + found.ids + after for found in backend.encode_batch_fast(valid, add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text with its control tokens, and the characters (start, end) that each id stands for.
+
+        Raises: DataError for lone surrogates.
+        """
+        found = self._special_backend.encode(_valid_text(text), add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that form no character become U+FFFD.
