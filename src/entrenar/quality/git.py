@@ -106,6 +106,11 @@ class Repository:
         difference = self._bytes("diff", "--binary", "HEAD") if self.head() else b""
         return hashlib.sha256(changes + difference).hexdigest()
 
+    def listed(self, folder: Path) -> list[str]:
+        """Return the files of a folder of the work tree that are tracked or would be, named from the folder."""
+        listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout
+        return sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
+
     def is_shallow(self) -> bool:
         """Return whether the history was cut when this repository was cloned."""
         return self._bytes("rev-parse", "--is-shallow-repository").strip() == b"true"

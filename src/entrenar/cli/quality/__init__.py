@@ -12,6 +12,8 @@ VERBS = {
     "check-regression": "hold the scores against the baseline",
     "history": "the scores at commits, tags and checkpoints",
     "mutate": "plant mutants and count those that the tests kill",
+    "gate": "run what a tier asks for, or show that each gate can fail",
+    "figure": "hold a number in a JSON file of results against a bound",
     "risk": "hold measured coverage against the floors",
 }
 _OF_DEBT = ("check-quality", "baseline", "check-regression", "history")  # also as `tdg VERB`, as PMAT spells them
