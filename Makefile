@@ -17,7 +17,8 @@ BASE ?= origin/main
 
 .PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
   tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-smoke mutation-llama fuzz fuzz-smoke chaos proofs \
-  certificates certificates-check property-power property-10k
+  certificates certificates-check property-power property-10k \
+  hooks hooks-run gates gates-selftest roadmap gate-p1 gate-p2 gate-p3 gate-p4
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -79,6 +80,26 @@ tier1-lint:
 tier1-types:
 	@changed=$$(git diff --name-only --diff-filter=d HEAD -- 'src/*.py'; git ls-files --others --exclude-standard 'src/*.py'); \
 	  if [ -n "$$changed" ]; then $(BIN)/mypy $$changed; fi
+
+hooks: $(VENV)/.test ## install the hooks of .pre-commit-config.yaml: lint, format and debt, before each commit
+	$(BIN)/pre-commit install
+
+hooks-run: $(VENV)/.test ## run them on all files
+	@$(BIN)/pre-commit run --all-files
+
+gates: $(VENV)/.test ## what tier 2 asks for, in one table: measured, against what, how to fix it
+	$(BIN)/entrenar quality gate --tier 2
+
+gates-selftest: $(VENV)/.test ## plant one violation a gate in a scratch copy; each gate must fail
+	$(BIN)/entrenar quality gate --selftest
+
+roadmap: $(VENV)/.test ## make docs/roadmaps/llama-integration.yaml again from the specification and its commands
+	$(BIN)/entrenar quality roadmap --spec docs/specifications/llama-integration.md \
+	  --commands docs/roadmaps/llama-integration.toml --repository paiml/entrenar \
+	  --output docs/roadmaps/llama-integration.yaml
+
+gate-p1 gate-p2 gate-p3 gate-p4: gate-%: $(VENV)/.test ## the gates of a phase of the specification, as JSON
+	@$(BIN)/entrenar quality gate --phase $* --format json
 
 tier1-serve: $(VENV)/.test ## keep torch imported, so that tier1 takes a tenth of the time; stays in the foreground
 	$(BARE) $(RESIDENT) serve pytest torch numpy hypothesis sympy jaxtyping torch.distributed.tensor torch.autograd.gradcheck

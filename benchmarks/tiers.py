@@ -2,11 +2,13 @@
 
     python benchmarks/tiers.py                 tier1, cold and resident
     python benchmarks/tiers.py tier2 --runs 1  any other tier
+    python benchmarks/tiers.py hooks-run       the hooks that a commit runs
 
 Wall time is what a person waits; CPU time (user and system, of all processes) is what another machine can compare.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -46,7 +48,9 @@ def main() -> None:
     parser.add_argument("tier", nargs="?", default="tier1")
     parser.add_argument("--runs", type=int, default=10)
     options = parser.parse_args()
-    results = {**turns.machine(), "tiers": {options.tier: {"cold": measured(options.tier, options.runs)}}}
+    path = turns.RESULTS / "tiers.json"
+    known = json.loads(path.read_text())["tiers"] if path.exists() else {}
+    results = {**turns.machine(), "tiers": {**known, options.tier: {"cold": measured(options.tier, options.runs)}}}
     if options.tier == "tier1":
         server = subprocess.Popen(["make", "tier1-serve"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert server.stderr is not None
@@ -57,7 +61,6 @@ def main() -> None:
         finally:
             server.terminate()
             (ROOT / ".test-server").unlink(missing_ok=True)
-    path = turns.RESULTS / "tiers.json"
     print(turns.write_result("tiers", results))
     for name, kinds in results["tiers"].items():
         for kind, figures in kinds.items():

@@ -11,6 +11,7 @@ VERBS = {
     "baseline": "keep the scores, to compare with later",
     "check-regression": "hold the scores against the baseline",
     "history": "the scores at commits, tags and checkpoints",
+    "roadmap": "make a roadmap from a specification, and run the commands of its criteria",
     "mutate": "plant mutants and count those that the tests kill",
     "gate": "run what a tier asks for, or show that each gate can fail",
     "figure": "hold a number in a JSON file of results against a bound",
