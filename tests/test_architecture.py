@@ -12,7 +12,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "entrenar"
 MAX_FILE_LINES = 400
-MAX_SRC_CODE_LINES = 21_000
+MAX_SRC_CODE_LINES = 26_000
 
 # Imports run downwards only: a package may import those of lower floors, never its own floor or a higher one.
 FLOORS = {
