@@ -125,7 +125,20 @@ def test_a_difference_ends_with_one_and_names_the_way(config_file, monkeypatch, 
     said = capsys.readouterr()
     assert "OTHER  plain torch, differentiated by autograd" in said.out
     assert "same   one row at a time" in said.out
-    assert "another gradient: plain torch, differentiated by autograd (most in model.layers." in said.err
+    assert "gradients differ: plain torch, differentiated by autograd (most in model.layers." in said.err
+
+
+def test_what_was_asked_for_and_not_measured_ends_with_five(config_file, monkeypatch, capsys):
+    """A compiler that cannot compile here is neither a pass nor a fault."""
+
+    def refuse(_):
+        raise exc.InternalTorchDynamoError("no compiler on this machine")
+
+    exc = torch._dynamo.exc  # imported before the name below is taken
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert main(["doctor", "--numerics", "--compiled", "--config", str(config_file)]) == 5
+    assert "NotMeasured: compiled: not measured: no compiler on this machine" in capsys.readouterr().err
+    assert main(["doctor", "--numerics", "--config", str(config_file)]) == 0
 
 
 def test_the_json_holds_what_the_table_shows(config_file, capsys):

@@ -1,11 +1,13 @@
-"""What a trained model is for: writing text, and being measured on text."""
+"""Use a trained model: generate text, chat, and measure it on text."""
 
+from entrenar.infer.chat import ChatSession
 from entrenar.infer.complete import Completion, TextTokenizer, complete, stream, stream_rows
 from entrenar.infer.evaluate import Evaluation, evaluate
 from entrenar.infer.generate import GenerateConfig, generate
 from entrenar.infer.task import Question, TaskConfig, accuracy, exact_match, token_hits, write_answers
 
 __all__ = [
+    "ChatSession",
     "Completion",
     "Evaluation",
     "GenerateConfig",
