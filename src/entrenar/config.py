@@ -26,20 +26,20 @@ _NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 
 
 class RunConfig(BaseModel):
-    """Everything that determines a run."""
+    """All settings of a pre-training run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str = Field(default="run", pattern=_NAME, json_schema_extra=CHANGEABLE)
-    """The run's folder under `runs_dir`."""
+    """Name of the run's folder in `runs_dir`."""
     runs_dir: Path = Field(default=Path("runs"), json_schema_extra=CHANGEABLE)
-    """Where runs are kept."""
+    """Folder of all runs."""
     preset: PresetName | None = None
     """Architecture to start from: tiny, 124m, 1b, 7b, llama3-8b; [model] changes single fields of it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    """Device to train on; auto takes a GPU if there is one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What matrices are multiplied in; auto measures at the start which is fastest for `precision`, and keeps to it."""
+    """Type of matrix products; auto measures at the start which is fastest for `precision`, and records it."""
     model: LlamaConfig = LlamaConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig(epochs=1)
@@ -64,22 +64,22 @@ class RunConfig(BaseModel):
 
 
 class FinetuneConfig(BaseModel):
-    """Everything that determines a fine-tuning run."""
+    """All settings of a fine-tuning run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: Path = Field(json_schema_extra=CHANGEABLE)
-    """What to fine-tune: a Hugging Face folder, a checkpoint, or a run of ours."""
+    """Model to fine-tune: a Hugging Face folder, a checkpoint, or a run."""
     method: Literal["full", "lora", "qlora"] = "lora"
-    """Train every weight, or low-rank adapters beside the frozen weights, or beside them in four bits."""
+    """Train every weight, low-rank adapters on frozen weights (lora), or adapters on weights in four bits (qlora)."""
     name: str = Field(default="finetune", pattern=_NAME, json_schema_extra=CHANGEABLE)
-    """The run's folder under `runs_dir`."""
+    """Name of the run's folder in `runs_dir`."""
     runs_dir: Path = Field(default=Path("runs"), json_schema_extra=CHANGEABLE)
-    """Where runs are kept."""
+    """Folder of all runs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
+    """Device to train on; auto takes a GPU if there is one."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What matrices are multiplied in; auto measures at the start which is fastest for `precision`, and keeps to it."""
+    """Type of matrix products; auto measures at the start which is fastest for `precision`, and records it."""
     sft: SftConfig
     lora: LoraConfig = LoraConfig()
     quantize: QuantizeConfig = QuantizeConfig()
@@ -108,13 +108,13 @@ class FinetuneConfig(BaseModel):
                 )
         if self.method != "qlora" and self.lora.lora_init == "loftq":
             raise ValueError(
-                f"lora.lora_init = loftq begins at what quantizing takes away, but method = {self.method} quantizes "
+                f"lora.lora_init = loftq corrects the quantization error, but method = {self.method} quantizes "
                 "nothing; set method = qlora"
             )
         if self.lora.lora_init != "loftq" and self.quantize.loftq_turns != QuantizeConfig().loftq_turns:
             raise ValueError("quantize.loftq_turns has no effect without lora.lora_init = loftq; set both or none")
         if self.trunk.cache_trunk and self.train.compile:
-            raise ValueError("trunk.cache_trunk and train.compile exclude each other; leave one out")
+            raise ValueError("trunk.cache_trunk and train.compile cannot be combined; leave one out")
         return self
 
     @property
@@ -139,19 +139,19 @@ ConfigT = TypeVar("ConfigT", RunConfig, FinetuneConfig)
 
 @dataclass(frozen=True)
 class Option:
-    """One leaf of a config: where it lies and how it is described."""
+    """One option of a config: its path and its field."""
 
     path: tuple[str, ...]
     field: FieldInfo
 
     @property
     def flag(self) -> str:
-        """The flag that sets it."""
+        """The flag for it."""
         return "--" + self.path[-1].replace("_", "-")
 
     @property
     def key(self) -> str:
-        """The dotted key that names it in messages."""
+        """The dotted key, as messages name it."""
         return ".".join(self.path)
 
     @property
@@ -161,7 +161,7 @@ class Option:
 
 
 def options(model: type[BaseModel] = RunConfig, prefix: tuple[str, ...] = ()) -> Iterator[Option]:
-    """Yield every leaf option of a config model, in order."""
+    """Yield every option of a config model, in order."""
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -23,10 +23,10 @@ from entrenar.model import LlamaConfig, PresetName
 
 
 def load_config(file: Path | None, flags: Mapping[str, str] | None = None) -> RunConfig:
-    """Read `file` (TOML or JSON), put the flags (dotted key to text) over it, and validate the whole.
+    """Read `file` (TOML or JSON), apply the flags (dotted key to text) over it, and validate the result.
 
     Raises:
-        ConfigError: every fault of file and flags in one message.
+        ConfigError: every fault in file and flags, in one message.
     """
     return _load(RunConfig, file, flags or {}, _expand_preset)
 
@@ -58,7 +58,7 @@ def _load(
 
 
 def _expand_defaults(values: Mapping[str, Any], _: Mapping[str, str]) -> dict[str, Any]:
-    """Keep the defaults of a section, which differ from those of pre-training, when single fields of it are set."""
+    """Keep fine-tuning's own defaults of [train] and [optim] when only some of their fields are set."""
     expanded = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for name in ("train", "optim"):
         own = expanded.get(name, {})
@@ -69,7 +69,7 @@ def _expand_defaults(values: Mapping[str, Any], _: Mapping[str, str]) -> dict[st
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A config file: its values, and its text to find the line of a key in."""
+    """A config file: its values, and its text, in which the line of a key is found."""
 
     path: Path | None
     text: str
@@ -98,7 +98,7 @@ class ConfigFile:
         return ConfigFile(path, text, values)
 
     def line_of(self, keys: tuple[str, ...]) -> int | None:
-        """Return the 1-based line on which the key at this path is set, if it is found."""
+        """Return the 1-based line that sets the key at this path; None if it is not found."""
         lines = self.text.splitlines()
         line = 0
         for depth, key in enumerate(keys):
@@ -115,7 +115,7 @@ class ConfigFile:
 
 
 def describe_fault(detail: ErrorDetails, source: ConfigFile, flags: Mapping[str, str], known: Sequence[Option]) -> str:
-    """Say rule, value, place and remedy of one validation error."""
+    """Return one validation error as rule, value, place and remedy."""
     keys = tuple(str(part) for part in detail["loc"])
     key = ".".join(keys)
     if detail["type"] == "extra_forbidden":
@@ -161,7 +161,7 @@ def _expand_preset(values: Mapping[str, Any], flags: Mapping[str, str]) -> dict[
     train = expanded.setdefault("train", {})
     ends = ("max_steps", "epochs", "max_time_s")
     if isinstance(train, dict) and not any(end in train or f"train.{end}" in flags for end in ends):
-        train["epochs"] = 1  # as where nothing of [train] is set
+        train["epochs"] = 1  # the default of a config that sets nothing of [train]
     return expanded
 
 
@@ -169,13 +169,13 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):
-            return  # the validation of the file reports this table
+            return  # validating the file reports this table
         values = inner
     values[keys[-1]] = value
 
 
 def _parse_flag(text: str, *, is_list: bool) -> Any:
-    """Read lists, tables and null as JSON, a list also as a,b,c; all else stays text, which the field's type reads."""
+    """Read lists, tables and null as JSON, a list also as a,b,c; anything else stays text for the field to read."""
     if text[:1] in "[{" or text == "null":
         try:
             return json.loads(text)
@@ -185,7 +185,7 @@ def _parse_flag(text: str, *, is_list: bool) -> Any:
 
 
 def _is_list(annotation: Any) -> bool:
-    """Say whether an option holds a list, or a list or nothing."""
+    """Return whether an option holds a list, or a list or None."""
     alternatives = [part for part in get_args(annotation) if part is not NoneType] if _is_union(annotation) else []
     return get_origin(annotation) is tuple or (len(alternatives) == 1 and get_origin(alternatives[0]) is tuple)
 
@@ -195,7 +195,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _keep_truth_from_numbers(values: dict[str, Any], option: Option) -> None:
-    """Turn true and false into text where a number is wanted: pydantic would read them as 1 and 0."""
+    """Turn true and false into text where a number is expected: pydantic would read them as 1 and 0."""
     alternatives = get_args(option.field.annotation) if _is_union(option.field.annotation) else ()
     if not {int, float} & {option.field.annotation, *alternatives}:
         return
@@ -207,7 +207,7 @@ def _keep_truth_from_numbers(values: dict[str, Any], option: Option) -> None:
 
 
 def to_toml(config: AnyConfig) -> str:
-    """Write a config as TOML that is read back to the same config."""
+    """Return a config as TOML that `load_config` reads back to the same config."""
     lines: list[str] = []
     nested: list[tuple[str, BaseModel]] = []
     for name in type(config).model_fields:

@@ -5,7 +5,7 @@
     ├── DataError            2  a source, corpus, row or tokenizer cannot be used
     ├── FormatError          2  a file is not what its format promises
     ├── CheckpointError      2  a checkpoint is missing, damaged, or belongs to another run
-    ├── TrainingHalted       1  the andon cord: training stopped because going on would be wrong
+    ├── TrainingHalted       1  a training alarm stopped the run, because continuing would be wrong
     │   └── NonFiniteError   1  a loss or gradient is NaN or infinite
     ├── GateFailed           1  a measured value misses its threshold
     ├── NotMeasured          5  what was asked for was not measured, in whole or in part
@@ -40,7 +40,7 @@ class CheckpointError(EntrenarError):
 
 
 class TrainingHalted(EntrenarError):
-    """Training stopped because going on would be wrong."""
+    """A training alarm stopped the run, because continuing would be wrong."""
 
     exit_code = 1
 

@@ -50,9 +50,9 @@ def fsync_file(path: Path) -> None:
 
 @contextmanager
 def explained_disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError met while writing `path` into ours.
+    """Turn an OSError raised while writing `path` into our own error.
 
-    Raises: DiskFullError when space, quota or the file-size limit ran out; MachineError when the place refuses writing.
+    Raises: DiskFullError when space, quota or the file-size limit ran out; MachineError when writing is not allowed.
     """
     try:
         yield
@@ -89,7 +89,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` by one rename when the block ends without an error.
 
-    Every file in it is fsynced first. A folder that is already at `path` is replaced.
+    Every file in it is fsynced first. A folder already at `path` is replaced.
     On an error nothing is left behind.
 
     Raises: DiskFullError, MachineError.
@@ -122,7 +122,7 @@ def _fsync_tree(root: Path) -> None:
 
 
 def _replace_directory(temporary: Path, path: Path) -> None:
-    """Put `temporary` at `path`; a folder that was there ends up at `temporary`, to be deleted, or is gone."""
+    """Put `temporary` at `path`; a folder already there is swapped into `temporary` or deleted."""
     if not path.exists():
         temporary.rename(path)
         fsync_directory(path.parent)
@@ -140,7 +140,7 @@ def _replace_directory(temporary: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step where kernel and file system can (renameat2, Linux); say whether it was done."""
+    """Swap two paths in one step if kernel and file system can (renameat2, Linux); return whether they were swapped."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -148,9 +148,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def remove_incomplete(parent: Path) -> list[Path]:
-    """Undo what interrupted writes left in `parent`: put back folders that were stepping aside, delete the rest.
+    """Clean up after interrupted writes in `parent`: put back folders that were moved aside, delete the rest.
 
-    Must not run while another process writes there. Returns the paths that were deleted.
+    Must not run while another process writes there. Returns the deleted paths.
     """
     if not parent.is_dir():
         return []
@@ -183,7 +183,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON.
 
-    Raises: FormatError for text that is not UTF-8 JSON; FileNotFoundError.
+    Raises: FormatError for text that is not UTF-8 JSON; OSError.
     """
     try:
         return json.loads(path.read_bytes().decode("utf-8"))

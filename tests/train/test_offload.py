@@ -196,7 +196,7 @@ def test_a_file_that_lost_its_end_is_an_error(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"offload": "host"}, "offload = host needs a GPU: .* set it to disk"),
-        ({"offload": "disk", "compile": True}, "train.offload and train.compile exclude each other"),
+        ({"offload": "disk", "compile": True}, "train.offload and train.compile cannot be combined"),
     ],
 )
 def test_senseless_settings_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -10,10 +10,10 @@ from entrenar.config_file import load_config, to_toml
 
 
 def run(words: Sequence[str]) -> int:
-    """Do what the first word says; return the exit code."""
-    arguments = flags.parser("config", "Look at run configs without running anything.")
+    """Run the action in the first word; return the exit code."""
+    arguments = flags.parser("config", "Inspect run configs without running anything.")
     actions = arguments.add_subparsers(dest="action", required=True, metavar="print|validate|diff|schema")
-    for action, text in (("print", "the resolved config as TOML"), ("validate", "say whether a config is valid")):
+    for action, text in (("print", "the resolved config as TOML"), ("validate", "check a config")):
         flags.add_config_flags(actions.add_parser(action, help=text))
     diff = actions.add_parser("diff", help="the options in which two configs differ")
     diff.add_argument("old", type=Path)

@@ -1,4 +1,4 @@
-"""`entrenar finetune --model DIR --data FILE`: teach a model a task, or go on with a run."""
+"""`entrenar finetune --model DIR --data FILE`: teach a model a task, or resume a run."""
 
 import argparse
 import logging
@@ -48,12 +48,7 @@ def _arguments() -> argparse.ArgumentParser:
         "  entrenar finetune --model DIR --data rows.jsonl --method qlora --precision bfloat16\n"
         "  entrenar finetune --model DIR --data rows.jsonl --method full --lr 5e-5",
     )
-    arguments.add_argument("--resume", action="store_true", help="go on from the latest good checkpoint of the run")
-    arguments.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
-    arguments.add_argument(
-        "--allow-config-changes", action="store_true", help="resume although the config is not the one it began with"
-    )
-    arguments.add_argument("--plan", action="store_true", help="plan first, and say at the end how the peak compares")
+    flags.add_run_flags(arguments)
     flags.add_config_flags(arguments, FinetuneConfig)
     return arguments
 

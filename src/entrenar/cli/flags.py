@@ -1,4 +1,4 @@
-"""Every option of a run as a flag, described by the docstring of its field."""
+"""Turn every option of a run into a flag, described by the docstring of its field."""
 
 import argparse
 import difflib
@@ -17,19 +17,30 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return an argument parser that looks like all others of this program."""
+    """Return an argument parser in this program's style."""
     return argparse.ArgumentParser(
         prog=f"entrenar {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a script that says --max must not change its meaning when --max-memory is added
+        allow_abbrev=False,  # a script that passes --max must not change its meaning when --max-memory is added
     )
 
 
+def add_run_flags(arguments: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a run begins: new, resumed or replaced, and planned first."""
+    for flag, text in (
+        ("--resume", "continue from the latest intact checkpoint of the run"),
+        ("--overwrite", "delete an earlier run of the same name first"),
+        ("--allow-config-changes", "resume although the config has changed since the run began"),
+        ("--plan", "plan first, and compare the peak with the plan at the end"),
+    ):
+        arguments.add_argument(flag, action="store_true", help=text)
+
+
 def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] = RunConfig) -> None:
-    """Add `--config FILE` and one flag for each option of `model`, grouped as the file's tables are."""
+    """Add `--config FILE` and one flag for each option of `model`, grouped by the tables of the file."""
     arguments.usage = f"{arguments.prog} [--config FILE] [flags]"
-    arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags go over it")
+    arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags override it")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in options(model):
         table = option.path[0] if len(option.path) > 1 else "run"
@@ -49,7 +60,7 @@ def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] 
 
 
 def _metavar(name: str, annotation: object) -> str:
-    """Return what may stand after a flag: its choices where they are few words, else its name."""
+    """Return the placeholder for a flag's value: its choices if they are a few words, else its name."""
     if annotation is bool:
         return "true|false"
     kinds = [annotation] if get_origin(annotation) is Literal else list(get_args(annotation))
@@ -63,13 +74,13 @@ def _shown(default: object) -> str:
 
 
 def given_flags(parsed: argparse.Namespace, model: type[BaseModel] = RunConfig) -> dict[str, str]:
-    """Return the config flags that were typed, by dotted key."""
+    """Return the config flags that were given, by dotted key."""
     keys = {option.key for option in options(model)}
     return {key: value for key, value in vars(parsed).items() if key in keys}
 
 
 def config_of(parsed: argparse.Namespace) -> RunConfig:
-    """Read the config file and put the typed flags over it.
+    """Read the config file and apply the given flags over it.
 
     Raises: ConfigError with every fault.
     """
@@ -77,7 +88,7 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1 on, as the type of a flag."""
+    """Read a whole number >= 1, as the type of a flag."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return int(text)
@@ -89,7 +100,7 @@ def parse(
     """Parse; argparse itself exits with 2 on a fault and 0 after --help.
 
     Raises:
-        ConfigError: flags that do not exist, each with the nearest that does.
+        ConfigError: flags that do not exist, each with the nearest one.
     """
     parsed, unknown = arguments.parse_known_args(list(words))
     if unknown:
@@ -107,7 +118,7 @@ def _nearest(flag: str, model: type[BaseModel]) -> str:
 
 
 def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], leave_out: Sequence[str] = ()) -> None:
-    """Add a flag for each field of one config model; a field that holds several values takes several words."""
+    """Add a flag for each field of one config model; a field with several values takes several words."""
     for name, field in model.model_fields.items():
         if name not in leave_out:
             arguments.add_argument(

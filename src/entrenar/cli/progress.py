@@ -1,4 +1,4 @@
-"""What a person sees while something runs: one live line on a terminal, plain lines in a file or pipe."""
+"""Show progress: one live line on a terminal, plain lines in a file or pipe."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ _PLAIN_EVERY_S = 10.0
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as a person would: 42s, 3m10s, 2h05m."""
+    """Return seconds as a person would write them: 42s, 3m10s, 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(count: float) -> str:
-    """Write a count with a unit: 950, 12.3k, 4.5M."""
+    """Return a count with a unit: 950, 12.3k, 4.5M."""
     for limit, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
         if count < limit:
             return f"{count / divisor:.0f}{unit}" if divisor == 1 else f"{count / divisor:.1f}{unit}"
@@ -32,7 +32,7 @@ def quantity(count: float) -> str:
 
 
 class Line:
-    """One line that is rewritten on a terminal; elsewhere a new line now and then."""
+    """A line that is rewritten on a terminal; elsewhere a new line every few seconds."""
 
     def __init__(self) -> None:
         self._is_live = sys.stdout.isatty()
@@ -41,7 +41,7 @@ class Line:
         self._width = 0
 
     def show(self, text: str, *, is_forced: bool = False) -> None:
-        """Show `text` in place of what was shown, if it is time to."""
+        """Replace the line with `text`, if it is time to."""
         now = time.monotonic()
         if now - self._shown < self._every_s and not is_forced:
             return
@@ -54,7 +54,7 @@ class Line:
         sys.stdout.flush()
 
     def note(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print `text` on a separate line."""
         if self._is_live and self._width:
             sys.stdout.write("\r" + " " * self._width + "\r")
             self._width = 0
@@ -77,11 +77,11 @@ class TrainingView:
         return Observer(self.stage, self.record, self.event, self.preparing)
 
     def stage(self, text: str) -> None:
-        """Say what begins."""
+        """Announce a stage."""
         self._line.note(text)
 
     def preparing(self, progress: Progress) -> None:
-        """Show how far `prepare` is."""
+        """Show the progress of `prepare`."""
         share = progress.bytes_read / max(progress.total_bytes, 1)
         counts = f"{quantity(progress.documents)} documents  {quantity(progress.tokens)} tokens"
         self._line.show(f"{progress.stage}: {share:4.0%}  {counts}")
@@ -100,7 +100,7 @@ class TrainingView:
     def _conclude_epoch(self, record: StepRecord) -> None:
         if self._epochs is None or record.epoch is None:
             return
-        # The epoch under way: a resumed run does not conclude those before it a second time.
+        # The current epoch: a resumed run does not report earlier ones a second time.
         self._epoch = self._epoch or math.ceil(record.epoch)
         if record.epoch < self._epoch:
             return
@@ -110,5 +110,5 @@ class TrainingView:
         self._epoch = math.floor(record.epoch) + 1
 
     def event(self, event: Event) -> None:
-        """Tell of something out of the ordinary."""
+        """Show an event."""
         self._line.note(f"step {event.step}: {event.kind.replace(chr(95), chr(32))}: {event.message}")

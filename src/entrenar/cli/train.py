@@ -1,4 +1,4 @@
-"""`entrenar train`: pre-train from a config, or go on with a run."""
+"""`entrenar train`: pre-train from a config, or resume a run."""
 
 import argparse
 import logging
@@ -17,9 +17,9 @@ from entrenar.runs import RunFolder
 
 ENDS = {
     "steps": "trained to the planned end",
-    "time": "time is up",
-    "early_stop": "the held-out loss no longer falls",
-    "signal": "stopped by a signal; go on with --resume",
+    "time": "the time limit was reached",
+    "early_stop": "the held-out loss stopped falling",
+    "signal": "stopped by a signal; continue with --resume",
     "data": "the data ended",
 }
 
@@ -50,14 +50,9 @@ def run(words: Sequence[str]) -> int:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    arguments = flags.parser("train", "Pre-train a LLaMA on prepared corpora, or go on with a run.")
-    arguments.add_argument("--resume", action="store_true", help="go on from the latest good checkpoint of the run")
-    arguments.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
-    arguments.add_argument(
-        "--allow-config-changes", action="store_true", help="resume although the config is not the one it began with"
-    )
-    arguments.add_argument("--dry-run", action="store_true", help="check everything and say what would be done")
-    arguments.add_argument("--plan", action="store_true", help="plan first, and say at the end how the peak compares")
+    arguments = flags.parser("train", "Pre-train a LLaMA on prepared corpora, or resume a run.")
+    flags.add_run_flags(arguments)
+    arguments.add_argument("--dry-run", action="store_true", help="check everything and print what would be done")
     flags.add_config_flags(arguments)
     return arguments
 
@@ -100,6 +95,6 @@ def _print_report(report: recipe.TrainReport) -> None:
 
 
 def describe(evaluation: Evaluation) -> str:
-    """Write loss, perplexity and bits per byte in one line."""
+    """Return loss, perplexity and bits per byte as one line."""
     bits = "" if evaluation.bits_per_byte is None else f"   {evaluation.bits_per_byte:.4f} bits per byte"
     return f"loss {evaluation.loss:.4f}   perplexity {evaluation.perplexity:,.2f}{bits}"

@@ -6,8 +6,8 @@ the heap never trimmed, the second step runs in the memory of the first. The cos
 shrink, and that it grows beyond what is in use: torch asks for aligned blocks, and a freed block of the same size is
 too small for an aligned one, so that holes stay empty until their neighbors are free too.
 
-Where memory is what is short, every large block is a mapping of its own instead, gone when it is freed. Then the peak
-is that of what is in use, and each block is zeroed by the kernel anew. See mallopt(3).
+Where memory is short, every large block gets a mapping of its own instead, and is unmapped when it is freed. Then the
+peak is what is in use, and the kernel zeroes each block again. See mallopt(3).
 """
 
 import ctypes
@@ -22,7 +22,7 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep what is freed; return whether it was told (elsewhere nothing is done)."""
+    """Tell glibc's allocator to keep freed memory; return whether it was told (other allocators are left alone)."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)

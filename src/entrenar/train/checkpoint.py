@@ -1,4 +1,4 @@
-"""A checkpoint is a folder that is whole or is not there, and that proves it.
+"""A checkpoint is a folder that is complete or absent, and can prove it.
 
     step-00000100/
       manifest.json          format version, step, held-out loss, size and sha256 of every other file, sha256 of itself
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is saved: live tensors, and the small state as JSON values."""
+    """The live tensors to save, and the small state as JSON values."""
 
     step: int
     weights: Mapping[str, Tensor]
@@ -52,7 +52,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte was verified; `skipped` says why newer ones were not taken."""
+    """A checkpoint with every byte verified; `skipped` says why newer ones were not taken."""
 
     path: Path
     step: int
@@ -85,8 +85,7 @@ def write(
 ) -> None:
     """Write `snapshot` to the checkpoint folder `path`.
 
-    Calls `staged` as soon as the snapshot's tensors are no longer read, and `before_commit` when all that is left
-    is the rename.
+    Calls `staged` as soon as the snapshot's tensors are no longer read, and `before_commit` just before the rename.
 
     Raises: DiskFullError, MachineError; the folder then does not exist, and other checkpoints are untouched.
     """
@@ -149,9 +148,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check every file of the checkpoint `path` against its manifest, which is returned.
+    """Check every file of the checkpoint `path` against its manifest, and return the manifest.
 
-    Raises: CheckpointError that names every missing, truncated or altered file.
+    Raises: CheckpointError, naming every missing, truncated or altered file.
     """
     manifest = read_manifest(path)
     faults = [fault for name, expected in manifest["files"].items() if (fault := _fault(path / name, name, expected))]
@@ -180,7 +179,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def latest_good(folder: Path) -> Checkpoint:
-    """Return the newest whole checkpoint of `folder`; damaged newer ones are logged and listed in its `skipped`.
+    """Return the newest intact checkpoint in `folder`; damaged newer ones are logged and listed in its `skipped`.
 
     Raises: CheckpointError when there is none.
     """
@@ -198,9 +197,9 @@ def latest_good(folder: Path) -> Checkpoint:
 
 
 def prune(folder: Path, *, newest: int, keep_last: int, keep_best: bool) -> None:
-    """Delete checkpoints up to step `newest` but the last `keep_last` and, if `keep_best`, the lowest held-out loss.
+    """Delete checkpoints up to step `newest`, except the last `keep_last` and, if `keep_best`, the best held-out loss.
 
-    Damaged manifests do not count as kept. `newest` itself always stays.
+    A checkpoint with a damaged manifest does not count as kept. `newest` itself always stays.
     """
     manifests: dict[int, dict[str, Any]] = {}
     paths = {step: path for step, path in list_checkpoints(folder).items() if step <= newest}
@@ -226,7 +225,7 @@ def remove(path: Path) -> None:
 
 
 def abandon_after(folder: Path, step: int) -> list[Path]:
-    """Rename checkpoints newer than `step` to `abandoned-…`: a later resume must not take up their story."""
+    """Rename checkpoints newer than `step` to `abandoned-…`, so that no later resume continues from them."""
     abandoned = []
     for newer, path in list_checkpoints(folder).items():
         if newer > step:
@@ -240,9 +239,9 @@ def abandon_after(folder: Path, step: int) -> list[Path]:
 def check_same_config(
     saved: Mapping[str, Any], current: Mapping[str, Any], *, may_differ: Collection[str] = ()
 ) -> None:
-    """Compare the config of a checkpoint with the one it is to be resumed under; `may_differ` are dotted keys.
+    """Compare a checkpoint's config with the one to resume under; `may_differ` are dotted keys.
 
-    Raises: CheckpointError that shows every difference.
+    Raises: CheckpointError, showing every difference.
     """
     before, now = dict(_leaves(saved)), dict(_leaves(current))
     missing = object()
@@ -288,7 +287,7 @@ def restore_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> N
 
 
 def git_revision() -> str | None:
-    """Return the commit that the working folder is at, `+dirty` if it has changes; None outside a repository."""
+    """Return the commit checked out in the working folder, `+dirty` if it has changes; None outside a repository."""
     try:
         commit = _git("rev-parse", "HEAD")
         return commit + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")

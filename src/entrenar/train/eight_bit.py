@@ -1,15 +1,15 @@
 """Optimizer state in eight bits: a code and a scale instead of a float32, a quarter of the memory.
 
 Numbers are cut into blocks, each is divided by the block's largest magnitude, and the quotient becomes the nearest of
-256 numbers that lie dense near zero (Dettmers et al. 2022, arXiv:2110.02861). An outlier spoils one block only. The
-256 numbers are those of bitsandbytes: a sign where there is one, a decimal exponent of variable length, and a linear
-fraction of the bits that are left.
+256 numbers that are dense near zero (Dettmers et al. 2022, arXiv:2110.02861). An outlier spoils one block only. The 256
+numbers are bitsandbytes' own: a sign if there is one, a decimal exponent of variable length, and a linear fraction in
+the remaining bits.
 
 The nearest of 256 is found by one look-up: the quotient, rounded to bfloat16, has 65,536 values, and a table holds the
 code of each. A search by halves takes forty times as long on a CPU.
 
-One thing differs from bitsandbytes. A mean square that is not zero never becomes zero: its square root is what the
-mean is divided by, and a mean that is small is not nothing.
+One thing differs from bitsandbytes: a nonzero mean square never becomes zero. The mean is divided by its square root,
+and a small mean is not nothing.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _ALL_BITS = 0xFFFF
 
 
 def dynamic_map(*, is_signed: bool) -> Tensor:
-    """Return the 256 numbers that codes stand for, in ascending order, the largest of them 1."""
+    """Return the 256 numbers that the codes stand for, ascending up to 1."""
     numbers = [torch.tensor([0.0, 1.0])]
     for exponent in range(_EXPONENTS):
         bounds = torch.linspace(0.1, 1, (1 << exponent) + 1 if is_signed else (2 << exponent) + 1)
@@ -33,7 +33,7 @@ def dynamic_map(*, is_signed: bool) -> Tensor:
 
 
 def nearest_codes(numbers: Tensor, *, keeps_zero_apart: bool) -> Tensor:
-    """Return the code of every bfloat16, by the bits of it; `keeps_zero_apart` gives zero's code to zero alone."""
+    """Return the code of every bfloat16, indexed by its bits; `keeps_zero_apart` gives zero's code to zero alone."""
     patterns = torch.arange(_ALL_BITS + 1, dtype=torch.int32)
     values = patterns.to(torch.int16).view(torch.bfloat16).float().nan_to_num()
     codes = torch.bucketize(values, (numbers[1:] + numbers[:-1]) / 2)
@@ -44,12 +44,12 @@ def nearest_codes(numbers: Tensor, *, keeps_zero_apart: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class EightBitCoder:
-    """Turns pieces of one kind of state into codes and back, in working memory of its own.
+    """Turns pieces of one kind of state into codes and back, in its own working memory.
 
     Attributes:
-        numbers: what the codes stand for.
+        numbers: the values of the codes.
         codes_of: the code of each bfloat16.
-        values: where a piece lies as float32 between `decode` and `encode`.
+        values: holds a piece as float32 between `decode` and `encode`.
     """
 
     numbers: Tensor
@@ -61,7 +61,7 @@ class EightBitCoder:
 
     @staticmethod
     def prepare(size: int, device: torch.device, *, is_signed: bool) -> "EightBitCoder":
-        """Make one for pieces of at most `size` numbers, a multiple of `BLOCK`."""
+        """Return a coder for pieces of at most `size` numbers, a multiple of `BLOCK`."""
         numbers = dynamic_map(is_signed=is_signed)
         return EightBitCoder(
             numbers=numbers.to(device),

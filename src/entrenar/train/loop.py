@@ -44,7 +44,7 @@ class Outcome:
 
 
 def _ignore(_: Any) -> None:
-    """Take no notice."""
+    """Do nothing."""
 
 
 def fit(
@@ -75,12 +75,7 @@ def fit(
         journal = open_journal(run.files, on_record, on_event, after_step=after_step, is_on_board=is_on_board)
     with closing(journal), StopSignals() as stop, closing(_Training(task, settings, run, journal, world)) as training:
         try:
-            reason = training.begin()
-            while reason is None:
-                record, reason = training.take_step(training.gather(), stop)
-                if record is not None:
-                    reason = training.conclude_step(record, reason)
-            training.finish(reason)
+            reason = training.run_until_end(stop)
         except EntrenarError:
             training.rescue()
             raise
@@ -112,7 +107,17 @@ class _Training:
         self.phases = Phases(next(task.module.parameters()).device)
         self.step_started = time.perf_counter()
 
-    # ---- the road of `fit` ----
+    # ---- the order of `fit` ----
+
+    def run_until_end(self, stop: StopSignals) -> Reason:
+        """Take step after step; return why the run ended."""
+        reason = self.begin()
+        while reason is None:
+            record, reason = self.take_step(self.gather(), stop)
+            if record is not None:
+                reason = self.conclude_step(record, reason)
+        self.finish(reason)
+        return reason
 
     def begin(self) -> Reason | None:
         """Clean up after a crash and take over the checkpoint to resume from; return why there is nothing left to do.

@@ -28,11 +28,11 @@ class RecordFile:
         kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
         atomic_write(path, "".join(_to_line(record) for record in kept))
         self._path = path
-        # Unbuffered: a buffer keeps what a full disk refused, and fails once more on the way out, at `close`.
+        # Unbuffered: a buffer would keep what a full disk refused, and fail once more in `close`.
         self._stream = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record; NaN and infinity become null. What a full disk takes of a line is cut off again.
+        """Add one record; NaN and infinity become null. A line that fits only in part is cut off again.
 
         Raises: DiskFullError, MachineError.
         """
@@ -61,7 +61,7 @@ def _to_line(record: Mapping[str, Any]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with NaN and infinity, which JSON has no words for, replaced by None."""
+    """Return `value` with NaN and infinity, which JSON cannot hold, replaced by None."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

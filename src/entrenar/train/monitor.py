@@ -1,4 +1,6 @@
-"""The andon cords of training: anyone on the line may stop it.
+"""Training alarms: a step that looks wrong leaves an event or stops the run.
+
+They are *andon cords*, after the cord with which any worker on an assembly line can stop it.
 
     cord             pulled when                                                               seen
     non_finite       the loss or the gradient norm is NaN or infinite                          before the weights move
@@ -28,30 +30,30 @@ Cord = Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "thro
 
 
 class MonitorConfig(BaseModel):
-    """When the run raises its hand, and when it stops."""
+    """When training alarms go off, and which of them stop the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     halt_on: tuple[Cord, ...] = ()
-    """Cords that stop the run; the others leave an event. A non-finite step always stops it, see max_skipped_steps."""
+    """Alarms that stop the run; the others leave an event. A non-finite step always stops it, see max_skipped_steps."""
     max_skipped_steps: int = Field(default=0, ge=0)
-    """Non-finite steps in a row that are left out, without moving a weight, before the run stops."""
+    """Non-finite steps in a row to skip, without moving a weight, before the run stops."""
     monitor_window: int = Field(default=64, ge=8)
-    """Steps that a value is judged against; nothing is judged before half of them are there."""
+    """Past steps that a value is compared with; judging starts when half of them exist."""
     spike_z: float = Field(default=6.0, gt=0.0)
-    """Robust deviations above the median that make a spike."""
+    """Robust deviations above the median that count as a spike."""
     plateau_steps: int = Field(default=1000, ge=16)
     """Steps over which the loss must fall."""
     plateau_min_drop: float = Field(default=1e-3, ge=0.0)
-    """Part by which the median loss must fall from the older to the newer half of `plateau_steps`."""
+    """Fraction by which the median loss must fall from the older to the newer half of `plateau_steps`."""
     dead_gradient_norm: float = Field(default=1e-8, ge=0.0)
     """Gradient norms up to this count as dead."""
     dead_gradient_steps: int = Field(default=5, ge=1)
-    """Steps in a row with a dead gradient that pull the cord."""
+    """Steps in a row with a dead gradient before the alarm."""
     throughput_drop: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Part of the usual targets per second that counts as a drop."""
+    """Fraction of the usual targets per second that counts as a drop."""
     throughput_drop_steps: int = Field(default=5, ge=1)
-    """Steps in a row with a drop that pull the cord."""
+    """Steps in a row with a drop before the alarm."""
 
 
 class Monitor:
@@ -70,7 +72,7 @@ class Monitor:
         self._skipped_steps = 0
 
     def before_update(self, step: int, loss: float, grad_norm: float) -> list[Event]:
-        """Judge a step whose weights have not moved yet, and remember it if it is finite."""
+        """Judge a step before its weights move, and remember it if it is finite."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skipped_steps += 1
             return [Event(step, "non_finite", f"loss is {loss}, gradient norm is {grad_norm}; no parameter was moved")]
@@ -81,7 +83,7 @@ class Monitor:
         return events
 
     def after_step(self, step: int, loss: float, targets_per_s: float) -> list[Event]:
-        """Judge a finished step; one that was skipped is left out."""
+        """Judge a finished step, unless it was skipped; `targets_per_s` is its pace without the optimizer."""
         if not math.isfinite(loss):
             return []
         events = [*self._slow(step, targets_per_s), *self._stuck(step, loss)]
@@ -89,7 +91,7 @@ class Monitor:
         return events
 
     def halts(self, event: Event) -> bool:
-        """Say whether `event` stops the run."""
+        """Return whether `event` stops the run."""
         if event.kind == "non_finite":
             return self._skipped_steps > self.config.max_skipped_steps
         return event.kind in self.config.halt_on
@@ -131,7 +133,7 @@ class Monitor:
             half = self.config.plateau_steps // 2
             losses = list(window)
             older, newer = statistics.median(losses[:half]), statistics.median(losses[half:])
-            window.clear()  # judged once; the next verdict needs a full window of new steps
+            window.clear()  # judged once; the next judgment needs a full window of new steps
             if newer > older * (1.0 - self.config.plateau_min_drop):
                 yield Event(step, "plateau", f"median loss {newer:.4f} after {older:.4f} over {len(losses)} steps")
         window.append(loss)
@@ -146,7 +148,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over windows and counters."""
+        """Restore windows and counters."""
         for name, values in state["windows"].items():
             self._windows[name].clear()
             self._windows[name].extend(values)

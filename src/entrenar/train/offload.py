@@ -1,15 +1,15 @@
-"""Activations out of the way between forward and backward: on disk, also for a CPU, or from a GPU in host memory.
+"""Move activations out of memory between forward and backward: to disk, on a CPU too, or from a GPU to host memory.
 
-The tape keeps an activation from the moment it is computed until the backward comes back to it, which for the first
-layers is the whole step. Hooks on what the tape saves (`torch.autograd.graph.saved_tensors_hooks`) take each large one
-away: one thread writes behind the forward, another reads ahead of the backward, whose order is the forward's reversed.
-Weights are on the tape too, and stay where they are. What several operations save is stored once. As everywhere in
-torch, what the tape holds must not be written to.
+Autograd's tape keeps an activation from the moment it is computed until the backward needs it, which for the first
+layers is the whole step. Hooks on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) take each large one away:
+one thread writes behind the forward, another reads ahead of the backward, which goes in reverse order. Weights are on
+the tape too, and stay where they are. A tensor saved by several operations is stored once. As everywhere in torch,
+saved tensors must not be written to.
 
-The file has no name: it is unlinked at its creation, so that no crash leaves it behind. Written pages are the kernel's
-page cache, which it may keep in memory as long as nothing else wants it; they are not the process's memory.
+The file has no name: it is unlinked as soon as it is created, so no crash leaves it behind. Written pages belong to the
+kernel's page cache, which gives them up when memory is needed; they are not the process's memory.
 
-With `full` checkpointing the inputs of the blocks are all that is left to take away.
+With `full` checkpointing only the inputs of the blocks are left to move.
 """
 
 import os
@@ -32,9 +32,9 @@ from entrenar.errors import ConfigError, DiskFullError, MachineError
 from entrenar.files import explained_disk_errors
 from entrenar.train.settings import TrainConfig
 
-# Smaller ones would cost a request each and save nothing.
+# Smaller ones would cost a request each and save almost nothing.
 LEAST_BYTES = 1 << 18
-# What may wait to be written, and what is read before it is asked for: a few activations of a large layer.
+# How much may wait to be written, and how much is read ahead: a few activations of a large layer.
 BEHIND_BYTES = 1 << 26
 _AHEAD_BYTES = 1 << 26
 _GROWTH_BYTES = 1 << 28
@@ -42,12 +42,12 @@ _GROWTH_BYTES = 1 << 28
 
 @dataclass(eq=False)
 class _Stored:
-    """One storage that was taken away, where it lies, and what of it is in memory at the moment.
+    """One storage that was moved away, its place in the file, and the part in memory now.
 
     Attributes:
         number: its place in the order of the forward.
-        source: the storage itself until it is written; in host memory, for good.
-        loaded: what was read, until the last of `uses` has come back for it.
+        source: the storage itself until it is written; its copy, if it moves to host memory.
+        loaded: the storage read back, until the last of `uses` is done with it.
     """
 
     number: int
@@ -63,7 +63,7 @@ class _Stored:
 
 @dataclass(eq=False)
 class _Saved:
-    """What the tape holds in place of a tensor: which part of which storage it was."""
+    """The stand-in for a tensor on the tape: which part of which storage it was."""
 
     stored: _Stored
     dtype: torch.dtype
@@ -73,7 +73,7 @@ class _Saved:
 
 
 class ActivationFile:
-    """A file without a name that grows to `budget_bytes` at most, each piece of it allocated before it is written."""
+    """A file without a name that grows to `budget_bytes` at most; space is allocated before it is written."""
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self._folder, self._budget_bytes, self._allocated = folder, budget_bytes, 0
@@ -82,9 +82,9 @@ class ActivationFile:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed in `close`
 
     def reserve(self, end: int) -> None:
-        """Make sure that the file can hold `end` bytes.
+        """Allocate space for `end` bytes.
 
-        Raises: DiskFullError beyond the budget or what the disk has; MachineError.
+        Raises: DiskFullError beyond the budget or the free space; MachineError.
         """
         if end > self._budget_bytes:
             raise DiskFullError(
@@ -122,17 +122,17 @@ class ActivationFile:
         return storage
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file, which deletes it."""
         self._file.close()
 
 
 class ActivationStore:
-    """Takes activations away and brings them back, to a file or, without one, to host memory.
+    """Moves activations to a file, or without one to host memory, and brings them back.
 
     Used as `loss = store.around(loss)`; the module's own parameters and buffers stay where they are.
 
     Attributes:
-        most_bytes: the most that was away at once.
+        most_bytes: the most bytes away at once.
     """
 
     def __init__(self, module: nn.Module, file: ActivationFile | None) -> None:
@@ -159,7 +159,7 @@ class ActivationStore:
         return offloaded
 
     def close(self) -> None:
-        """Wait for the threads and let the file go."""
+        """Wait for the threads and close the file."""
         self._writer.shutdown()
         self._reader.shutdown()
         if self._file is not None:
@@ -169,7 +169,7 @@ class ActivationStore:
         own = chain(self._module.parameters(), self._module.buffers())
         self._kept = {tensor.untyped_storage().data_ptr() for tensor in own}
         self._known.clear()
-        if not self._live:  # every tape of earlier forwards is gone: their places are free
+        if not self._live:  # every tape of earlier forwards is gone, so their space is free
             self._order.clear()
             self._end = 0
 
@@ -187,7 +187,7 @@ class ActivationStore:
         return saved
 
     def _stored(self, storage: torch.UntypedStorage) -> _Stored:
-        """Return where a storage went, and take it away if it is new."""
+        """Return the record of a storage, and move it away if it is new."""
         address = storage._cdata
         if address in self._known:
             original, reference = self._known[address]
@@ -275,17 +275,19 @@ def _to_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
 
 
 def open_store(module: nn.Module, config: TrainConfig, run_dir: Path) -> ActivationStore | None:
-    """Return what `config` asks for; None when activations stay where they are.
+    """Return the store that `config` asks for; None when activations stay where they are.
 
-    Raises: ConfigError for what this machine or another setting makes senseless; DiskFullError, MachineError.
+    Raises: ConfigError when the machine or another setting rules it out; DiskFullError, MachineError.
     """
     if config.offload == "none":
         return None
     if config.compile:
-        raise ConfigError("train.offload and train.compile exclude each other; leave one out")
+        raise ConfigError("train.offload and train.compile cannot be combined; leave one out")
     if config.offload == "disk":
         file = ActivationFile(config.offload_dir or run_dir, int(config.offload_budget_gb * 1e9))
         return ActivationStore(module, file)
     if next(module.parameters()).device.type == "cpu":
-        raise ConfigError("train.offload = host needs a GPU: activations of a CPU are in its memory; set it to disk")
+        raise ConfigError(
+            "train.offload = host needs a GPU: a CPU's activations are in host memory already; set it to disk"
+        )
     return ActivationStore(module, None)

@@ -1,9 +1,9 @@
-"""Recognize that memory ran out, on a device or on the host, whatever shape the news takes.
+"""Recognize that memory ran out, on a device or on the host, in each of the forms it takes.
 
 On a CPU torch never raises `torch.OutOfMemoryError`: its allocator raises a RuntimeError with a sentence, C++
-containers raise `std::bad_alloc` through one, oneDNN "could not create" what it had no room for, numpy and Python
-raise MemoryError. All are recoverable as long as the step is undone, which is why only forward and backward are
-retried (`step.py`), never the optimizer.
+containers raise `std::bad_alloc` through one, oneDNN says "could not create", numpy and Python raise MemoryError. All
+are recoverable as long as the step is undone, so only forward and backward are retried (`step.py`), never the
+optimizer.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _SENTENCES = (
 
 
 def is_oom(error: BaseException) -> bool:
-    """Say whether `error` means that memory ran out."""
+    """Return whether `error` means that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sentence in str(error).lower() for sentence in _SENTENCES)
@@ -34,7 +34,7 @@ def is_oom(error: BaseException) -> bool:
 
 @contextmanager
 def explained_oom(activity: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into ours; `activity` says what was being done and what would help.
+    """Turn running out of memory in the block into our error; `activity` says what was being done and what would help.
 
     Raises: OutOfMemoryError.
     """
@@ -48,10 +48,10 @@ def explained_oom(activity: str) -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to device and kernel, so that others than torch's allocator can have it.
+    """Give freed memory back to the device and the kernel, so that more than torch's allocator can use it.
 
-    glibc keeps what a failed step has freed. oneDNN maps its generated code straight from the kernel and finds nothing
-    left, at whatever size the step is tried again.
+    glibc keeps what a failed step freed. oneDNN maps its generated code straight from the kernel and would find nothing
+    left, however small the pieces of the next try.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,14 +1,14 @@
-"""AdamW, and Muon for the matrices, over parameters that may be bfloat16 with float32 masters.
+"""AdamW, with Muon for matrices if wanted, over parameters that may be bfloat16 with float32 masters.
 
 torch's own kernels do the arithmetic (`torch._fused_adamw_`, `torch.optim.Muon`'s function); this module owns the
 state, because `torch.optim.Optimizer.load_state_dict` casts moments to the parameter's type and so cannot resume
 bit for bit in bfloat16.
 
-With `adamw8bit` the moments of large parameters are codes of eight bits (`eight_bit.py`), decoded, moved and encoded
-again piece by piece in the cache; gradients, weights and masters stay what they are.
+With `adamw8bit` the moments of large parameters are eight-bit codes (`eight_bit.py`), decoded, updated and encoded
+again piece by piece in the cache; gradients, weights and masters are unchanged.
 
 All AdamW state and scratch is allocated in the constructor. A step that allocates can run out of memory half-way,
-with some weights moved and some not, and no retry repairs that; this one cannot.
+with some weights moved and some not, which no retry can repair; this one cannot.
 
 AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Muon: Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/, with the update's size matched to AdamW's (Liu et al. 2025,
@@ -29,45 +29,45 @@ from entrenar.errors import CheckpointError, ConfigError
 from entrenar.train.eight_bit import BLOCK, EightBitCoder, empty_codes
 from entrenar.train.precision import GradientSums, cast_parameters, join_master, split_master
 
-# 1.5 MiB of scratch stays in a core's second-level cache together with the state it works on. A GPU wants few launches.
+# 1.5 MiB of scratch stays in a core's second-level cache together with the state it updates. A GPU wants few launches.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 25
-# What is smaller keeps its float32 moments: norms are few numbers and move much, and a block needs neighbors.
+# Smaller parameters keep float32 moments: norms are few numbers that move a lot, and a block needs neighbors.
 _LEAST_EIGHT_BIT = 16 * BLOCK
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class OptimConfig(BaseModel):
-    """How gradients move the weights."""
+    """The optimizer and its hyperparameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """`adamw8bit` keeps moments in eight bits; `muon` takes the hidden matrices and leaves embeddings, head and norms
-    to AdamW."""
+    """`adamw8bit` keeps moments in eight bits; `muon` updates the hidden matrices and leaves embeddings, head and
+    norms to AdamW."""
     lr: float = Field(default=3e-4, gt=0.0)
-    """The full learning rate; the schedule multiplies it."""
+    """Peak learning rate; the schedule multiplies it."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled decay of parameters with two or more dimensions."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW: how much of the running mean of the gradient is kept at each step."""
+    """AdamW: decay of the running mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """AdamW: how much of the running mean of the squared gradient is kept at each step."""
+    """AdamW: decay of the running mean of the squared gradient."""
     eps: float = Field(default=1e-8, gt=0.0)
-    """AdamW: added to the denominator."""
+    """AdamW: term added to the denominator."""
     grad_clip: float = Field(default=1.0, ge=0.0)
-    """Largest norm of the whole gradient; longer ones are scaled down to it. 0 turns clipping off."""
+    """Largest norm of the whole gradient; a larger one is scaled down to it. 0 turns clipping off."""
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """Muon: how much of the momentum is kept at each step."""
+    """Muon: decay of the momentum."""
     muon_excluded: tuple[str, ...] = ("embed_tokens", "lm_head")
-    """Muon: matrices whose name holds one of these go to AdamW."""
+    """Muon: matrices whose name contains one of these are left to AdamW."""
 
 
 @dataclass(frozen=True)
 class _Trained:
     """One parameter with its state.
 
-    `remainder` is there for bfloat16 only, `squares` for AdamW only; the scales where mean and squares are codes.
+    `remainder` is set for bfloat16 only, `squares` for AdamW only, the scales where mean and squares are codes.
     """
 
     name: str
@@ -100,7 +100,7 @@ class _Scratch:
 
 
 class Optimizer:
-    """The weights' movers: owns moments, masters and step count; `gradients` says where the gradients lie."""
+    """Updates the weights; owns moments, masters and the step count. `gradients` knows where the gradients are."""
 
     def __init__(self, trained: list[_Trained], config: OptimConfig) -> None:
         self.config = config
@@ -113,8 +113,8 @@ class Optimizer:
         }
 
     def gradient_norm(self) -> Tensor:
-        """Return the float32 norm over the gradients of all parameters as they lie, unscaled."""
-        # In parts: torch makes a float32 copy of what it is given in fewer bits, and its sum of millions loses digits.
+        """Return the float32 norm over the gradients of all parameters, unscaled."""
+        # In parts: torch makes a float32 copy of a gradient in fewer bits, and its sum over millions loses digits.
         norms = [
             torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
             for each in self._trained
@@ -176,7 +176,7 @@ class Optimizer:
             split_master(bits, each.parameter.data, each.remainder)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the live state by name; the masters are these remainders and the model's own weights."""
+        """Return the live state by name; a master is its remainder plus the model's own weight."""
         state = {"step": self._step}
         for each in self._trained:
             state |= each.state()
@@ -186,13 +186,13 @@ class Optimizer:
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Copy `saved` into the state byte for byte.
 
-        Raises: CheckpointError for names, shapes or types that are not this optimizer's.
+        Raises: CheckpointError for names, shapes or types other than this optimizer's.
         """
         own = self.state_dict()
         if own.keys() != saved.keys():
             raise CheckpointError(
-                f"optimizer state is not of this model and optimizer: missing {sorted(own.keys() - saved.keys())[:3]}, "
-                f"unknown {sorted(saved.keys() - own.keys())[:3]}"
+                "the optimizer state belongs to another model or optimizer: "
+                f"missing {sorted(own.keys() - saved.keys())[:3]}, unknown {sorted(saved.keys() - own.keys())[:3]}"
             )
         for name, tensor in own.items():
             other = saved[name]
@@ -210,9 +210,9 @@ def build_optimizer(
     precision: Literal["float32", "bfloat16"] = "float32",
     lr_factors: Mapping[str, float] | None = None,
 ) -> Optimizer:
-    """Prepare the trainable ones of `named_parameters`; `bfloat16` first turns all float32 ones into bfloat16 in place.
+    """Prepare the trainable parameters; `bfloat16` first turns all float32 parameters into bfloat16 in place.
 
-    A tied parameter is trained once, under its first name. Matrices decay; norms and other vectors do not.
+    A tied parameter is trained once, under its first name. Matrices get weight decay; norms and other vectors do not.
     `lr_factors` multiply the learning rate of the parameters they name.
 
     Raises: ConfigError when nothing is trainable or a parameter's type cannot be trained.
@@ -287,7 +287,7 @@ def _new_scratch(device: torch.device, dtype: torch.dtype, *, is_coded: bool) ->
 def _decoded(
     each: _Trained, scratch: _Scratch, mean: Tensor, squares: Tensor, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give a piece of the moments, which begins at `start`, as float32, and encode what has become of it."""
+    """Yield a piece of the moments, beginning at `start`, as float32, and encode it again afterwards."""
     if each.mean_scales is None or each.squares_scales is None or scratch.means is None or scratch.squares is None:
         yield mean, squares
         return

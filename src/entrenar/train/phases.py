@@ -1,7 +1,7 @@
-"""Where a step's time goes: seconds for each phase, and an OpenTelemetry span around each.
+"""Time the phases of a step: seconds for each, and an OpenTelemetry span around it.
 
-Only the API is called, so a span costs about a microsecond until someone installs an SDK. A phase on a GPU ends
-when the device has done its work, or the time would be that of queueing it.
+Only the API is called, so a span costs about a microsecond until someone installs an SDK. A phase on a GPU ends when
+the device has done its work; otherwise only the time to queue it would count.
 """
 
 import time

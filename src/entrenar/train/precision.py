@@ -1,8 +1,8 @@
-"""Training in bfloat16 without losing what bfloat16 cannot hold, and without storing anything twice.
+"""Train in bfloat16 without losing small updates and without storing anything twice.
 
 A bfloat16 weight near 1 cannot take a step below 0.004, so the optimizer needs a float32 *master* of each weight.
 Keeping both costs 2 + 4 bytes. But a bfloat16 is the upper half of a float32: the master is the weight plus sixteen
-more bits, and the sixteen bits, the *remainder*, are all that must be kept beside it. With `m` the master's bits as
+more bits, and only those sixteen bits, the *remainder*, must be kept in addition. With `m` the master's bits as
 a 32-bit integer:
 
     weight    = (m + 0x8000) >> 16        round to nearest, halves away from zero        (1)
@@ -11,10 +11,10 @@ a 32-bit integer:
 
 Equation 3 returns every bit, so 4 bytes hold weight and master where 6 were needed, and a checkpoint holds them as
 the model's own bfloat16 file plus the remainders. (A second bfloat16 as Kahan compensation, Zamirai et al. 2020,
-arXiv:2010.06192, takes as much room and is not exact.) The work is done in pieces that stay in the cache.
+arXiv:2010.06192, takes as much memory and is not exact.) The work is done in pieces that stay in the cache.
 
-Gradients of several backward passes are summed in float32 (`GradientSums`): a bfloat16 sum of 64 of them would keep
-2 digits.
+Gradients of several backward passes are summed in float32 (`GradientSums`): a bfloat16 sum of 64 of them would
+keep 2 digits.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ _HALF_WEIGHT_STEP = 0x8000
 
 
 def join_master(weight: Tensor, remainder: Tensor, master_bits: Tensor, scratch: Tensor) -> Tensor:
-    """Write the master's bits into int32 `master_bits` (eq. 3) and return them seen as float32; `scratch` is int32."""
+    """Write the master's bits into int32 `master_bits` (eq. 3) and return them as float32; `scratch` is int32."""
     master_bits.copy_(weight.view(torch.int16)).bitwise_left_shift_(16)
     scratch.copy_(remainder)
     return master_bits.add_(scratch).view(torch.float32)
@@ -42,7 +42,7 @@ def split_master(master_bits: Tensor, weight: Tensor, remainder: Tensor) -> None
 def cast_parameters(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """Turn float32 parameters into bfloat16 in place and return the trained ones' remainders.
 
-    Frozen parameters are rounded for good. Buffers, such as rotary angles, keep their precision.
+    Frozen parameters are rounded permanently. Buffers, such as rotary angles, keep their precision.
     """
     remainders: dict[nn.Parameter, Tensor] = {}
     for parameter in parameters:
@@ -58,7 +58,7 @@ def cast_parameters(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Te
 
 
 class GradientSums:
-    """Where a step's gradients lie: in `parameter.grad`, or in float32 sums when low-precision ones must be added up.
+    """The gradients of a step: in `parameter.grad`, or in float32 sums when low-precision ones must be added up.
 
     The sums are filled as soon as a parameter's gradient is complete, and the low-precision gradient is freed at once.
     """

@@ -1,9 +1,9 @@
-"""Checkpoints written beside the training, without a copy of the model.
+"""Write checkpoints in the background, without a copy of the model.
 
-Weights and moments move in the optimizer's step only. So a thread can read them live while the next step's forward
+Weights and moments change only in the optimizer's step. So a thread can read them live while the next step's forward
 and backward run; the loop waits for it just before the optimizer moves (`wait_staged`), and not at all for hashing,
-fsync and rename. No snapshot is allocated, which matters where memory is what limits the model; the idea is
-torchtitan's "wait for staging before the next mutation".
+fsync and rename. No snapshot is allocated, which matters where memory limits the model; the idea is torchtitan's
+"wait for staging before the next mutation".
 """
 
 import threading
@@ -38,7 +38,7 @@ class Saver:
         self._before_commit = before_commit
         self._after_commit = after_commit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        # Taken now and given back while writing: when memory is short later on, the last checkpoint must not fail for a
+        # Allocated now and released for the write: when memory is short later, the last checkpoint must not fail for a
         # thread's stack, nor for safetensors' buffer of 1 MiB, without which its Rust code aborts the process.
         self._reserve = self._thread.submit(bytearray, _RESERVE_BYTES).result()
         self._writing: Future[None] | None = None
@@ -47,7 +47,7 @@ class Saver:
         self._staged.set()
 
     def start(self, snapshot: checkpoint.Snapshot) -> None:
-        """Begin to write `snapshot`; the result of the one before must have been taken."""
+        """Start writing `snapshot`; the result of the previous one must have been taken."""
         self._step = snapshot.step
         self._staged.clear()
         self._writing = self._thread.submit(self._write, snapshot)
@@ -74,9 +74,9 @@ class Saver:
         self._staged.wait()
 
     def take(self, *, wait: bool) -> tuple[int, MachineError | None] | None:
-        """Return step and outcome of the checkpoint that was written since the last call; None if there is none.
+        """Return step and outcome of the checkpoint written since the last call; None if there is none.
 
-        Raises: whatever went wrong other than the machine, such as a fault in the model writer.
+        Raises: any error other than a MachineError, such as a bug in the model writer.
         """
         if self._writing is None or not (wait or self._writing.done()):
             return None

@@ -16,22 +16,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ScheduleConfig(BaseModel):
-    """How the learning rate moves over the run."""
+    """The learning rate over the course of the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; `wsd` stays at the full rate and decays linearly at the end."""
+    """Shape after the warm-up; `wsd` stays at the peak and decays linearly at the end."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate climbs linearly to its full value."""
+    """Steps over which the rate climbs linearly to its peak."""
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """The rate of the last step, as a part of the full rate."""
+    """Rate of the last step, as a fraction of the peak."""
     wsd_decay_ratio: float = Field(default=0.2, gt=0.0, le=1.0)
-    """The part of the steps after the warm-up that `wsd` spends decaying."""
+    """Fraction of the steps after the warm-up in which `wsd` decays."""
 
 
 def lr_multiplier(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """Return the part of the full learning rate used in `step`, counted from 1, of `total_steps`.
+    """Return the fraction of the peak learning rate in `step`, counted from 1, of `total_steps`.
 
     Steps past the end keep the final value.
     """

@@ -19,7 +19,7 @@ from entrenar.train.schedule import ScheduleConfig
 
 
 class TrainConfig(BaseModel):
-    """How long and how to train."""
+    """Length, precision and resources of a training run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -28,10 +28,10 @@ class TrainConfig(BaseModel):
     epochs: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
     """Stop after this many passes over the corpus."""
     max_time_s: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
-    """Stop after this many seconds, evaluation and checkpoints included; with no other limit the schedule follows the
+    """Stop after this many seconds, including evaluation and checkpoints; with no other limit the schedule follows the
     clock."""
     grad_accum_steps: int = Field(default=1, ge=1)
-    """Micro-batches whose gradients make one optimizer step."""
+    """Micro-batches per optimizer step."""
     eval_every: int = Field(default=100, ge=0, json_schema_extra=CHANGEABLE)
     """Steps between held-out evaluations; 0 evaluates only at the end."""
     early_stop_patience: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
@@ -47,20 +47,20 @@ class TrainConfig(BaseModel):
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them in memory."""
     stream_base: bool = Field(default=False, json_schema_extra=CHANGEABLE)
-    """Keep only the frozen layers in memory that are being used; the base must be mapped from its folder."""
+    """Keep only the frozen layers in use in memory; the base must be mapped from its folder."""
     offload: Literal["none", "host", "disk"] = Field(default="none", json_schema_extra=CHANGEABLE)
-    """Where activations wait for the backward pass: where they are, a GPU's in the host's memory, or in a file."""
+    """Where activations wait for the backward pass: in place, in host memory (for a GPU), or in a file."""
     offload_dir: Path | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """Where the file of activations is; by default in the run's folder."""
+    """Folder for the file of activations; by default the run's folder."""
     offload_budget_gb: float = Field(default=20.0, gt=0.0, json_schema_extra=CHANGEABLE)
     """Largest size of that file."""
     freed_memory: Literal["keep", "return"] = Field(default="keep", json_schema_extra=CHANGEABLE)
-    """What becomes of memory that a step frees: kept for the next step, or returned, for a lower peak and more time;
-    activations on disk imply the latter."""
+    """Keep the memory that a step frees for the next step, or return it, for a lower peak and slower steps;
+    `offload = disk` implies the latter."""
     threads: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
-    """CPU threads of one operation; by default torch decides."""
+    """CPU threads per operation; by default torch decides."""
 
     @property
     def offload_bytes(self) -> int:
@@ -74,7 +74,7 @@ class TrainConfig(BaseModel):
         return self
 
     def total_steps(self, micro_batches_per_epoch: int | None) -> int | None:
-        """Return the number of steps the limits amount to; None when only time limits the run.
+        """Return the number of steps until the first limit; None when only time limits the run.
 
         Raises: ConfigError when `epochs` is set and the length of an epoch is not known.
         """
@@ -87,14 +87,14 @@ class TrainConfig(BaseModel):
 
 
 class CheckpointConfig(BaseModel):
-    """When to save and what to keep."""
+    """When to save checkpoints, and which to keep."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     save_every: int = Field(default=500, ge=0, json_schema_extra=CHANGEABLE)
     """Steps between checkpoints; 0 saves only at the end."""
     keep_last: int = Field(default=2, ge=1, json_schema_extra=CHANGEABLE)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = Field(default=True, json_schema_extra=CHANGEABLE)
     """Also keep the checkpoint with the lowest held-out loss; each save then evaluates first."""
 

@@ -1,8 +1,7 @@
-"""Ctrl-C and SIGTERM ask the run to stop after the current step; the second one stops at once.
+"""Ctrl-C and SIGTERM ask the run to stop after the current step; a second one stops it at once.
 
-The second signal goes back to the kernel's default action as soon as the first has come, so it ends the process
-even inside a long torch call, where no Python handler would run. That is safe: checkpoints are committed by a
-rename.
+As soon as the first signal has come, the kernel's default action is restored, so the second one ends the process even
+inside a long torch call, where no Python handler would run. That is safe: checkpoints are committed by a rename.
 """
 
 import signal
