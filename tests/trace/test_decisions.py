@@ -3,7 +3,7 @@
 import pytest
 
 from entrenar.errors import FormatError
-from entrenar.trace.decisions import marks, read_decisions
+from entrenar.trace.decisions import logs_in, marks, read_decisions
 
 LOG = """compiling finetune.py
 [DECISION] optimization::inline_candidate input={"size": 4}
@@ -30,6 +30,13 @@ def test_decisions_become_instants_of_the_trace():
     mark = marks(read_decisions(LOG.splitlines()), at_ns=7)[1]
     assert (mark.kind, mark.at_ns) == ("decision", 7)
     assert mark.text == 'type_inference::infer_return {"func": "foo"} -> {"type": "i32"}'
+
+
+def test_logs_are_found_by_their_name(tmp_path):
+    """Those that end in .decisions.log, in order."""
+    for name in ("b.decisions.log", "a.decisions.log", "other.log"):
+        (tmp_path / name).write_text("")
+    assert [path.name for path in logs_in(tmp_path)] == ["a.decisions.log", "b.decisions.log"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrenar.errors import FormatError
-from entrenar.trace.records import Frame
+from entrenar.trace.records import Frame, SystemCall
 from entrenar.trace.source_map import Origin, SourceMap, load_map, merged
 from entrenar.trace.vlq import decode
 
@@ -85,6 +85,16 @@ def test_a_frame_is_moved_and_keeps_the_generated_place(load):
     assert maps.move(frame) == Frame("load_dataset", "finetune.py", 42, generated="/build/finetune_rs.rs:12")
     assert maps.move(Frame("f", "other.py", 3)) == Frame("f", "other.py", 3)
     assert maps.label(maps.move(frame), 35) == "load_dataset (Python:finetune.py:35)"
+
+
+def test_every_frame_of_a_call_is_moved(load):
+    """The stack of a system call, frame by frame; the rest of the call stays."""
+    inner, outer = Frame("read_impl", "finetune_rs.rs", 11), Frame("main", "main.py", 3)
+    call = SystemCall("read", 1, 1, 0, 5, stack=(inner, outer))
+    (moved, again) = load(AS_CODED).moved([call, call])
+    assert [(frame.file, frame.line) for frame in moved.stack] == [("finetune.py", 42), ("main.py", 3)]
+    assert moved == again
+    assert (moved.name, moved.duration_ns) == ("read", 5)
 
 
 def test_a_function_without_a_name_in_the_entry_takes_the_function_map(load):

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from entrenar.errors import FormatError
@@ -66,6 +67,11 @@ def _json(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{place}: must hold JSON, got {text!r:.60}: {error}") from error
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """Return the decision logs of a folder: files called *.decisions.log."""
+    return sorted(folder.glob("*.decisions.log"))
 
 
 def marks(decisions: Iterable[Decision], *, at_ns: int) -> list[Mark]:

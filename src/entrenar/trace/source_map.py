@@ -11,13 +11,13 @@ standard version 3 (ECMA-426), sections included. `generated_code` reads what co
 import bisect
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from entrenar.errors import FormatError
 from entrenar.files import sha256_file
-from entrenar.trace.records import Frame
+from entrenar.trace.records import Frame, SystemCall
 from entrenar.trace.vlq import decode
 
 
@@ -48,6 +48,7 @@ class SourceMap:
     functions: dict[str, str] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
     _found: dict[str, str | None] = field(default_factory=dict)
+    _stacks: dict[tuple[Frame, ...], tuple[Frame, ...]] = field(default_factory=dict)
 
     def add(self, generated_file: str, line: int, origin: Origin | None) -> None:
         """Say where a generated line came from; the first word on a line counts."""
@@ -75,6 +76,16 @@ class SourceMap:
             return frame
         function = origin.function or self.functions.get(frame.function, frame.function)
         return Frame(function, origin.file, origin.line, generated=f"{frame.file}:{frame.line}")
+
+    def moved(self, calls: Iterable[SystemCall]) -> list[SystemCall]:
+        """Return system calls with every frame of their stacks at its origin; a stack is looked up once."""
+        return [replace(call, stack=self._moved_stack(call.stack)) for call in calls]
+
+    def _moved_stack(self, stack: tuple[Frame, ...]) -> tuple[Frame, ...]:
+        known = self._stacks.get(stack)
+        if known is None:
+            known = self._stacks[stack] = tuple(self.move(frame) for frame in stack)
+        return known
 
     def label(self, frame: Frame, defined_at: int) -> str:
         """Return section 4.5's row of a hot path: `load_dataset (Python:finetune.py:35)`."""
