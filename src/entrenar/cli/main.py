@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "held-out loss, perplexity and bits per byte of a model",
     "merge": "put an adapter into the weights of its base, and say what that cost",
     "config": "print, validate, diff, or give the JSON schema of run configs",
+    "trace": "see where a program's time goes: spans, system calls with their Python lines, anomalies",
     "quality": "what the tests notice (mutants) and reach (coverage), by risk",
     "verify": "prove and measure the operations: one certificate for each",
     "plan": "parameters, memory, time and disk of a run before it is run, and what to change if it does not fit",

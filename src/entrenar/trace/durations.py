@@ -17,6 +17,7 @@ STRUCTURE = frozenset(("train", "epoch", "step"))
 PHASES = DATA | SAVE | frozenset((
     "forward", "forward_pass", "backward", "backward_pass", "optimizer", "optimizer_step", "eval", "evaluate",
 ))  # fmt: skip
+GARBAGE = frozenset(("gc", "garbage_collection"))
 # A rank that arrives here early waits for the others: the one that waits least is the slow one.
 COLLECTIVES = frozenset(("all_reduce", "all_gather", "reduce_scatter", "barrier", "broadcast"))
 _SLOWEST = 3
