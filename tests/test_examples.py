@@ -16,10 +16,12 @@ from entrenar.recipe import write_model_folder
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROWS = [{"prompt": f"say {word}", "completion": f" {word}!"} for word in ("tea", "sea", "pea", "bee")] * 4
 
-# What each is called with; MODEL, ROWS and OUT stand for a tiny model, a file of rows and a place to write to.
+# What each is called with; MODEL, ROWS, TEXTS and OUT stand for a tiny model, files of rows and a place to write to.
 ADAPTER = ["--model", "MODEL", "--data", "ROWS", "--out", "OUT", "--steps", "2"]
 CALLS = {
     "finetune_docstrings/make_rows.py": ["--out", "OUT"],
+    "llama2/finetune_tiny.py": ["TEXTS", "OUT"],
+    "llama2/transpile.py": [str(EXAMPLES / "llama2/finetune_tiny.py"), "--output", "OUT", "--source-map", "OUT"],
     "llama2/finetune_lora.py": ADAPTER,
     "llama2/finetune_qlora.py": ADAPTER,
     "llama2/memory_benchmarks.py": ["--seq-len", "16", "--only", "QLoRA"],
@@ -45,7 +47,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     model.init_weights(torch.Generator().manual_seed(0))
     write_model_folder(folder / "model", model, dict(model.named_parameters()), tokenizer)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return {"MODEL": str(folder / "model"), "ROWS": str(folder / "rows.jsonl")}
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": row["prompt"]}) + "\n" for row in ROWS))
+    return {"MODEL": str(folder / "model"), "ROWS": str(folder / "rows.jsonl"), "TEXTS": str(folder / "texts.jsonl")}
 
 
 def test_every_example_has_a_call() -> None:
