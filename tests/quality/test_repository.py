@@ -12,6 +12,7 @@ from entrenar.cli.main import COMMANDS
 from entrenar.cli.quality import VERBS
 from entrenar.quality import gate
 from entrenar.quality.debt import rules
+from entrenar.quality.prompts.library import fill, library
 from entrenar.quality.roadmap import plan, specification
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,9 @@ def fault(command):
         if rest[0] == "quality" and verb not in VERBS:
             return f"quality {verb}"
         known = {one.name for one in gate.load(ROOT / gate.GATES_FILE)}
-        if rest[:2] == ["quality", "gate"] and (odd := {word for word in rest[2:] if word[0] != "-"} - known):
+        if rest[:2] == ["quality", "gate"] and (
+            odd := {word for word in rest[2:] if word[0] != "-" and not word.isdigit()} - known
+        ):
             return f"gate {odd.pop()}"
         return None if "figure" in rest else next(iter(missing), None)
     if program == "python":
@@ -98,3 +101,21 @@ def test_llama_s_code_is_held_to_an_a():
 def test_llama_s_grade_is_in_the_specification_s_own_file():
     """`.pmat/tdg-rules.toml` has `llama_min_grade`."""
     assert tomllib.loads((ROOT / rules.RULES_FILE).read_text())["llama_min_grade"] == "A"
+
+
+@pytest.mark.parametrize("one", library(ROOT).values(), ids=lambda one: one.name)
+def test_every_command_of_a_prompt_exists(one):
+    """Filled in with values that exist here, each line that begins with `$` can be run."""
+    file = "src/entrenar/stats.py"
+    examples = {"TARGET_FILE": file, "TARGET": file, "COMMAND": "entrenar doctor"}
+    given = {key: examples.get(key, "something") for key, value in one.variables.items() if value is None}
+    text = fill(one, given, ROOT)
+    found = [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+    assert found
+    assert [line for line in found if fault(line) is not None] == []
+
+
+def test_llama_has_at_least_eight_prompts_of_its_own():
+    """In the file that the specification names."""
+    table = yaml.safe_load((ROOT / "prompts" / "llama-development.yaml").read_text())
+    assert len([row for row in table["prompts"] if row["name"].startswith("llama-")]) >= 8

@@ -12,6 +12,7 @@ VERBS = {
     "check-regression": "hold the scores against the baseline",
     "history": "the scores at commits, tags and checkpoints",
     "roadmap": "make a roadmap from a specification, and run the commands of its criteria",
+    "prompt": "print a workflow prompt, filled with facts of the repository",
     "mutate": "plant mutants and count those that the tests kill",
     "gate": "run what a tier asks for, or show that each gate can fail",
     "figure": "hold a number in a JSON file of results against a bound",
