@@ -268,7 +268,7 @@ def test_another_base_and_an_adapter_as_base_are_refused(base, data, tmp_path):
     with pytest.raises(CheckpointError, match="was trained on another base"):
         recipe.finetune(config_for(tmp_path / "other", data, tmp_path), resume=True)
     (tmp_path / "trial/checkpoints/step-00000002/model/base.json").unlink()
-    with pytest.raises(DataError, match="does not say what its base is"):
+    with pytest.raises(DataError, match="does not name its base"):
         recipe.open_model(tmp_path / "trial/checkpoints/step-00000002")
 
 

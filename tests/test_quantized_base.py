@@ -264,7 +264,7 @@ def test_a_run_within_a_budget_can_be_moved(place, tmp_path):
     torch.testing.assert_close(logits(recipe.open_model(tmp_path / "moved")[0]), logits(model), rtol=0, atol=0)
     assert main(["generate", str(tmp_path / "moved"), "--prompt", "say cat", "--max-new-tokens", "2"]) == 0
     shutil.rmtree(tmp_path / "moved/base")
-    with pytest.raises(DataError, match=r"has its base at .*runs/moving/base, and it is not there; merge it"):
+    with pytest.raises(DataError, match=r"has its base at .*runs/moving/base, which is gone; pass the base to"):
         recipe.open_model(tmp_path / "moved")
     shutil.copytree(place / "plain", tmp_path / "moved/base")
     with pytest.raises(FormatError, match="was trained on another base"):

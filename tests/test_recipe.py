@@ -156,7 +156,9 @@ def test_a_checkpoint_opens_in_transformers(corpus, tmp_path):
 def test_a_run_is_not_overwritten_unasked(corpus, tmp_path):
     """A second run of the same name is refused with the ways out."""
     recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
-    with pytest.raises(ConfigError, match=r"already holds a run; go on with it by --resume, replace it by --overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run; continue it with --resume, replace it with --overwrite"
+    ):
         recipe.train(config_for(corpus, tmp_path, train__max_steps="1"))
     report = recipe.train(config_for(corpus, tmp_path, train__max_steps="1"), overwrite=True)
     assert report.outcome.step == 1
@@ -258,7 +260,7 @@ def test_a_dry_run_checks_what_a_run_would_and_changes_nothing(corpus, tmp_path,
 
 def test_resuming_what_is_not_there_is_refused(corpus, tmp_path):
     """--resume without a run says to start without it."""
-    with pytest.raises(CheckpointError, match=r"there is no run at .* to resume; start it without --resume"):
+    with pytest.raises(CheckpointError, match=r"there is no run to resume at .*; start it without --resume"):
         recipe.train(config_for(corpus, tmp_path), resume=True)
 
 
@@ -272,7 +274,7 @@ def test_a_device_that_is_not_there_is_refused(corpus, tmp_path):
     """A GPU on a machine without one is a config error."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="device must be one this machine has, got 'cuda'"):
+    with pytest.raises(ConfigError, match="device must be one that this machine has, got cuda"):
         recipe.train(config_for(corpus, tmp_path, device="cuda"))
 
 

@@ -40,7 +40,7 @@ def test_commands(talker, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", stream)
     assert main(["chat", str(talker[0]), "--max-new-tokens", "4", "--temperature", "0"]) == 0
     captured = capsys.readouterr()
-    assert "no command /nonsense; /reset forgets" in captured.out
+    assert "no command /nonsense; /reset starts over" in captured.out
     assert "spells the control token" in captured.err
     assert stream.readline() == "not read\n"
 

@@ -177,7 +177,8 @@ def test_what_must_be_a_folder_says_so_of_a_file(folder, tmp_path):
     file = tmp_path / "model.gguf"
     assert main(["convert", str(folder), str(file), "--to", "gguf"]) == 0
     with pytest.raises(
-        DataError, match=rf"model\.gguf is no model folder; make one of it: entrenar convert {file} DIR"
+        DataError,
+        match=rf"model\.gguf must be a model folder, got a single file; convert it: entrenar convert {file} DIR",
     ):
         recipe.model_folder(file)
 

@@ -265,4 +265,4 @@ def test_the_command_takes_kinds_and_refuses_them_elsewhere(tmp_path, source, ca
     for flags in (["--to", "gguf", "--embedding", "int8"], ["--to", "nf4", "--bits", "4", "--head", "nf4"]):
         shutil.rmtree(tmp_path / "no", ignore_errors=True)
         assert main(["convert", str(source), str(tmp_path / "no"), *flags]) == 2
-        assert f"{flags[-2]} says how --to nf4 without --bits holds it" in capsys.readouterr().err
+        assert f"{flags[-2]} belongs to --to nf4 without --bits" in capsys.readouterr().err

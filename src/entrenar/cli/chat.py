@@ -1,10 +1,10 @@
 """`entrenar chat MODEL`: talk with a model in the terminal.
 
     /reset          forget the conversation
-    /system TEXT    forget it and begin anew with this instruction; without TEXT, with none
-    /quit           end (so does end of input)
+    /system TEXT    forget it and start again with this instruction; without TEXT, with none
+    /quit           quit (so does end of input)
 
-A conversation that outgrows the context loses its oldest exchange, and says so.
+When a conversation outgrows the context, the oldest exchange is forgotten, with a notice.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import DataError
 from entrenar.infer import ChatSession, GenerateConfig
 
-_COMMANDS = "/reset forgets, /system TEXT begins anew with an instruction, /quit ends"
+_COMMANDS = "/reset starts over, /system TEXT starts over with an instruction, /quit quits"
 
 
 def run(words: Sequence[str]) -> int:
-    """Talk until the end of input; return the exit code."""
+    """Chat until the end of input; return the exit code."""
     parsed = flags.parse(_arguments(), words)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
@@ -66,7 +66,9 @@ def _talk(conversation: ChatSession) -> None:
 
 def _say(conversation: ChatSession, line: str) -> None:
     try:
-        for piece in conversation.answer(line, lambda: print("(the oldest exchange no longer fits and is forgotten)")):
+        for piece in conversation.answer(
+            line, lambda: print("(forgot the oldest exchange: the conversation no longer fits the context)")
+        ):
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
@@ -77,11 +79,18 @@ def _say(conversation: ChatSession, line: str) -> None:
 def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser("chat", f"Talk with a model in the terminal; {_COMMANDS}.")
     arguments.add_argument("model", type=Path, help="a run, a model folder, a .gguf or a .bin")
-    arguments.add_argument("--system", help="instruction to begin with")
-    arguments.add_argument("--template", type=Path, help="file with a chat template, instead of the model's")
+    arguments.add_argument("--system", help="instruction to start with")
+    arguments.add_argument("--template", type=Path, help="file with a chat template to use instead of the model's")
     arguments.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    arguments.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest (default: 0.7)")
-    arguments.add_argument("--top-p", type=float, default=0.9, help="share of the likeliest tokens (default: 0.9)")
-    arguments.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    arguments.add_argument(
+        "--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)"
+    )
+    arguments.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="choose among the fewest tokens that reach this probability (default: 0.9)",
+    )
+    arguments.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: 0)")
     arguments.add_argument("--threads", type=int, help="CPU threads")
     return arguments

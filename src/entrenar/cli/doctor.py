@@ -1,6 +1,6 @@
-"""`entrenar doctor`: what this machine has, what is installed, and whether gradients come out right here.
+"""`entrenar doctor`: show the machine and the install, and check that gradients are right on them.
 
-With `--numerics --config FILE` it compares, on that config and its data, every way a run may compute its gradient.
+With `--numerics --config FILE` it compares all ways in which a run of that config may compute its gradient.
 """
 
 import argparse
@@ -40,8 +40,10 @@ def run(words: Sequence[str]) -> int:
         GateFailed: a gradient is wrong.
         NotMeasured: a comparison that was asked for could not be made.
     """
-    arguments = flags.parser("doctor", "Check the machine, the install, and that gradients are right on them.")
-    arguments.add_argument("--numerics", action="store_true", help="compare every way to the gradient, on --config")
+    arguments = flags.parser("doctor", "Check the machine and the install, and that gradients are right on them.")
+    arguments.add_argument(
+        "--numerics", action="store_true", help="compare all ways of computing a gradient, on --config"
+    )
     arguments.add_argument("--compiled", action="store_true", help="numerics: also through torch.compile")
     arguments.add_argument("--json", action="store_true", help="numerics: print JSON")
     flags.add_config_flags(arguments)
@@ -56,7 +58,7 @@ def run(words: Sequence[str]) -> int:
     if failed:
         raise GateFailed(f"{', '.join(failed)}: do not train with this install; reinstall from constraints.txt")
     if shutil.disk_usage(Path.cwd()).free < _LEAST_DISK_BYTES:
-        print("\nlittle disk left here: a checkpoint may not fit")
+        print("\nlittle disk space left here: a checkpoint may not fit")
         return 3
     print("\nall well")
     return 0
@@ -126,7 +128,7 @@ def _install() -> Iterator[tuple[str, str]]:
 
 
 def _print_checks(title: str, checks: Iterator[GradientCheck]) -> list[str]:
-    """Run each check, print its largest relative error, and return the names of those that failed."""
+    """Run each check, print its largest relative error, and return the names of the checks that failed."""
     print(f"\n{title} (largest relative difference in float64)")
     failed = []
     for check in checks:

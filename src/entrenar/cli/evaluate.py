@@ -16,7 +16,7 @@ def run(words: Sequence[str]) -> int:
     """Evaluate; return the exit code."""
     arguments = flags.parser("eval", "Measure a model on the held-out split of a corpus.")
     arguments.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, a .gguf or a .bin")
-    arguments.add_argument("--corpus", type=Path, required=True, help="a prepared corpus with the model's tokenizer")
+    arguments.add_argument("--corpus", type=Path, required=True, help="a corpus prepared with the model's tokenizer")
     arguments.add_argument("--batch-size", type=flags.positive, default=8, help="windows at once (default: 8)")
     arguments.add_argument("--seq-len", type=flags.positive, help="tokens in a window (default: the model's context)")
     arguments.add_argument("--threads", type=flags.positive, help="CPU threads")

@@ -1,6 +1,6 @@
-"""`entrenar generate MODEL --prompt TEXT …`: continue prompts, the first one's text appearing as it is written.
+"""`entrenar generate MODEL --prompt TEXT …`: continue prompts; the first one's text appears as it is generated.
 
-Several prompts are read and continued together: a token for each of them costs little more than one token.
+Several prompts are continued together: a token for each of them costs little more than one token.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _write(steps: Iterable[list[str]], prompts: Sequence[str], *, is_first: bool) -> None:
-    """Write the first text piece by piece, then the others, which grew meanwhile."""
+    """Write the first text piece by piece, then the others, which grew in the meantime."""
     sys.stdout.write(f"{'' if is_first else chr(10)}{prompts[0]}")
     others: list[list[str]] = [[prompt] for prompt in prompts[1:]]
     for first, *rest in steps:
@@ -52,7 +52,7 @@ def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser("generate", "Continue a prompt.")
     arguments.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, a .gguf or a .bin")
     arguments.add_argument(
-        "--prompt", nargs="+", help="one or more prompts, continued together; standard input when not given"
+        "--prompt", nargs="+", help="one or more prompts, continued together (default: standard input)"
     )
     arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
     flags.add_field_flags(arguments, GenerateConfig, leave_out=_OWN)

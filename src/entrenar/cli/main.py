@@ -12,7 +12,7 @@ from entrenar.errors import EntrenarError
 
 COMMANDS = {
     "quickstart": "train a first model in five minutes and see what it learned",
-    "prepare": "tokenize text, code, jsonl or parquet into shards, training a tokenizer first if there is none",
+    "prepare": "tokenize text, code, jsonl or parquet into shards, training a tokenizer first if needed",
     "train": "pre-train from a config file, or resume",
     "finetune": "teach a model a task from a file of rows: all weights, or a LoRA adapter",
     "data": "show the rows of a fine-tuning file with the trained tokens marked, or check them",
@@ -20,22 +20,23 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "convert": "write a model in another format, and prove the file: hf, gguf, llama2c, nf4",
     "eval": "held-out loss, perplexity and bits per byte of a model",
-    "merge": "put an adapter into the weights of its base, and say what that cost",
+    "merge": "merge an adapter into the weights of its base, and measure the change",
     "config": "print, validate, diff, or give the JSON schema of run configs",
     "trace": "see where a program's time goes: spans, system calls with their Python lines, anomalies",
     "quality": "what the tests notice (mutants) and reach (coverage), by risk",
-    "verify": "prove and measure the operations: one certificate for each",
-    "plan": "parameters, memory, time and disk of a run before it is run, and what to change if it does not fit",
+    "verify": "prove and measure the operations; print one certificate for each",
+    "plan": "predict memory, time and disk of a run, and what to change if it does not fit",
     "doctor": "check the machine and the install",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}
 
 _PROLOG = """usage: entrenar COMMAND …
 
-Train and fine-tune LLaMA models, and show that it was right.
+Train and fine-tune LLaMA models, with proof that the result is right.
 """
 _EPILOG = """
-Exit codes: 0 done; 1 a gate or the andon cord said no; 2 the input is at fault; 3 the machine failed; 5 not measured.
+Exit codes: 0 done; 1 a gate failed or a training alarm stopped the run; 2 wrong input; 3 the machine failed (memory,
+disk); 5 not measured.
 Start with `make quickstart`, or `entrenar COMMAND --help`.
 """
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"entrenar {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        print(f"entrenar: no command {words[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"entrenar: no command {words[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"entrenar.cli.{_MODULES.get(words[0], words[0])}")
     try:

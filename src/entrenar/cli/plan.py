@@ -1,4 +1,4 @@
-"""`entrenar plan --config FILE`: what a run takes and whether it fits, before anything is loaded."""
+"""`entrenar plan --config FILE`: predict what a run takes and whether it fits, before anything is loaded."""
 
 import argparse
 import json
@@ -64,7 +64,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def measured(planned: RunPlan | None) -> str:
-    """Say after a run what the kernel measured, and what was planned if it was."""
+    """Return the line after a run with the peak that the kernel measured, and the planned one if there is a plan."""
     peak = status_bytes("VmHWM")
     if planned is None:
         return f"  memory            peak {_gb(peak)}"
@@ -101,18 +101,18 @@ def lines(planned: RunPlan, config: AnyConfig) -> list[str]:
 def _arguments(kind: type[BaseModel]) -> argparse.ArgumentParser:
     arguments = flags.parser(
         "plan",
-        "Say what a run takes: memory by kind, arithmetic, disk, time; and what to change if it does not fit.\n\n"
+        "Predict what a run takes: memory by use, arithmetic, disk, time; and what to change if it does not fit.\n\n"
         "  entrenar plan --preset 124m --batch-size 8\n"
         "  entrenar plan --model DIR --data rows.jsonl --method lora --memory 6GB",
     )
-    arguments.add_argument("--memory", metavar="SIZE", help="plan for a machine with this much, such as 6GB")
+    arguments.add_argument("--memory", metavar="SIZE", help="plan for a machine with this much memory, such as 6GB")
     arguments.add_argument("--json", action="store_true", help="print the plan as JSON")
     flags.add_config_flags(arguments, kind)
     return arguments
 
 
 def _kind(words: Sequence[str]) -> type[RunConfig] | type[FinetuneConfig]:
-    """Say whether a pre-training or a fine-tuning run is planned: by its flags, else by what its file holds."""
+    """Return the kind of run to plan, pre-training or fine-tuning: by its flags, or else by its config file."""
     if any(word.partition("=")[0] in _OF_FINETUNING for word in words):
         return FinetuneConfig
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

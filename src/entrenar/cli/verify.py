@@ -44,7 +44,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON here")
     parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="end with 1 if something of FILE is no longer shown"
+        "--against", type=Path, metavar="FILE", help="exit with 1 if something in FILE is no longer shown"
     )
     parsed = parser.parse_args(words)
     root: Path = parsed.project
@@ -61,16 +61,16 @@ def run(words: Sequence[str]) -> int:
 
 
 def _shown(root: Path) -> dict[str, Any]:
-    """Run the tests of a checkout; return what they showed.
+    """Run the tests of a checkout and return their results.
 
     Raises:
-        ConfigError: there is no checkout.
+        ConfigError: the folder is not a checkout.
         GateFailed: a test fails.
     """
     if not (root / "tests" / "ops").is_dir():
         raise ConfigError(
             f"certificates come from the tests, and {root.resolve()} has no tests/ops; "
-            "clone the project and run there, or name the checkout by --project DIR"
+            "run in a clone of the project, or name one with --project DIR"
         )
     tests = [
         *_TESTS,

@@ -22,20 +22,21 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
 
     def reset(self, system: str | None = None) -> None:
-        """Forget everything and begin with an instruction."""
+        """Forget everything and start with an instruction."""
         self._system = system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
 
     @property
     def system(self) -> str | None:
-        """The instruction."""
+        """The instruction that the conversation starts with."""
         return self._system
 
     def answer(self, text: str, forgot: Callable[[], None]) -> Iterator[str]:
-        """Yield the model's answer to `text` in pieces; `forgot` is called for each exchange that no longer fits.
+        """Yield the model's answer to `text` in pieces; call `forgot` for each exchange that no longer fits.
 
         Raises:
-            DataError: the text spells a control token, or alone does not fit. It is then not part of the conversation.
+            DataError: the text spells a control token, or does not fit by itself; it is dropped from the conversation.
+            FormatError: the chat template refuses the messages; the text is dropped too.
         """
         before = len(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -64,12 +65,15 @@ class ChatSession:
             if len(ids) < room:
                 return ids
             if len(self.messages) - first < 3:
-                raise DataError(f"the message has {len(ids)} tokens with its frame, the model's context is {room}")
+                raise DataError(
+                    f"a message must be shorter than the model's context of {room} tokens, got {len(ids)} with its "
+                    "template; shorten it"
+                )
             del self.messages[first : first + 2]
             forgot()
 
     def _ends(self) -> frozenset[int]:
-        """Return the tokens that end a turn: the config's, the tokenizer's, and the names that chat models use."""
+        """Return the tokens that end a turn: the config's, the tokenizer's, and those that chat models commonly use."""
         names = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
         found = {self._tokenizer.id_of(name) for name in names} | {self._tokenizer.eos_id}
         own = self._config.eos_token_ids or self._model.config.eos_token_ids

@@ -1,7 +1,7 @@
-"""Text in, text out: generation with a tokenizer, in pieces that are always whole characters.
+"""Generate text with a tokenizer, in pieces that are always whole characters.
 
-A token may end in the middle of a character, and a stop text in the middle of a token. Text is therefore held back
-until it is certain: bytes by the tokenizer's decode stream, the beginning of a possible stop text here.
+A token may end in the middle of a character, and a stop text in the middle of a token. So text is held back until it is
+final: bytes by the tokenizer's decode stream, the start of a possible stop text here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,20 +18,20 @@ Finish = Literal["eos", "stop", "length", "context"]
 
 @runtime_checkable
 class TokenDecoder(Protocol):
-    """Turns tokens into text as they come."""
+    """Turns tokens into text one at a time."""
 
     def push(self, token_id: int, /) -> str:
-        """Return the text that became certain with this token."""
+        """Return the text that this token made final."""
         ...
 
 
 @runtime_checkable
 class TextTokenizer(Protocol):
-    """What generation needs of a tokenizer; `entrenar.data.Tokenizer` is one."""
+    """The part of a tokenizer that generation uses; `entrenar.data.Tokenizer` is one."""
 
     @property
     def add_bos(self) -> bool:
-        """Whether a text begins with the bos token."""
+        """Whether a text starts with the bos token."""
         ...
 
     bos_id: int | None
@@ -47,12 +47,12 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written after a prompt.
+    """The continuation of a prompt.
 
     Attributes:
-        text: the text, without prompt and without stop text.
-        token_ids: all tokens that were written, without the one that ends.
-        finish: what ended it: an end token, a stop text, `max_new_tokens`, or the end of the model's context.
+        text: without the prompt and the stop text.
+        token_ids: all generated tokens except the end token.
+        finish: the reason it ended: an end token, a stop text, `max_new_tokens`, or the end of the model's context.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Completion:
 
 
 class StopFilter:
-    """Lets text through up to the first stop text, whatever pieces it comes in."""
+    """Passes text up to the first stop text, however the text is cut into pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -69,11 +69,11 @@ class StopFilter:
         self.is_stopped = False
 
     def push(self, text: str) -> str:
-        """Return what is certain not to belong to a stop text."""
+        """Return the text that cannot belong to a stop text."""
         if self.is_stopped:
             return ""
         self._held += text
-        # The stop text that is complete first, so that the pieces make no difference.
+        # The stop text that ends first, so that the pieces make no difference.
         found = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in self._held]
         if found:
             end, minus_length = min(found)
@@ -84,12 +84,12 @@ class StopFilter:
         return out
 
     def finish(self) -> str:
-        """Return what was held back for a stop text that did not come."""
+        """Return the text held back for a stop text that did not come."""
         out, self._held = "" if self.is_stopped else self._held, ""
         return out
 
     def _num_held(self) -> int:
-        """Return the length of the longest end of the text that begins a stop text."""
+        """Return the length of the longest suffix of the text that is a prefix of a stop text."""
         lengths = (
             length for stop in self._stops for length in range(1, len(stop)) if self._held.endswith(stop[:length])
         )
@@ -97,7 +97,7 @@ class StopFilter:
 
 
 class _Row:
-    """The text of one prompt as it grows."""
+    """The growing text of one prompt."""
 
     def __init__(
         self, model_config: LlamaConfig, tokenizer: TextTokenizer, prompt_ids: Sequence[int], config: GenerateConfig
@@ -111,7 +111,7 @@ class _Row:
         self.finish: Finish | None = None
 
     def push(self, token: int | None) -> str:
-        """Return the text that became certain."""
+        """Return the text that became final."""
         if self.finish is not None or token is None:
             return ""
         if token in self._ends:
@@ -124,7 +124,7 @@ class _Row:
         return text
 
     def close(self) -> str:
-        """Return the last text where only the room for tokens ended the row."""
+        """Return the held-back text of a row that ended for lack of room."""
         if self.finish is not None:
             return ""
         self.finish = self._when_full
@@ -138,7 +138,7 @@ def complete(
     config: GenerateConfig,
     generator: torch.Generator | None = None,
 ) -> list[Completion]:
-    """Write on from each prompt."""
+    """Continue each prompt."""
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
     rows = [_Row(model.config, tokenizer, ids, config) for ids in prompt_ids]
     pieces = list(_pieces(generate(model, prompt_ids, config, generator), rows))
@@ -155,7 +155,7 @@ def stream(
     config: GenerateConfig,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """Yield the text after a prompt in pieces, each as soon as it is certain."""
+    """Yield the continuation of a prompt in pieces, each as soon as it is final."""
     for (text,) in stream_rows(model, tokenizer, [prompt], config, generator):
         if text:
             yield text
@@ -168,14 +168,14 @@ def stream_rows(
     config: GenerateConfig,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
-    """Yield with each step the piece of text, perhaps none, that became certain after each prompt."""
+    """Yield at each step the piece of text, possibly empty, that became final for each prompt."""
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
     rows = [_Row(model.config, tokenizer, ids, config) for ids in prompt_ids]
     return _pieces(generate(model, prompt_ids, config, generator), rows)
 
 
 def _pieces(steps: Iterable[list[int | None]], rows: Sequence[_Row]) -> Iterator[list[str]]:
-    """Yield the text of each row that became certain with each step; stop when all rows have ended."""
+    """Yield at each step the text of each row that became final; stop when all rows have ended."""
     for tokens in steps:
         yield [row.push(token) for row, token in zip(rows, tokens, strict=True)]
         if all(row.finish is not None for row in rows):

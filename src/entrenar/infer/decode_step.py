@@ -1,11 +1,11 @@
-"""One new token for each row, with as little as possible around the arithmetic.
+"""Decode one new token a row with as little as possible around the arithmetic.
 
 A small model's token costs microseconds of arithmetic and, through modules and general operations, milliseconds of
-calls. This step is the model's forward for T = 1 written flat: weights looked up once, every result into memory taken
-once, residual additions inside the matrix products, attention as two small products over the cache. Products and
-softmax are torch's; what goes number by number is numpy's, on the same memory, because a call of numpy's costs a third
-of a call of torch's. Same weights, same equations; `tests/infer/test_decode_step.py` sets it equal to the model. Where
-it does not apply (adapters or quantized projections, half precision, a GPU) `next_logits` asks the model itself.
+calls. This step is the model's forward for T = 1 written flat: weights are looked up once, every result goes into
+memory allocated once, residual additions happen inside the matrix products, attention is two small products over the
+cache. Products and softmax are torch's; element-wise work is numpy's, on the same memory, because a numpy call costs a
+third of a torch call. Weights and equations are the same; `tests/infer/test_decode_step.py` sets it equal to the model.
+Where it does not apply (adapters or quantized projections, half precision, a GPU) `next_logits` asks the model itself.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def next_logits(model: Llama, cache: KVCache) -> NextLogits:
-    """Return the fastest function that reads one token a row into the cache and gives the logits of the next."""
+    """Return the fastest function that reads one token a row into the cache and returns the logits of the next."""
     if is_plain(model):
         return DecodeStep(model, cache)
 
@@ -38,7 +38,7 @@ def next_logits(model: Llama, cache: KVCache) -> NextLogits:
 
 
 def is_plain(model: Llama) -> bool:
-    """Tell whether every weight is an unadapted matrix, in single or double precision on the CPU."""
+    """Return whether every weight is an unadapted matrix, in single or double precision on the CPU."""
     projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
     return (
         model.device.type == "cpu"
@@ -52,7 +52,7 @@ def is_plain(model: Llama) -> bool:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Layer:
-    """Weights of a block, in the shapes that one token needs."""
+    """The weights of a block, in the shapes that one token needs."""
 
     attention_norm: Array  # (D,), times sqrt(D)
     q: Tensor  # (D, H·K)
@@ -67,7 +67,7 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Attention:
-    """What every layer's attention needs to know of the token at hand; S tokens are in the cache with it."""
+    """The inputs that all layers' attention shares for a token; S tokens are in the cache, this one included."""
 
     cos: Array  # (#B, 1, 2, K/2)
     sin: Array  # the same, with the sign of each half of a head
@@ -96,7 +96,7 @@ class DecodeStep:
         self._allocate(config, cache.layers.shape[2])
 
     def _allocate(self, config: LlamaConfig, rows: int) -> None:
-        """Take the memory of a token's intermediate results, and the views through which it is written and read."""
+        """Allocate memory for a token's intermediate results, and the views that write and read it."""
         heads, groups, width = config.num_heads, config.kv_heads, config.head_width
         empty = self._embedding.new_empty
         self._x, self._normed = empty(rows, config.hidden_size), empty(rows, config.hidden_size)
@@ -120,7 +120,7 @@ class DecodeStep:
         self._scores, self._shares = (empty(rows * heads * self._cache.max_len) for _ in range(2))
 
     def _padding_bias(self) -> Tensor | None:
-        """Return what is added to the scores of left-padded rows: (B·G, 1, max_len), -inf before each row's text."""
+        """Return the bias on the scores of left-padded rows: (B·G, 1, max_len), -inf before each row's text."""
         starts = self._cache.starts
         if starts is None:
             return None

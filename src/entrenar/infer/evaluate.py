@@ -1,4 +1,4 @@
-"""How well a model predicts text that it was not trained on.
+"""Measure how well a model predicts text that it was not trained on.
 
 Losses are summed over targets and divided once, so the result is that of the whole text however it is cut into
 batches. Bits per byte compare models with different tokenizers: the same text costs a sum of bits, and it has a
@@ -45,14 +45,14 @@ class EvalBatch(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of a text.
+    """The fit of a model to a text.
 
     Attributes:
         loss: mean cross entropy of a target, in nats.
         perplexity: exp(loss).
-        bits_per_byte: the text's cost in bits for each of its bytes; None where a batch did not know its bytes.
+        bits_per_byte: the text's cost in bits for each of its bytes; None if a batch does not know its bytes.
         num_targets: targets predicted.
-        num_bytes: bytes that they stand for.
+        num_bytes: the bytes of text in these targets.
     """
 
     loss: float
@@ -82,7 +82,7 @@ def evaluate(model: Llama, batches: Iterable[EvalBatch]) -> Evaluation:
     if num_targets == 0:
         raise DataError(
             f"evaluation needs at least one target, got none in {len(losses)} batches; "
-            "the held-out text is empty or wholly masked"
+            "the held-out text is empty or entirely masked"
         )
     total = math.fsum(losses)
     loss = total / num_targets

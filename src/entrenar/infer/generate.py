@@ -1,8 +1,8 @@
-"""Write on from prompts, token by token.
+"""Continue prompts, token by token.
 
-The prompts are read at once into a key/value cache that holds all there will be; then each token costs one token.
-Prompts of different length are padded on the left, so that all rows grow at the same slot, and the padding is seen by
-no one: a row's logits are those of its prompt alone.
+The prompts are read at once into a key/value cache with room for everything to come; then each new token costs one
+token. Prompts of different length are padded on the left, so that all rows grow at the same slot. No token attends to
+the padding: a row's logits are those of its prompt alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,33 +19,35 @@ from entrenar.model import KVCache, Llama, LlamaConfig
 
 
 class GenerateConfig(BaseModel):
-    """How to choose tokens and when to stop."""
+    """How tokens are chosen, and when generation stops."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_new_tokens: int = Field(default=256, gt=0)
-    """Most tokens to write; the model's context may end earlier."""
+    """Most new tokens; the model's context may end earlier."""
     temperature: float = Field(default=1.0, ge=0)
-    """Below 1 likelier tokens gain, above 1 they lose; 0 always takes the likeliest."""
+    """Below 1 favors likely tokens, above 1 evens them out; 0 always takes the most likely token."""
     top_k: int | None = Field(default=None, gt=0)
-    """Choose among so many likeliest tokens."""
+    """Choose among this many of the most likely tokens."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Choose among the fewest tokens whose probabilities reach this sum."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Choose among tokens at least this share as likely as the likeliest."""
+    """Choose among tokens at least this share as likely as the most likely one."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1 tokens of the prompt and of the text so far become less likely."""
+    """Above 1, tokens of the prompt and of the text so far become less likely."""
     seed: int = 0
     """Seed of the random choices: the same seed writes the same text."""
     stop: tuple[str, ...] = ()
-    """Texts that end the writing; they are not part of it."""
+    """Texts that end the generation; they are not part of its result."""
     eos_token_ids: tuple[int, ...] | None = None
-    """Tokens that end the writing; the model's own when not given."""
+    """Tokens that end the generation; the model's own when not given."""
 
     @model_validator(mode="after")
     def _stops_are_text(self) -> "GenerateConfig":
         if "" in self.stop:
-            raise ValueError("stop must hold no empty text, because it would end every text at once; remove it")
+            raise ValueError(
+                "stop must not contain the empty text, which would end every generation at once; remove it"
+            )
         return self
 
 
@@ -60,7 +62,7 @@ def generate(
     The token that ends a row is yielded. `generator` takes the place of the config's seed.
 
     Raises:
-        DataError: a prompt is empty, longer than the context, or holds a token that the model has not.
+        DataError: a prompt is empty, longer than the context, or holds a token that the model does not have.
     """
     _check_prompts(prompt_ids, model.config)
     if generator is None:
@@ -69,12 +71,12 @@ def generate(
 
 
 def room(config: LlamaConfig, num_prompt_tokens: int, max_new_tokens: int) -> int:
-    """Return how many tokens can be written after the prompt: as many as wanted, or as the context has room for."""
+    """Return how many tokens can follow the prompt: as many as wanted, or as fit into the context."""
     return min(max_new_tokens, config.context_length - num_prompt_tokens)
 
 
 def end_tokens(model_config: LlamaConfig, config: GenerateConfig) -> frozenset[int]:
-    """Return the tokens that end the writing."""
+    """Return the tokens that end the generation."""
     return frozenset(model_config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids)
 
 
@@ -83,7 +85,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> Non
         raise DataError("generate needs at least one prompt, got none")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise DataError(f"a prompt needs at least one token, got none in prompt {number}; begin it with bos")
+            raise DataError(f"a prompt needs at least one token, got none in prompt {number}; start it with bos")
         if len(prompt) >= config.context_length:
             raise DataError(
                 f"a prompt must be shorter than the model's context of {config.context_length} tokens, "
@@ -142,7 +144,7 @@ def _read(model: Llama, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[
 
 
 class _Chooser:
-    """Chooses each row's next token, and remembers what a row holds where repetition is penalized."""
+    """Chooses each row's next token, and remembers a row's tokens where repetition is penalized."""
 
     def __init__(
         self, config: GenerateConfig, prompts: Sequence[Sequence[int]], vocab_size: int, generator: torch.Generator

@@ -1,6 +1,6 @@
-"""From logits to the next token.
+"""Draw the next token from logits.
 
-The order is that of Hugging Face's generate, so the same settings mean the same distribution: repetition penalty,
+The order is that of Hugging Face's generate, so the same settings give the same distribution: repetition penalty,
 temperature, top-k, top-p, min-p. Sources: top-k (Fan 2018, arXiv:1805.04833), top-p (Holtzman 2019,
 arXiv:1904.09751), min-p (Nguyen 2024, arXiv:2407.01082), repetition penalty (Keskar 2019, CTRL, arXiv:1909.05858,
 section 4.1).
@@ -27,10 +27,10 @@ def candidates(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> tuple[Float[Tensor, "B C"], Int[Tensor, "B C"]]:
-    """Return the tokens that may come next and their probabilities, 0 for those cut off; in no promised order.
+    """Return the candidate tokens and their probabilities, 0 for those cut off, in no particular order.
 
-    Kept are: of all, the `top_k` likeliest; of these, the fewest whose share reaches `top_p`; of these, those at
-    least `min_p` times as likely as the likeliest, which itself is always kept.
+    `top_k` keeps the most likely tokens; of these `top_p` keeps the fewest whose share reaches it; of these `min_p`
+    keeps those at least that many times as likely as the most likely one, which is always kept.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # The largest becomes 0, so that no temperature makes it infinite.
@@ -52,9 +52,9 @@ def candidates(
 def draw(
     probabilities: Float[Tensor, "B C"], tokens: Int[Tensor, "B C"], generator: torch.Generator
 ) -> Int[Tensor, " B"]:
-    """Draw one of each row's tokens: the first whose cumulated probability exceeds a uniform number.
+    """Draw one of each row's tokens: the first whose cumulative probability exceeds a uniform number.
 
-    One number a row, where `torch.multinomial` draws one for each token of the vocabulary.
+    It takes one number a row, where `torch.multinomial` draws one for each token of the vocabulary.
     """
     cumulated = probabilities.double().cumsum(-1)
     uniform = torch.rand(len(tokens), 1, dtype=torch.float64, generator=generator, device=generator.device)

@@ -1,8 +1,8 @@
-"""How well a model does what it was fine-tuned for, beside the loss: tokens, whole answers, or the choice of a label.
+"""Measure a fine-tuned model on its task, in addition to the loss: tokens, whole answers, or the choice of a label.
 
-- token accuracy: the share of answer tokens that are the likeliest ones, given all that stands before them;
-- exact match: the share of prompts after which greedy writing gives the answer, spaces around it aside;
-- accuracy: the share of prompts whose own answer is the likeliest of all answers in the file, for tasks with labels.
+- token accuracy: the share of answer tokens that the model finds most likely, given everything before them;
+- exact match: the share of prompts whose greedy continuation is the answer, apart from spaces around it;
+- accuracy: the share of prompts whose own answer is the most likely of all answers in the file, for tasks with labels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ _QUESTIONS_AT_ONCE = 8
 
 
 class TaskConfig(BaseModel):
-    """What is asked of the model during fine-tuning, beside the held-out loss."""
+    """The questions asked of the model during fine-tuning, in addition to the held-out loss."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -46,7 +46,7 @@ class TaskConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the answer that is wanted, as tokens; the answer may end in an end token."""
+    """A prompt and the expected answer, as tokens; the answer may end in an end token."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -55,7 +55,7 @@ class Question:
 def write_answers(
     model: Llama, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, rows: int = 16
 ) -> list[str]:
-    """Return what the model writes greedily after each prompt."""
+    """Return the model's greedy answer to each prompt."""
     config = GenerateConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     ends = end_tokens(model.config, config)
     answers: list[str] = []
@@ -76,7 +76,7 @@ def _text_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int])
 
 
 def exact_match(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int) -> list[bool]:
-    """Say of each question whether the written answer is the wanted one.
+    """Return for each question whether the model's answer is the expected one.
 
     Raises:
         DataError: there is no question.
@@ -89,10 +89,10 @@ def exact_match(model: Llama, tokenizer: Tokenizer, questions: Sequence[Question
 
 @torch.no_grad()
 def accuracy(model: Llama, questions: Sequence[Question]) -> list[bool]:
-    """Say of each question whether its answer is the likeliest of all answers of the questions.
+    """Return for each question whether its answer is the most likely of all answers to the questions.
 
     Raises:
-        DataError: there is no question, or the answers are no labels.
+        DataError: there is no question, or too few or too many different answers.
     """
     _need(questions)
     labels = sorted({question.answer for question in questions})
@@ -134,7 +134,7 @@ def _need(questions: Sequence[Question]) -> None:
 
 @torch.no_grad()
 def token_hits(model: Llama, batches: Iterable[EvalBatch]) -> Iterator[tuple[int, int]]:
-    """Yield, for each batch, how many targets the model finds likeliest, and how many there are."""
+    """Yield for each batch the number of targets that the model finds most likely, and the number of targets."""
     device = model.device
     for batch in batches:
         targets = batch.targets.to(device)

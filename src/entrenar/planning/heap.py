@@ -1,12 +1,12 @@
-"""The room that the allocator needs beside what is asked of it, found out by asking it.
+"""Allocator overhead, measured by replaying the requests of a step on the real heap.
 
-glibc's heap has holes: a block is freed, something small is put in its place, and the next block of the same size goes
+glibc's heap has holes: a block is freed, something small takes its place, and the next block of the same size goes
 elsewhere. In a training step this is 10 to 30 % of the tensors' bytes, and it depends on the order of all requests,
-small ones too. So the order is not modelled but gone through: each tensor without bytes takes a block of its size from
-the real heap, which is never touched and so costs no memory, among the small objects that a step makes anyway. What
-all blocks covered together, at one time or another, is what a run would have written to and so would hold, as long as
-the allocator is told to keep what is freed. Where it is told to return large blocks, each is a mapping of whole pages
-that is gone when it is freed, and only the small ones are gone through (`train.allocator`).
+small ones too. So the order is replayed, not modelled: each tensor without bytes takes a block of its size from the
+real heap, among the small objects that a step makes anyway. The block is never touched and so costs no memory. A run
+would have written to everything that the blocks ever covered, and would hold it as long as the allocator keeps freed
+memory. Where the allocator returns large blocks, each is a mapping of whole pages that is gone when it is freed, and
+only the small blocks are replayed (`train.allocator`).
 """
 
 import ctypes
@@ -17,10 +17,10 @@ import platform
 _ALIGNMENT = 64  # torch's own, c10/core/alignment.h
 _PAGE = 4096
 _LOWEST_BIT = bytes(byte & 1 for byte in range(256))
-# Blocks beyond this share of the machine's memory are not taken: a run of them does not fit. And a small object at the
-# end of the heap keeps it from shrinking, while a process with a heap larger than memory cannot fork.
+# Blocks beyond this share of the machine's memory are not taken: such a run does not fit. Besides, a small object at
+# the end of the heap keeps it from shrinking, and a process with a heap larger than memory cannot fork.
 _MOST_OF_MEMORY = 0.7
-# What is noted lies in pages of its own, or it would take the holes that are to be found. Unused ones cost nothing.
+# Notes lie in pages of their own, or they would fill the holes that we look for. Unused pages cost nothing.
 _CAPACITY = 1 << 22
 
 
@@ -28,8 +28,8 @@ class Heap:
     """Blocks of glibc's main heap that are taken and never touched.
 
     Attributes:
-        is_there: whether this is glibc and there was room for every block so far; nothing else can be asked.
-        returned_from: blocks of this size or more are returned when they are freed; None where all are kept.
+        is_there: whether this is glibc and every block so far fitted; if not, nothing else can be asked.
+        returned_from: blocks of this size or more are returned when freed; None if all are kept.
     """
 
     def __init__(self, returned_from: int | None = None) -> None:
@@ -52,20 +52,20 @@ class Heap:
 
     @property
     def covered_bytes(self) -> int:
-        """The most that was held, in whole pages: what kept blocks ever covered, and returned ones at their most."""
+        """The most that was held, in whole pages: all that kept blocks ever covered, and the peak of returned ones."""
         return self._most_mapped + sum(end - start for start, end in self._covered())
 
     @property
     def own_bytes(self) -> int:
-        """What the notes take."""
+        """The memory of the notes themselves."""
         return 16 * self._count
 
     @property
     def resident_bytes(self) -> int:
-        """What of the covered pages is in memory although no block was touched.
+        """The covered pages that are in memory although no block was touched.
 
-        There are the notes of the allocator itself, what lay in a place before or after a block, and what was there
-        and free from the start.
+        They hold the allocator's own notes, whatever lay in a place before or after a block, and memory that was free
+        from the start.
         """
         resident = 0
         for start, end in self._covered():
@@ -86,7 +86,7 @@ class Heap:
         return ranges
 
     def take(self, size_bytes: int) -> int:
-        """Take a block and return its address; 0 for one that is only counted, or not to be had."""
+        """Take a block and return its address; 0 for a block that is only counted or cannot be had."""
         if not self.is_there or size_bytes == 0:
             return 0
         if self._is_mapping(size_bytes):

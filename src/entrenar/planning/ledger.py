@@ -1,10 +1,10 @@
-"""Follow every tensor storage from its first sight to its end, in a real step or in one without bytes.
+"""Follow every tensor storage from birth to death, in a real step or in one without bytes.
 
-A dispatch mode sees each operation below autograd. A storage is born when an operation returns it and has died when
-torch lets go of it, which a weak reference tells, so checkpointing, hooks and the tape need no special case. With
-meta tensors the same step runs without bytes: large tensors are meta, token ids and document ids are real because
-what they hold decides shapes, and where the two meet the real one is taken by its shape alone. Idea: FakeTensorMode
-and `torch.distributed._tools.mem_tracker`; neither is used, because importing them takes longer than the whole plan.
+A dispatch mode sees each operation below autograd. A storage is born when an operation returns it and dies when torch
+releases it, as a weak reference tells, so checkpointing, hooks and the tape need no special case. With meta tensors
+the same step runs without bytes: large tensors are meta, token ids are real because their values decide shapes, and
+where the two meet, only the shape of the real one counts. The idea is that of FakeTensorMode and
+`torch.distributed._tools.mem_tracker`; neither is used, because importing them takes longer than the whole plan.
 """
 
 import sys
@@ -30,7 +30,7 @@ _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """A storage: its size, what it is for, and when it came and went, in events."""
+    """A storage: its size, its use, and its birth and death, counted in events."""
 
     size_bytes: int
     use: Use
@@ -40,10 +40,10 @@ class Life:
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Keeps the lives of all storages that appear while it is on.
+    """Records the lives of all storages that appear while it is on.
 
-    With `has_bytes` everything is done in earnest and only followed. Without, tensors of real numbers are made on the
-    meta device whatever device is asked for, and take their place on `heap` if there is one.
+    With `has_bytes` every operation runs for real and is only followed. Without, tensors of real numbers are made on
+    the meta device, whatever device is asked for, and take their place on `heap` if there is one.
 
     Attributes:
         count: how many storages were seen.
@@ -68,7 +68,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, in earnest if all its tensors are real, and note what it returns."""
+        """Run one operation, for real if all its tensors are real, and note what it returns."""
         kwargs = kwargs or {}
         tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
         if not self._has_bytes and (any(t.is_meta for t in tensors) if tensors else _makes_numbers(func, kwargs)):
@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what is going on; what the forward leaves behind is kept for the backward."""
+        """Name the phase; what the forward leaves alive is an activation, kept for the backward."""
         first = self.count
         yield
         if name == "forward":
@@ -93,7 +93,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
-        """Tensors made meanwhile lie in a mapped file: they take no room of the heap."""
+        """Treat tensors made meanwhile as mapped from a file: they take no room on the heap."""
         heap, self._heap = self._heap, None
         try:
             yield
@@ -101,12 +101,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
             self._heap = heap
 
     def mark(self, tensors: Iterable[Tensor], use: Use) -> None:
-        """Say what tensors are for."""
+        """Set the use of tensors."""
         for tensor in tensors:
             self._see(tensor).use = use
 
     def mark_alive(self, use: Use, *, since: int) -> None:
-        """Say what all storages born since the `since`-th and still alive are for, where nothing else was said."""
+        """Set the use of all storages born since the `since`-th that are still alive and have none yet."""
         for life in self.lives[since:]:
             if life.died is None and life.use == "temporaries":
                 life.use = use
@@ -118,12 +118,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
 
     @property
     def own_bytes(self) -> int:
-        """What the lives take themselves."""
+        """The memory of the record itself."""
         each = sys.getsizeof(self._lives[0]) + 3 * sys.getsizeof(self.count)
         return sys.getsizeof(self._lives) + each * self.count
 
     def peak(self) -> Counter[Use]:
-        """Return the bytes of each use at the moment when most were alive."""
+        """Return the bytes by use at the moment of the peak."""
         events = [(life.born, life, 1) for life in self.lives]
         events += [(life.died, life, -1) for life in self.lives if life.died is not None]
         now: Counter[Use] = Counter()
@@ -158,8 +158,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
         return tensor
 
     def _see(self, tensor: Tensor, address: int | None = None) -> Life:
-        # What is noted is small and asked of no heap (Python serves up to 512 bytes from arenas of its own), because a
-        # table that grows in the midst of a step would take the very holes that are to be found.
+        # Notes are small and come from no heap (Python serves up to 512 bytes from arenas of its own), because a table
+        # that grows in the middle of a step would fill the very holes that we look for.
         storage: Any = tensor.untyped_storage()
         known: Life | None = getattr(storage, "entrenar_life", None)
         if known is not None and known.died is None:
@@ -201,10 +201,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _makes_numbers(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Say whether an operation makes a tensor of real numbers from nothing; whole numbers decide shapes, and are made.
+    """Return whether an operation makes a tensor of real numbers from nothing; integers decide shapes, and are made.
 
-    Only factories that leave their numbers open or all alike are meant: `arange` holds positions. Whole numbers that
-    belong to a tensor without bytes, such as codes, are asked for on its device.
+    Only factories whose numbers are unset or all equal count: `arange` holds positions. Integers that belong to a
+    tensor without bytes, such as codes, are asked for on its device.
     """
     if func._schema.name not in ("aten::empty", "aten::zeros", "aten::ones", "aten::full"):
         return False
@@ -223,7 +223,7 @@ def _shapes_only(value: Any) -> Any:
 
 
 def _flops(name: str, tensors: list[Tensor]) -> int:
-    """Return what a matrix product or attention costs; attention's backward has 5 products where the forward has 2."""
+    """Return the cost of a matrix product or of attention, whose backward has 5 products where the forward has 2."""
     if name in ("aten::mm", "aten::bmm"):
         return 2 * tensors[0].numel() * tensors[1].shape[-1]
     if name in ("aten::addmm", "aten::addmm_"):

@@ -1,9 +1,9 @@
-"""What an operation returns, told from the shapes of its arguments: tensors without bytes, on torch's meta device.
+"""Predict an operation's result from the shapes of its arguments: tensors without bytes, on torch's meta device.
 
 torch has such rules itself, but those of this version are Python and cost 0.1 to 1 ms a call, and the first of them
-loads the symbolic algebra for 2 s. A training step is tens of thousands of calls of few operations, so those have
-their rule here, a test holds each to the shape, stride and dtype of torch's kernel, and every other operation is left
-to torch. What writes into its arguments returns them; there is nothing to compute.
+loads the symbolic algebra for 2 s. A training step makes tens of thousands of calls of few operations, so those have
+their rule here. A test holds each rule to the shape, stride and dtype of torch's kernel; every other operation is left
+to torch. An operation that writes into its arguments returns them; there is nothing to compute.
 """
 
 import functools
@@ -36,7 +36,7 @@ def writes(func: Any) -> tuple[tuple[int, str], ...]:
 
 @functools.cache
 def rule_of(func: Any) -> Callable[..., Any] | None:
-    """Return what tells an operation's result from its arguments; None for what is left to torch."""
+    """Return the rule that predicts an operation's result; None for an operation that is left to torch."""
     if writes(func):
         return functools.partial(_written, func)
     name = func._schema.name.removeprefix("aten::")
@@ -53,7 +53,7 @@ def rule_of(func: Any) -> Callable[..., Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorShape:
-    """A dense tensor that is yet to be made; `order` lists its dimensions from the outermost in memory on."""
+    """A dense tensor to be made; `order` lists its dimensions in memory, outermost first."""
 
     size: tuple[int, ...]
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class TensorShape:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the tensor would have."""
+        """The bytes that the tensor would take."""
         return math.prod(self.size) * self.dtype.itemsize
 
     def make(self) -> Tensor:

@@ -1,9 +1,9 @@
 """A training step without bytes: the real forward, backward, clipping and optimizer on meta tensors.
 
-A ledger follows it. What is rehearsed is the product's own code, so what it allocates is what a run allocates, to the
-byte; a test holds the two timelines equal. The step is gone through twice, because the first leaves the heap with holes
-that the second meets (a third finds nothing new). Of parameters of one shape and dtype only one is moved by the
-optimizer, with all gradients there: a step of AdamW allocates nothing, and Muon's room is that of the largest matrix.
+A ledger follows it. The rehearsal runs the product's own code, so it allocates what a run allocates, to the byte; a
+test holds the two timelines equal. It takes two steps, because the first leaves holes in the heap that the second meets
+(a third finds nothing new). Of all parameters of one shape and dtype the optimizer moves only one, with all gradients
+present: a step of AdamW allocates nothing, and Muon needs memory for its largest matrix only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ _STEPS = 2
 
 @dataclass(frozen=True)
 class Scene:
-    """What is rehearsed: a model without bytes, the loss that is trained, and the batches of one step.
+    """A step to rehearse: a model without bytes, its loss, and the batches of the step.
 
     Attributes:
-        mapped: weights that lie in a mapped file and take no room of the heap.
-        streamed_bytes: what of these comes and goes, and is noted by the ledger when it does.
+        mapped: weights in a mapped file, which take no room on the heap.
+        streamed_bytes: the part of these that comes and goes; the ledger notes it when it does.
     """
 
     module: nn.Module
@@ -41,16 +41,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a step was seen to take.
+    """The memory and arithmetic of a rehearsed step.
 
     Attributes:
-        peak_bytes: by kind, at the moment when most was alive.
-        heap_bytes: what the allocator covered for it; None where the allocator cannot be asked.
-        held_bytes: what the process held at the end, without a byte of these tensors: modules, graph, small objects.
-        mapped_bytes: weights in mapped files that are there all the time, in `peak_bytes` and not in `heap_bytes`.
-        state_bytes: the optimizer's state, as a checkpoint holds it.
-        trained_bytes: the trained weights, as a checkpoint holds them.
-        flops, moved_bytes: matrix products carried out, and bytes that other operations read and wrote, in one step.
+        peak_bytes: by use, at the moment of the peak.
+        heap_bytes: the memory that the allocator covered; None where the allocator cannot be asked.
+        held_bytes: what the process held at the end apart from these tensors: modules, graph, small objects.
+        mapped_bytes: weights in mapped files that stay all the time; part of `peak_bytes`, not of `heap_bytes`.
+        state_bytes: the optimizer's state in a checkpoint.
+        trained_bytes: the trained weights in a checkpoint.
+        flops, moved_bytes: of one step, the matrix products and the bytes that other operations read and wrote.
     """
 
     peak_bytes: Mapping[str, int]
@@ -65,7 +65,7 @@ class Rehearsal:
 
 
 def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None) -> Rehearsal:
-    """Build the scene under a ledger and go through its step; see `Heap` for `returned_from`."""
+    """Build the scene under a ledger and take its step twice; see `Heap` for `returned_from`."""
     heap = Heap(returned_from)
     ledger = Ledger(heap)
     with ledger:
@@ -98,7 +98,7 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
 
 
 def take_step(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
-    """Take one step as the training loop takes it; return the bytes that parameters left out would have moved."""
+    """Take one step as the training loop does; return the bytes that the left-out parameters would have moved."""
     first = ledger.count
     optimizer.gradients.begin(len(scene.batches))
     forward_backward(scene.batches, scene.loss, ledger.phase)
@@ -115,7 +115,7 @@ def take_step(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
 
 
 def _keep_one_of_each(trained: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Take their gradients from all parameters but one of each shape and dtype; return them, to keep them alive."""
+    """Remove the gradients of all parameters but one of each shape and dtype; return them, to keep them alive."""
     seen, held = set(), []
     for parameter in trained:
         key = parameter.shape, parameter.dtype

@@ -1,4 +1,4 @@
-"""Adapters as checkpoints hold them: out as PEFT's folder, and back into the parameters in training, bit for bit."""
+"""Write adapters as PEFT folders, and read them back into the parameters in training, bit for bit."""
 
 from pathlib import Path
 
@@ -18,36 +18,36 @@ from entrenar.interop.safetensors_file import TensorReader, read_header
 from entrenar.model import Llama
 from entrenar.peft import DEFAULT_ADAPTER, LoraConfig, LoraLinear, LowRank, set_adapter, wrappers
 
-# A base that was rounded for a run lies in the run's folder under this name.
+# The folder, in a run's own, of a base that was rounded for the run.
 ROUNDED_FOLDER = "base"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder holds an adapter."""
+    """Return whether a folder holds an adapter."""
     return (folder / "adapter_config.json").is_file()
 
 
 def base_of(folder: Path) -> tuple[Path, BaseIdentity]:
-    """Return the base model's folder, which an adapter of ours remembers, and what it knows of the base.
+    """Return the folder of an adapter's base, and the base's identity, as the adapter recorded them.
 
-    If it is gone, it may be the one in the adapter's own run; whether that is the base, its hash says when it is used.
+    If that folder is gone, a base in the adapter's own run may be it; the hash decides when the base is used.
 
     Raises:
-        DataError: it does not say, or the folder is gone.
+        DataError: the adapter does not name its base, or the base is gone.
     """
     base = read_base(folder)
-    named = "does not say what its base is"
+    named = "does not name its base"
     if base is not None and base.name is not None:
-        # A run that was moved took its own base along: RUN/checkpoints/STEP/model is over RUN/base.
+        # A run that was moved took its own base along: RUN/checkpoints/STEP/model belongs to RUN/base.
         for place in (Path(base.name), folder.resolve().parent.parent.parent / ROUNDED_FOLDER):
             if (place / "config.json").is_file():
                 return place, base
-        named = f"has its base at {base.name}"
-    raise DataError(f"adapter {folder} {named}, and it is not there; merge it into its base with `entrenar merge`")
+        named = f"has its base at {base.name}, which is gone"
+    raise DataError(f"adapter {folder} {named}; pass the base to `entrenar merge BASE {folder} OUT`, and use OUT")
 
 
 def use_adapter(folder: Path, model: Llama) -> None:
-    """Load an adapter over its base and use it."""
+    """Load an adapter over its base and activate it."""
     load_adapter(folder, model)
     set_adapter(model, DEFAULT_ADAPTER)
 
@@ -59,9 +59,9 @@ def write_adapter(folder: Path, model: Llama, config: LoraConfig, base: BaseIden
 
 
 def read_weights(folder: Path, model: Llama, base: BaseIdentity) -> dict[str, Tensor]:
-    """Return the weights of an adapter folder under the names that the model's own parameters have.
+    """Return the weights of an adapter folder under the names of the model's own parameters.
 
-    A PiSSA adapter is written with the matrices it began at beside the trained ones; they are put back too.
+    A PiSSA adapter is written with its initial matrices next to the trained ones; they are restored too.
 
     Raises:
         CheckpointError: the adapter was trained on another base, or lacks a tensor of the one in training.
@@ -70,7 +70,7 @@ def read_weights(folder: Path, model: Llama, base: BaseIdentity) -> dict[str, Te
     if recorded is None or recorded.sha256 != base.sha256:
         raise CheckpointError(
             f"{folder} was trained on another base (sha256 {recorded.sha256[:12] if recorded else 'unknown'}…, "
-            f"this one has {base.sha256[:12]}…); give the base it began with as --model"
+            f"this one has {base.sha256[:12]}…); give --model the base that it was trained on"
         )
     header, reader = read_header(folder / WEIGHTS_FILE), TensorReader()
     weights: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The base of a fine-tuning run: as it is stored, quantized while it is read, or rounded to a budget of bits.
+"""Open the base of a fine-tuning run: as stored, quantized while it is read, or rounded to a budget of bits.
 
 Rounding to a budget takes a backward and minutes, and its last bits depend on the machine. So it is done once in the
 life of a run and kept as a model folder in the run's own, which the adapter names as its base.
@@ -26,13 +26,15 @@ from entrenar.recipe.start import Observer
 
 
 def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool) -> tuple[Llama, Tokenizer, Path]:
-    """Return the model to fine-tune, its tokenizer and its folder; with a budget not rounded yet, but in a resumed run.
+    """Return the model to fine-tune, its tokenizer and its folder.
+
+    The model is not yet rounded if a bit budget is set, except on resume.
 
     Raises:
         ConfigError, DataError, FormatError: there is no such model, or not one for these options.
     """
     has_budget = config.quantize.bits is not None
-    if has_budget and is_resumed:  # the model that was rounded is needed no more
+    if has_budget and is_resumed:  # the original model is no longer needed
         folder = config.run_dir.resolve() / ROUNDED_FOLDER
     else:
         folder = model_folder(config.model).resolve()
@@ -79,10 +81,10 @@ def _load(config: FinetuneConfig, folder: Path, device: torch.device) -> Llama:
 
 
 def check_adapter(config: FinetuneConfig, model: Llama, folder: Path, *, is_resumed: bool) -> None:
-    """Check that the adapter can be put over the base, before an earlier run or minutes of rounding are lost to it.
+    """Check that the adapter fits the base, before an earlier run is deleted or minutes are spent on rounding.
 
     Raises:
-        ConfigError: a word of its options means nothing in this model, or it cannot begin or be trained over it.
+        ConfigError: an option names nothing in this model, or the adapter cannot start from it or be trained over it.
     """
     if config.method == "full":
         return
@@ -118,19 +120,19 @@ def round_base(config: FinetuneConfig, bits: float, model: Llama, tokenizer: Tok
 
 
 def keep_base(config: FinetuneConfig, rounded: Source, device: torch.device, observer: Observer) -> tuple[Llama, Path]:
-    """Write a rounded base into the run's folder, and return it as it is read from there.
+    """Write a rounded base into the run's folder, and return it as read back from there.
 
     Raises:
-        GateFailed: what was written is not what it should be.
+        GateFailed: the written model does not pass its proof.
     """
     folder = config.run_dir.resolve() / ROUNDED_FOLDER
     report = convert(rounded, Target(folder, "nf4", can_overwrite=True))
-    observer.on_stage(f"{folder}: KL {report.kl:.3g} nats a token to the model as it was")
+    observer.on_stage(f"{folder}: KL {report.kl:.3g} nats a token from the original model")
     return _load(config, folder, device), folder
 
 
 def put_adapter(config: FinetuneConfig, model: Llama, *, is_resumed: bool) -> None:
-    """Freeze the model and give it a new adapter; that of a resumed run is read over it, so it may begin anyhow."""
+    """Freeze the model and give it a new adapter; on resume its initial values do not matter."""
     lora, original = config.lora, None
     if lora.lora_init == "loftq" and is_resumed:
         lora = lora.model_copy(update={"lora_init": "default"})
@@ -140,7 +142,7 @@ def put_adapter(config: FinetuneConfig, model: Llama, *, is_resumed: bool) -> No
 
 
 def original_weights(folder: Path) -> OriginalWeight | None:
-    """Return what reads the plain weight of a projection from a folder, one at a time; None if they are quantized."""
+    """Return a reader of a folder's unquantized projections, one at a time; None if they are quantized."""
     _, places, is_packed = open_folder(folder)
 
     def read(name: str) -> Tensor:

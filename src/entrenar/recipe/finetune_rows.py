@@ -14,7 +14,7 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 @dataclass(frozen=True)
 class Rows:
-    """The examples of a run."""
+    """The examples of a run, and the questions of its task."""
 
     train: list[Example]
     held_out: list[Example]
@@ -22,7 +22,7 @@ class Rows:
 
 
 def read_rows(config: FinetuneConfig, tokenizer: Tokenizer, observer: Observer) -> Rows:
-    """Read training rows, held-out rows and the task's questions, and say what was found.
+    """Read training rows, held-out rows and the task's questions, and report counts.
 
     Raises: DataError.
     """

@@ -25,13 +25,15 @@ def write_model_folder(folder: Path, model: Llama, weights: Mapping[str, Tensor]
 
 
 def model_folder(path: Path) -> Path:
-    """Return the model or adapter folder that `path` means: itself, a checkpoint's, or that of a run's latest good one.
+    """Return the model or adapter folder that `path` names: itself, a checkpoint's, or the latest good one of a run.
 
     Raises:
-        DataError: there is no model at `path`, or one in a single file.
+        DataError: there is no model at `path`, or it is a single file.
     """
     if _is_llama2c_or_gguf(path):
-        raise DataError(f"{path} is no model folder; make one of it: entrenar convert {path} DIR --to hf")
+        raise DataError(
+            f"{path} must be a model folder, got a single file; convert it: entrenar convert {path} DIR --to hf"
+        )
     for folder in (path, path / MODEL_FOLDER):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
@@ -47,18 +49,18 @@ def _is_llama2c_or_gguf(path: Path) -> bool:
 def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
     """Load model and tokenizer from a model folder, a checkpoint, a run, a GGUF file or one of llama2.c's.
 
-    An adapter brings its base along, in four bits where it was trained over those, and in the dtype it was trained over
-    unless another is asked for.
+    An adapter brings its base along, quantized if it was trained over a quantized base, and in the dtype that it was
+    trained over unless another is asked for.
 
     Raises:
-        DataError: there is no model, or none with a tokenizer.
-        FormatError: it is damaged, or the base of an adapter is another than it was.
+        DataError: there is no model, or it has no tokenizer.
+        FormatError: it is damaged, or an adapter's base has changed.
     """
     if _is_llama2c_or_gguf(path):
         source = open_source(path)
         if source.tokenizer is None:
             raise DataError(
-                f"{path} ({source.format}) comes without a tokenizer; give it one: "
+                f"{path} ({source.format}) comes without a tokenizer; add one: "
                 f"entrenar convert {path} DIR --to hf --tokenizer FILE"
             )
         return source.model if dtype is None else source.model.to(dtype), source.tokenizer

@@ -1,9 +1,9 @@
-"""The same gradient however a run computes it: measured on the user's own config and the first rows of their data.
+"""Compare all ways of computing a gradient, on the user's own config and the first rows of their data.
 
 Each way is compared with the plain one (the whole batch at once, nothing recomputed) twice. In float64, where nothing
 but the order of sums may differ, a difference above 1e-9 of a parameter's gradient is a fault. In the run's own
-precision a difference is rounding as long as it is not larger than four times what the plain way itself is off from
-float64; the same bits are said to be the same bits.
+precision a difference counts as rounding up to four times the plain way's own error against float64; equal bits are
+reported as such.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ Pair = tuple[Gradients, Gradients]  # the plain way, the other way
 
 @dataclass(frozen=True)
 class Finding:
-    """How far one way is from the plain one; None stands for what was not measured."""
+    """The distance of one way from the plain one; None if it was not measured."""
 
     way: str
     float64: float | None = None
@@ -53,26 +53,26 @@ class Finding:
 
 @dataclass(frozen=True)
 class Numerics:
-    """What was compared, and what came out."""
+    """The comparison of all ways on one config."""
 
     rows: int
     seq_len: int
     parameters: int
     precision: str
     compute_dtype: str
-    rounding: float  # how far the plain way in the run's own precision is from float64
+    rounding: float  # distance of the plain way, in the run's own precision, from float64
     findings: tuple[Finding, ...]
 
 
 class _Data:
-    """The first batches of the user's corpora, as one rank and as two would read them."""
+    """The first batches of the user's corpora, as read by one rank and by two."""
 
     def __init__(self, config: RunConfig, corpora: Sequence[Corpus], rows: int) -> None:
         self._config, self._corpora, self._rows = config, corpora, rows
         (self.first, self.after_first), (self.second, _) = islice(self.loader(), 2)
 
     def loader(self, rank: int = 0, world_size: int = 1, start: LoaderState | None = None) -> Loader:
-        """Return a loader as the run's own, but for the number of rows."""
+        """Return the run's loader, with another number of rows."""
         data = self._config.data
         return Loader(
             *self._corpora, batch_size=self._rows, seq_len=data.seq_len, seed=self._config.train.seed,
@@ -166,7 +166,7 @@ def _finding(name: str, way: Way | None, exact: Llama, own: Llama, data: _Data, 
 def _distance(plain: Gradients, other: Gradients) -> tuple[float, str]:
     """Return the largest relative difference of a parameter's gradient, and that parameter.
 
-    A gradient that is nearly zero beside the others is measured against a millionth of the largest.
+    A gradient that is nearly zero is measured against a millionth of the largest one.
     """
     floor = 1e-6 * max((float(g.double().norm()) for g in plain.values()), default=0.0)
     worst, where = 0.0, ""
@@ -197,7 +197,7 @@ def _gradients(model: Llama, pieces: Sequence[Batch], loss: Loss = _loss) -> Gra
 
 
 def _unpacked(model: Llama, data: _Data) -> Pair:
-    """Compare packed rows with each of their documents alone; rows of one document are taken as two."""
+    """Compare packed rows with each of their documents alone; a row of one document is cut in two."""
     batch = data.first
     rows, length = batch.input_ids.shape
     documents = batch.documents
@@ -230,7 +230,7 @@ def _chunked_loss(model: Llama, batch: Batch) -> Tensor:
 
 
 def eager_loss(model: Llama, batch: Batch) -> Tensor:
-    """Return the loss by plain torch operators alone, whose gradient is autograd's: nothing here is derived by hand."""
+    """Return the loss by plain torch operators, whose gradient is autograd's: nothing here is derived by hand."""
     config, weights, device = model.config, dict(model.named_parameters()), batch.input_ids.device
     documents = None if batch.documents is None else Documents.from_spans(batch.documents, device)
     length, head = batch.input_ids.shape[1], "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head"
@@ -264,7 +264,7 @@ def _compiled(model: Llama, data: _Data) -> Pair:
 
 
 def _resumed(model: Llama, data: _Data) -> Pair:
-    """Go on with the second batch: from memory, and from what was saved after the first."""
+    """Take the second batch twice: with the model in memory, and with one saved and loaded after the first."""
     (batch, _) = next(iter(data.loader(start=LoaderState.from_dict(data.after_first.to_dict()))))
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model.config, dict(model.named_parameters()))
@@ -274,7 +274,7 @@ def _resumed(model: Llama, data: _Data) -> Pair:
 
 
 def _two_ranks(model: Llama, data: _Data) -> Pair:
-    """Sum what two ranks compute on their shares of the batch."""
+    """Sum the gradients of two ranks, each on its share of the batch."""
     shares = [next(iter(data.loader(rank, 2)))[0] for rank in range(2)]
     ranks = [_gradients(model, [share]) for share in shares]
     return _gradients(model, [data.first]), {name: ranks[0][name] + ranks[1][name] for name in ranks[0]}

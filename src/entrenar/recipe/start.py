@@ -99,7 +99,7 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
 
 
 def choose_device(config: AnyConfig) -> torch.device:
-    """Return the device that the config names, or the best there is.
+    """Return the device that the config names, or the best one.
 
     Raises:
         ConfigError: the machine has no such device.
@@ -107,7 +107,7 @@ def choose_device(config: AnyConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('device must be one this machine has, got \'cuda\'; set device = "cpu" or "auto"')
+        raise ConfigError('device must be one that this machine has, got cuda; set device = "cpu" or "auto"')
     return torch.device(config.device)
 
 
@@ -115,7 +115,7 @@ def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
     """Return the checkpoint to resume from; None for a new run, whose folder is free or may be cleared.
 
     Raises:
-        CheckpointError: there is nothing to resume.
+        CheckpointError: no run to resume, or no good checkpoint in it.
         ConfigError: a run of that name exists already, or both modes are asked for.
     """
     checkpoints = RunFolder(run_dir).checkpoints
@@ -123,7 +123,7 @@ def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
         raise ConfigError("--resume and --overwrite exclude each other; leave one out")
     if mode.resume:
         if not run_dir.is_dir():
-            raise CheckpointError(f"there is no run at {run_dir} to resume; start it without --resume")
+            raise CheckpointError(f"there is no run to resume at {run_dir}; start it without --resume")
         return latest_good(checkpoints)
     if list_checkpoints(checkpoints) and not mode.overwrite:
         raise ConfigError(
