@@ -26,8 +26,9 @@ from entrenar.model import Llama
 from entrenar.ops import fastest_compute_dtype
 from entrenar.peft import LoraConfig, find_targets, from_base
 from entrenar.peft.lora import OriginalWeight
+from entrenar.quantize import Adapters
 from entrenar.recipe.base import original_weights
-from entrenar.recipe.bit_budget import Adapters, round_to_budget
+from entrenar.recipe.bit_budget import round_to_budget
 from entrenar.train import OptimConfig, build_optimizer
 
 ROW, TARGETS = 256, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -22,7 +22,7 @@ from entrenar.data import Tokenizer
 from entrenar.interop.assemble import set_parameter
 from entrenar.interop.hf import save_model, save_quantized, save_widths
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import quantize_nf_bits
+from entrenar.ops import quantize_nf_bits, stored_bytes
 from entrenar.peft import QuantizeConfig, layer_number, put_quantized
 from entrenar.recipe import write_model_folder
 
@@ -54,12 +54,12 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def make(config: LlamaConfig, folder: Path, layout: str, held: QuantizeConfig | None = None) -> None:
-    """Write the folder, in bfloat16 (`bf16`), float32 (`f32`), NF4 (`nf4`, the embedding as `held`) or mixed `bits`."""
+    """Write the folder, in bfloat16 (`bf16`), float32 (`f32`), NF4 (`nf4`) or mixed widths (`nf-bits`)."""
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "nf4":
         weights = RandomWeights(config, torch.bfloat16)
         save_quantized(folder, config, weights.items(), torch.bfloat16, held=held)
-    elif layout == "bits":
+    elif layout == "nf-bits":
         save_widths(folder, *rounded(config))
     else:
         dtype = torch.float32 if layout == "f32" else torch.bfloat16
@@ -81,7 +81,7 @@ def rounded(config: LlamaConfig) -> tuple[Llama, float]:
         bits = 3 if layer is not None and layer % 10 in (2, 5, 8) else 4
         few = quantize_nf_bits(weight, bits, is_draft=True)
         put_quantized(model, place, few, torch.bfloat16)
-        size += few.size_bytes
+        size += stored_bytes(few)
     return model, 8 * size / config.parameter_count()
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("preset")
     arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--to", choices=("bf16", "f32", "nf4", "bits"), default="bf16")
+    arguments.add_argument("--to", choices=("bf16", "f32", "nf4", "nf-bits"), default="bf16")
     arguments.add_argument("--embedding", choices=("keep", "int8", "nf4"), default="keep", help="with nf4")
     parsed = arguments.parse_args()
     held = QuantizeConfig(embedding=parsed.embedding)

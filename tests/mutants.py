@@ -19,6 +19,11 @@ def changed(source: str, old: str, new: str, count: int = 1) -> str:
     return source.replace(old, new)
 
 
+def op_module(op: str) -> str:
+    """Return the module of an operation: its own name, but for the one that has a package of its own."""
+    return f"entrenar.ops.{ {'quantized_linear': 'quantized.linear'}.get(op, op) }"
+
+
 def source_of(name: str) -> str:
     """Return the source of an importable module."""
     spec = importlib.util.find_spec(name)

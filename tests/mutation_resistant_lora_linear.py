@@ -14,31 +14,25 @@ from .ops.closed_forms import TOLERANCE, caught_by, lora_linear_problems, worst_
 NAME = "entrenar.ops.lora_linear"
 PROBLEMS = lora_linear_problems()
 MUTANTS: dict[str, tuple[str, str]] = {
-    "scale missing in the output": ("lora_b.to(compute_dtype).mT, alpha=scale)", "lora_b.to(compute_dtype).mT)"),
-    "scale missing in du": ("(dy @ lora_b.to(wide)).mul_(ctx.scale)", "(dy @ lora_b.to(wide))"),
-    "scale missing in dB": ("(low.mT @ dy).mul_(ctx.scale)", "(low.mT @ dy)"),
+    "scale missing in the output": ("y.addmm_(low, lora_b.mT, alpha=scale)", "y.addmm_(low, lora_b.mT)"),
+    "scale missing in du": ("(dy @ lora_b).mul_(scale)", "(dy @ lora_b)"),
+    "scale missing in dB": ("(low.mT @ dy).mul_(scale).mT", "(low.mT @ dy).mT"),
     "dropout's chance missing": ("scale = scale / chance", "scale = scale"),
     "dropout's chance multiplied": ("scale = scale / chance", "scale = scale * chance"),
     "transpose missing in dA": (
-        "dlora_a = (dlow.mT @ (rows if kept is None else rows * kept))",
-        "dlora_a = ((rows if kept is None else rows * kept).mT @ dlow).reshape(lora_a.shape)",
+        "return dlow.mT @ (x if kept is None else x * kept)",
+        "return ((x if kept is None else x * kept).mT @ dlow).reshape(dlow.shape[1], -1)",
     ),
-    "transpose missing in dB": (
-        "(low.mT @ dy).mul_(ctx.scale).mT.to",
-        "(low.mT @ dy).mul_(ctx.scale).reshape(lora_b.shape).to",
-    ),
-    "off by one in the rows": ("dweight = (dy.mT @ rows)", "dweight = (dy.mT @ rows.roll(1, 0))"),
+    "transpose missing in dB": (".mul_(scale).mT  #", ".mul_(scale).reshape(dy.shape[1], -1)  #"),
+    "off by one in the rows": ("linear_backward_weight(dy, rows)", "linear_backward_weight(dy, rows.roll(1, 0))"),
     "sign of the branch": ("return dx.addmm_(dlow, lora_a)", "return dx.addmm_(dlow, lora_a, alpha=-1)"),
-    "mask missing in dx": ("return dx.addcmul_(dlow @ lora_a, kept.to(dx.dtype))", "return dx.addmm_(dlow, lora_a)"),
-    "mask missing in dA": ("(rows if kept is None else rows * kept)).to(lora_a.dtype)", "rows).to(lora_a.dtype)"),
+    "mask missing in dx": ("dx.addcmul_(product, kept.to(dx.dtype))", "dx.add_(product)"),
+    "mask missing in dA": ("dlow.mT @ (x if kept is None else x * kept)", "dlow.mT @ x"),
     "mask on the frozen product": (
-        "dweight = (dy.mT @ rows)",
-        "dweight = (dy.mT @ (rows if kept is None else rows * kept))",
+        "linear_backward_weight(dy, rows)",
+        "linear_backward_weight(dy, rows if kept is None else rows * kept)",
     ),
-    "mask missing in the output": (
-        "dropped = rows if kept is None else rows *",
-        "dropped = rows if kept is None else rows + 0 *",
-    ),
+    "mask missing in the output": ("return (x if kept is None else x * kept) @", "return x @"),
     "axis of the rows": (
         "dy = dy.reshape(-1, dy.shape[-1]).to(wide)",
         "dy = dy.transpose(0, 1).reshape(-1, dy.shape[-1]).to(wide)",
@@ -47,10 +41,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
         "return apply(x, weight, lora_a, lora_b, kept,",
         "return apply(x, weight, lora_a, lora_b.detach(), kept,",
     ),
-    "frozen product missing in dx": (
-        "_add_branch(dy @ weight.to(wide), dlow",
-        "_add_branch(0 * dy @ weight.to(wide), dlow",
-    ),
+    "frozen product missing in dx": ("dx = linear_backward_input(dy,", "dx = 0 * linear_backward_input(dy,"),
 }  # fmt: skip
 
 

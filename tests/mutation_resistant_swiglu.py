@@ -14,14 +14,15 @@ from .ops.closed_forms import TOLERANCE, caught_by, swiglu_problems, worst_error
 NAME = "entrenar.ops.swiglu"
 PROBLEMS = swiglu_problems()
 MUTANTS: dict[str, tuple[str, str]] = {
-    "scale of the gate": ("return gate * torch.sigmoid(gate) * up", "return gate * torch.sigmoid(1.702 * gate) * up"),
+    "scale of the gate": ("return silu(gate).mul_(up)", "return (gate * torch.sigmoid(1.702 * gate)).mul_(up)"),
+    "gate and up exchanged": ("return silu(gate).mul_(up)", "return silu(up).mul_(gate)"),
     "gradients in another order": ("return dgate, dup", "return dup, dgate"),
-    "off by one in the derivative": ("(sigma + activated * (1 - sigma))", "(sigma + activated * (2 - sigma))"),
-    "sign in the derivative": ("(sigma + activated * (1 - sigma))", "(sigma - activated * (1 - sigma))"),
+    "derivative at another gate": (
+        "grad_input(dgate, gate, grad_input=dgate)", "grad_input(dgate, up, grad_input=dgate)"),
+    "derivative missing": ("torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)", "pass"),
+    "upstream gradient missing": ("dgate = dy * up\n", "dgate = up.clone()\n"),
     "up missing in dgate": ("dgate = dy * up\n", "dgate = dy * 1\n"),
-    "up missing in the formula": ("dy * up * (sigma", "dy * (sigma"),
     "activation missing in dup": ("dup = silu(gate).mul_(dy)", "dup = torch.sigmoid(gate).mul_(dy)"),
-    "sigmoid detached": ("(sigma + activated * (1 - sigma))", "sigma"),
     "gate detached": ("return apply(gate, up)", "return apply(gate.detach(), up)"),
     "wanted gradients exchanged": ("if ctx.needs_input_grad[1]:", "if not ctx.needs_input_grad[1]:"),
 }  # fmt: skip

@@ -142,7 +142,7 @@ def test_the_page_on_qlora_trains_and_its_file_reads_back(folders, tmp_path):
     )
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.1
-    assert re.search(r"^base: 73,728 weights of 14 \w+ in NF4", done.stdout, re.MULTILINE)
+    assert re.search(r"^base: 73,728 weights in 14 \w+ of nf4", done.stdout, re.MULTILINE)
     assert "reads back with logits that differ by 0.0" in done.stdout
     merged = re.search(r"merged into widened weights they differ by ([0-9.e-]+)", done.stdout)
     assert merged is not None

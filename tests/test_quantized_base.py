@@ -75,7 +75,7 @@ def test_an_adapter_brings_an_embedding_in_int8_along(place, head):
     assert isinstance(model.model.embed_tokens.quantized, Int8Weight)
     base = read_base(recipe.model_folder(place / f"runs/int8-{head}"))
     assert base.quantize == {"embedding": "int8", "head": head or "int8"} == kinds_held(model)
-    assert any(re.search(r"^base: [0-9,]+ weights of 16 matrices in NF4, int8", line) for line in said)
+    assert any(re.search(r"^base: [0-9,]+ weights in 16 matrices of int8 \(8 bits\), nf4", line) for line in said)
 
 
 def test_a_run_in_int8_is_the_run_over_its_folder(place):
@@ -107,7 +107,7 @@ def test_a_budget_is_rounded_once_and_its_folder_is_the_base(place):
     flags = {"quantize.bits": "4.2", "quantize.calibration": str(place / "text.txt"), "name": "bits"}
     config = config_for(place, **flags)
     model, said = started(config)
-    words = ["convert", str(place / "plain"), str(place / "converted"), "--to", "nf4", "--bits", "4.2"]
+    words = ["convert", str(place / "plain"), str(place / "converted"), "--to", "nf-bits", "--bits", "4.2"]
     assert main([*words, "--calibration", str(place / "text.txt")]) == 0
     weights = "model.safetensors"
     assert (place / "runs/bits/base" / weights).read_bytes() == (place / "converted" / weights).read_bytes()

@@ -12,7 +12,7 @@ from entrenar import recipe
 from entrenar.cli.main import main
 from entrenar.data import PrepareConfig, Tokenizer, prepare
 from entrenar.errors import DataError
-from entrenar.interop import hf, save_model
+from entrenar.interop import hf, hf_files, save_model
 from entrenar.model import Llama, LlamaConfig
 
 PROMPTS = ("one", "three four five", "a", "seven")
@@ -110,7 +110,7 @@ def test_llama2c_is_opened_as_folder_and_as_file(shared_data, tmp_path, capsys):
 def test_folders_of_every_kind_go_to_gguf_and_come_back(changes, make_folder, tmp_path, capsys):
     """Their text through the command is the same before and after, past the length that the angles were made for."""
     source = make_folder(**changes)
-    assert (source / hf.INDEX_FILE).is_file() == ("max_shard_bytes" in changes)
+    assert (source / hf_files.INDEX_FILE).is_file() == ("max_shard_bytes" in changes)
     assert main(["convert", str(source), str(tmp_path / "there.gguf"), "--to", "gguf"]) == 0
     assert main(["convert", str(tmp_path / "there.gguf"), str(tmp_path / "back"), "--to", "hf"]) == 0
     assert hf.read_config(tmp_path / "back").rope_scaling == hf.read_config(source).rope_scaling

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from entrenar.cli.main import main
 from entrenar.data import train_bpe
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
-from entrenar.interop import hf
+from entrenar.interop import bits, hf, quantized_layout
 from entrenar.interop.convert import Source, Target, convert, open_source
 from entrenar.interop.proof import bounds
 from entrenar.interop.proof.readback import read_hf_folder
-from entrenar.ops import NfBitsWeight, dequantize
+from entrenar.ops import NfBitsWeight
 from entrenar.peft import LoraConfig, QuantizeConfig, find_targets, quantized_projections, widen
 from entrenar.peft.layers import leading_factors
-from entrenar.recipe.bit_budget import Adapters, calibration_rows, quantize_to_budget, round_to_budget
+from entrenar.quantize import Adapters, calibration_rows
+from entrenar.recipe.bit_budget import continue_rows, round_to_budget
 
 TEXT = "the cat sat on the mat and the dog lay by the door while it rained all day long " * 60
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -46,7 +47,7 @@ def text(tmp_path) -> Path:
 @pytest.fixture
 def folder(source, text, tmp_path) -> Path:
     rounded, _ = round_to_budget(source, 4.2, text, lambda _: None)
-    convert(rounded, Target(tmp_path / "out", "nf4"))
+    convert(rounded, Target(tmp_path / "out", "nf-bits"))
     return tmp_path / "out"
 
 
@@ -74,7 +75,7 @@ def test_a_folder_reads_back_as_it_was_rounded(make_model, tokenizer, text, tmp_
     """Logits of the loaded folder are those of the rounded model bit for bit, and its bits meet the budget."""
     model = make_model(vocab_size=300, tie_word_embeddings=is_tied, **WIDE)
     rounded, budget = round_to_budget(Source(model, tokenizer, "hf"), 4.2, text, silent)
-    report = convert(rounded, Target(tmp_path / "out", "nf4"))
+    report = convert(rounded, Target(tmp_path / "out", "nf-bits"))
     loaded = hf.load_model(tmp_path / "out")
     assert rounded.rounded is not None
     with torch.no_grad():
@@ -87,11 +88,10 @@ def test_a_folder_reads_back_as_it_was_rounded(make_model, tokenizer, text, tmp_
     assert 0 < report.kl < 0.1
 
 
-@pytest.mark.parametrize(("key", "name"), [("embedding", "model.embed_tokens"), ("head", "lm_head")])
-def test_what_a_budget_chose_is_not_held_otherwise(folder, key, name):
-    """Asking for a kind over a folder that has a width already is refused, and the message says which width."""
-    width = announced(folder)["matrices"][name]["bits"]
-    message = rf"quantize\.{key} is int8, but .*out holds it as {width}-bit codes already; leave it out"
+@pytest.mark.parametrize("key", ["embedding", "head"])
+def test_what_a_budget_chose_is_not_held_otherwise(folder, key):
+    """Asking for another kind than the folder has is refused, and the message says which it has."""
+    message = rf"quantize\.{key} is int8, but .*out holds it as nf-bits already; leave it out"
     with pytest.raises(ConfigError, match=message):
         hf.load_model(folder, quantize=True, held=QuantizeConfig(**{key: "int8"}))
 
@@ -108,17 +108,17 @@ def test_the_numpy_reader_agrees_with_the_weights_in_use(folder, source):
 def test_a_damaged_scale_is_found_before_the_folder_gets_its_name(source, text, tmp_path, monkeypatch):
     """A number beyond what the rounding did to it fails the conversion, and nothing is left."""
     rounded, _ = round_to_budget(source, 4.2, text, silent)
-    pack = hf.bits.pack
+    pack = bits.pack
 
-    def damaged(name: str, weight: NfBitsWeight) -> dict[str, torch.Tensor]:
-        tensors = pack(name, weight)
+    def damaged(name: str, weight: NfBitsWeight, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        tensors = pack(name, weight, dtype)
         if name == Q:
             tensors[f"{Q}.scales"] = tensors[f"{Q}.scales"].roll(1, 0)
         return tensors
 
-    monkeypatch.setattr(hf.bits, "pack", damaged)
+    monkeypatch.setattr(quantized_layout, "_PACK", {NfBitsWeight.kind: damaged})
     with pytest.raises(GateFailed, match=f"{Q} differs by .* more than its rounding"):
-        convert(rounded, Target(tmp_path / "out", "nf4"))
+        convert(rounded, Target(tmp_path / "out", "nf-bits"))
     assert not (tmp_path / "out").exists()
 
 
@@ -134,28 +134,6 @@ def test_the_bound_of_a_rounded_model_allows_what_its_rounding_did_and_no_more(s
     assert not bound("model.norm.weight", torch.ones(64))(slice(0, 3)).any()
 
 
-@pytest.mark.parametrize("bits", [3.0, 5.0])
-def test_more_bits_raise_the_loss_less(source, text, bits):
-    """The estimate falls with the budget, and no budget is left unused by more than the smallest step."""
-    rows = calibration_rows(source.model, source.tokenizer, text)
-    budget = quantize_to_budget(source.model, rows, bits, silent)
-    held = dict(quantized_projections(source.model))
-    assert {weight.quantized.bits for weight in held.values()} == set(budget.widths.values())
-    assert bits - 0.2 < budget.bits <= bits
-    assert budget.expected_rise < (0.05 if bits == 5.0 else 1.0)
-    assert budget.lines()[0].startswith(f"budget        {budget.bits:.3f} bits a weight")
-
-
-def test_an_unreachable_budget_says_the_least_possible(source, text):
-    """The figure in the message is one that can be met."""
-    rows = calibration_rows(source.model, source.tokenizer, text)
-    with pytest.raises(ConfigError, match=r"--bits must be >= 2\.\d+ for this model, got 2\b") as raised:
-        quantize_to_budget(source.model, rows, 2.0, silent)
-    least = float(str(raised.value).split(">= ")[1].split()[0])
-    assert quantize_to_budget(source.model, rows, least, silent).bits <= least
-    assert {held.quantized.bits for _, held in quantized_projections(source.model)} == {2}
-
-
 def test_a_base_made_for_adapters_leaves_more_to_embedding_and_head(source, text):
     """What adapters make up for needs fewer bits, and the sum of both is nearer to the weight than the codes alone."""
     ranks = dict.fromkeys(find_targets(source.model, LoraConfig(target_modules=PROJECTIONS)), 8)
@@ -166,7 +144,7 @@ def test_a_base_made_for_adapters_leaves_more_to_embedding_and_head(source, text
         assert budget.bits <= 4.4
         outside.append(budget.widths["model.embed_tokens"] + budget.widths["lm_head"])
         held = dict(quantized_projections(rounded.rounded.model))[Q.removesuffix(".weight")].quantized
-        error = plain - dequantize(held)
+        error = plain - held.dequantize()
         lora_a, lora_b = leading_factors(error, 8)
         left.append(float((error - lora_b @ lora_a).norm()))
     assert outside[1] == outside[2] > outside[0], outside
@@ -184,31 +162,10 @@ def test_a_weight_that_is_not_finite_is_named_before_any_is_rounded(source, text
 
 def test_without_a_text_the_model_writes_its_own(source):
     """Rows of the wanted shape, all of them the model's tokens, the same each time."""
-    rows = calibration_rows(source.model, source.tokenizer, None)
+    rows = calibration_rows(source.model, source.tokenizer, None, continue_rows)
     assert rows.shape == (32, 64)
     assert int(rows.max()) < 300
-    assert torch.equal(rows, calibration_rows(source.model, source.tokenizer, None))
-
-
-def test_rows_of_a_text_are_spread_over_it(source, text):
-    """The first and the last row are the text's beginning and end."""
-    ids = source.tokenizer.encode(TEXT)
-    rows = calibration_rows(source.model, source.tokenizer, text)
-    assert rows[0].tolist() == ids[:64]
-    assert rows[-1].tolist() == ids[-64:]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"short", r"must have at least \d+ tokens, got \d+"), (b"\xff\xfe", "cannot be read"), (None, "cannot be read")],
-)
-def test_a_text_that_cannot_be_used_is_named(source, tmp_path, content, message):
-    """Too short, no text at all, or not there."""
-    path = tmp_path / "some.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        calibration_rows(source.model, source.tokenizer, path)
+    assert torch.equal(rows, calibration_rows(source.model, source.tokenizer, None, continue_rows))
 
 
 def test_a_model_without_a_tokenizer_cannot_be_calibrated(source):
@@ -305,7 +262,7 @@ def test_a_tied_head_in_the_file_of_a_quantized_embedding_is_refused(make_model,
     """One of the two would be ignored in silence."""
     model = make_model(vocab_size=300, tie_word_embeddings=True, **WIDE)
     rounded, _ = round_to_budget(Source(model, tokenizer, "hf"), 5.0, text, silent)
-    convert(rounded, Target(tmp_path / "out", "nf4"))
+    convert(rounded, Target(tmp_path / "out", "nf-bits"))
     rewrite(tmp_path / "out", **{"lm_head.weight": torch.zeros(300, 64)})
     with pytest.raises(FormatError, match="ties it to an embedding that is quantized"):
         hf.load_model(tmp_path / "out")
@@ -317,7 +274,7 @@ def test_the_command_writes_a_folder_that_opens_and_converts_back(source, text, 
     plain.mkdir()
     hf.save_model(plain, source.model.config, dict(source.model.named_parameters()))
     source.tokenizer.save(plain)
-    words = ["convert", str(plain), str(out), "--to", "nf4", "--bits", "4.2", "--calibration", str(text)]
+    words = ["convert", str(plain), str(out), "--to", "nf-bits", "--bits", "4.2", "--calibration", str(text)]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "bits a weight" in said
@@ -332,9 +289,10 @@ def test_the_command_writes_a_folder_that_opens_and_converts_back(source, text, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--to", "hf", "--bits", "4"], "--bits is a budget of nf4, got --to hf"),
+        (["--to", "hf", "--bits", "4"], "--bits is the budget of --to nf-bits, got --to hf"),
         (["--to", "nf4", "--calibration", "x"], "--calibration has no effect without --bits"),
-        (["--to", "nf4", "--bits", "4", "--dtype", "f32"], "--dtype and --bits exclude each other"),
+        (["--to", "nf-bits", "--bits", "4", "--dtype", "f32"], "--dtype and --bits exclude each other"),
+        (["--to", "nf-bits"], "--to nf-bits needs --bits, the budget of bits a weight"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, message):

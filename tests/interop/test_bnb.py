@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from entrenar.cli.main import main
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.interop import convert as convert_module
-from entrenar.interop import hf
+from entrenar.interop import hf, hf_files
 from entrenar.interop.convert import Source, Target, convert, open_source
 from entrenar.interop.proof.readback import read_hf_folder
 from entrenar.ops import dequantize_nf4
@@ -384,7 +384,7 @@ def test_a_quantized_folder_is_mapped_and_not_copied(folder):
     model = hf.load_model(copy)
     _, module = next(quantized_projections(model))
     before = module.codes.clone()
-    header = hf.read_entries(copy, has_codes=True)[Q][1]
+    header = hf_files.read_entries(copy, has_codes=True)[Q][1]
     with (copy / "model.safetensors").open("r+b") as stream:
         stream.seek(header.offset)
         stream.write(bytes([int(before[0]) ^ 0xFF]))

@@ -241,10 +241,10 @@ def test_an_embedding_that_is_not_finite_is_named(tmp_path, make_model, kind):
 def test_what_is_in_few_bits_is_not_quantized_again(tmp_path, source, capsys):
     """Neither NF4 nor a budget is made of NF4: the way out is named, and nothing is written."""
     folder = written(source, tmp_path / "nf4")
-    for options in ([], ["--bits", "4"]):
-        assert main(["convert", str(folder), str(tmp_path / "again"), "--to", "nf4", *options]) == 2
+    for options in (["nf4"], ["nf-bits", "--bits", "4"]):
+        assert main(["convert", str(folder), str(tmp_path / "again"), "--to", *options]) == 2
         said = capsys.readouterr().err
-        assert "the source is in few bits already, and quantizing it again would add a second error" in said
+        assert "the source is quantized already, and quantizing it again would add a second error" in said
         assert "--to hf" in said
     assert not (tmp_path / "again").exists()
     assert main(["convert", str(folder), str(tmp_path / "wide"), "--to", "hf"]) == 0
@@ -262,7 +262,7 @@ def test_the_command_takes_kinds_and_refuses_them_elsewhere(tmp_path, source, ca
     assert main(["convert", str(tmp_path / "few"), str(tmp_path / "wide"), "--to", "hf"]) == 0
     assert torch.equal(logits(tmp_path / "wide").argmax(-1), logits(tmp_path / "few").argmax(-1))
     capsys.readouterr()
-    for flags in (["--to", "gguf", "--embedding", "int8"], ["--to", "nf4", "--bits", "4", "--head", "nf4"]):
+    for flags in (["--to", "gguf", "--embedding", "int8"], ["--to", "nf-bits", "--bits", "4", "--head", "nf4"]):
         shutil.rmtree(tmp_path / "no", ignore_errors=True)
         assert main(["convert", str(source), str(tmp_path / "no"), *flags]) == 2
-        assert f"{flags[-2]} belongs to --to nf4 without --bits" in capsys.readouterr().err
+        assert f"{flags[-2]} chooses how --to nf4 stores it, got --to {flags[1]}" in capsys.readouterr().err

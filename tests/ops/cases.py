@@ -16,7 +16,7 @@ from entrenar.ops.attention import causal_mask, reference_attention
 from entrenar.ops.linear import reference_linear
 from entrenar.ops.linear_cross_entropy import reference_linear_cross_entropy
 from entrenar.ops.lora_linear import reference_lora_linear
-from entrenar.ops.quantized.linear import reference_nf4_linear
+from entrenar.ops.quantized.linear import reference_quantized_linear
 from entrenar.ops.quantized.nf4 import dequantize_nf4, quantize_nf4
 from entrenar.ops.rms_norm import reference_rms_norm
 from entrenar.ops.rope import reference_rope, rope_forward
@@ -283,20 +283,20 @@ def lora_linear_example(batch: int, time: int, dtype: torch.dtype, generator: to
     )
 
 
-def nf4_linear_example(batch: int, time: int, dtype: torch.dtype, generator: torch.Generator) -> Example:
+def quantized_linear_example(batch: int, time: int, dtype: torch.dtype, generator: torch.Generator) -> Example:
     scale, dropout = 1.5, 0.4
     # 9 rows of 22: four blocks, the last one shorter, and tiles that begin in the middle of a block
     weight = quantize_nf4(draw(torch.Generator().manual_seed(7), torch.float32, 9, 22))
     wide = torch.promote_types(dtype, torch.float32)
 
     def op(*inputs: Tensor) -> Tensor:
-        return ops.nf4_linear(
+        return ops.quantized_linear(
             inputs[0], weight, *inputs[1:], scale=scale, dropout=dropout, generator=torch.Generator().manual_seed(6),
             compute_dtype=wide, tile_rows=4,
         )  # fmt: skip
 
     def over(weight: ops.Nf4Weight, dropout: float = dropout) -> Operation:
-        return lambda *inputs: reference_nf4_linear(
+        return lambda *inputs: reference_quantized_linear(
             inputs[0], weight, *inputs[1:], scale=scale, dropout=dropout, generator=torch.Generator().manual_seed(6)
         )
 
@@ -313,8 +313,12 @@ def nf4_linear_example(batch: int, time: int, dtype: torch.dtype, generator: tor
         missing = x @ torch.nn.functional.pad(dequantize_nf4(weight, x.dtype)[8:], (0, 0, 8, 0)).mT
         return over(weight)(x, lora_a, lora_b) - missing
 
-    halves_swapped = ops.Nf4Weight(weight.codes << 4 | weight.codes >> 4, *weight.tensors()[1:], weight.shape)
-    scales_shifted = ops.Nf4Weight(weight.codes, weight.absmax.roll(1), *weight.tensors()[2:], weight.shape)
+    halves_swapped = ops.Nf4Weight(
+        weight.codes << 4 | weight.codes >> 4, weight.absmax, weight.nested_absmax, weight.offset, weight.shape
+    )
+    scales_shifted = ops.Nf4Weight(
+        weight.codes, weight.absmax.roll(1), weight.nested_absmax, weight.offset, weight.shape
+    )
     return Example(
         inputs=tuple(draw(generator, dtype, *shape) for shape in ((batch, time, 22), (2, 22), (9, 2))),
         op=op,
@@ -391,7 +395,7 @@ def table() -> dict[str, Callable[..., Example]]:
         "linear": linear_example,
         "linear_cross_entropy": linear_cross_entropy_example,
         "lora_linear": lora_linear_example,
-        "nf4_linear": nf4_linear_example,
+        "quantized_linear": quantized_linear_example,
         "rms_norm": rms_norm_example,
         "rope": rope_example,
         "swiglu": swiglu_example,

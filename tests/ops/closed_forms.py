@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from entrenar.ops.lora_linear import draw_kept
+from entrenar.ops.quantized.nf4 import Nf4Weight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -186,24 +187,8 @@ def swiglu_problems() -> list[Problem]:
         grown = np.exp(-gate)
         return dy * up * (1 + grown + gate * grown) / (1 + grown) ** 2, dy * gate / (1 + grown)
 
-    def plain(module: ModuleType) -> Callable[..., Tensor]:
-        class Plain(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, gate, up):
-                ctx.save_for_backward(gate, up)
-                return module.swiglu_forward(gate, up)
-
-            @staticmethod
-            def backward(ctx, dy):
-                return module.swiglu_backward(dy, *ctx.saved_tensors)
-
-        return Plain.apply
-
     inputs = drawn(6, (2, 3, 4), (2, 3, 4))
-    return [
-        Problem("swiglu", inputs, lambda m: m.swiglu, forward, gradients),
-        Problem("formulas", inputs, plain, forward, gradients),
-    ]
+    return [Problem("swiglu", inputs, lambda m: m.swiglu, forward, gradients)]
 
 
 def linear_problems() -> list[Problem]:
@@ -270,7 +255,7 @@ def widened(codes: Array, magnitudes: Array, shape: tuple[int, int]) -> Array:
     return np.array(numbers, dtype=np.float64).reshape(shape)
 
 
-def nf4_linear_problems() -> list[Problem]:
+def quantized_linear_problems() -> list[Problem]:
     """Over 7 rows of 22 numbers, in three blocks of which the last is shorter, two rows to a tile."""
     scale, dropout, shape, x_shape = 1.3, 0.4, (7, 22), (2, 3, 22)
     generator = np.random.default_rng(12)
@@ -283,8 +268,8 @@ def nf4_linear_problems() -> list[Problem]:
         tensors = [None if part is None else torch.from_numpy(np.asarray(part)) for part in (codes, *scales)]
 
         def op(module: ModuleType) -> Callable[..., Tensor]:
-            return lambda x, a, b: module.nf4_linear(
-                x, module.Nf4Weight(*tensors, shape), a, b, scale=scale, dropout=dropout,
+            return lambda x, a, b: module.quantized_linear(
+                x, Nf4Weight(*tensors, shape), a, b, scale=scale, dropout=dropout,
                 generator=torch.Generator().manual_seed(9), tile_rows=2,
             )  # fmt: skip
 
@@ -336,7 +321,7 @@ def problems() -> dict[str, list[Problem]]:
         "linear": linear_problems(),
         "linear_cross_entropy": linear_cross_entropy_problems(),
         "lora_linear": lora_linear_problems(),
-        "nf4_linear": nf4_linear_problems(),
+        "quantized_linear": quantized_linear_problems(),
         "rms_norm": rms_norm_problems(),
         "rope": rope_problems(),
         "swiglu": swiglu_problems(),

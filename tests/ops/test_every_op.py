@@ -13,9 +13,9 @@ from .cases import Backward, Example, table, vjp
 
 TABLE = table()
 NOT_OPERATIONS = {
-    "DocumentSpans", "Documents", "Int8Weight", "Nf4Weight", "NfBitsWeight", "QuantizedWeight", "dequantize",
+    "KINDS", "QUANTIZE", "DocumentSpans", "Documents", "Int8Weight", "Nf4Weight", "NfBitsWeight", "QuantizedWeight",
     "dequantize_nf4", "dequantize_nf_bits", "document_spans", "fastest_compute_dtype", "nf_bits_size",
-    "quantize_int8", "quantize_nf4", "quantize_nf_bits", "quantized_embedding",
+    "quantize_int8", "quantize_nf4", "quantize_nf_bits", "quantized_embedding", "stored_bytes",
 }  # fmt: skip
 
 

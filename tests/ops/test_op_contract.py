@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from entrenar import ops
 
+from ..mutants import op_module
 from .cases import Example, Operation, table, vjp
 from .closed_forms import Problem, problems
 
@@ -33,7 +34,7 @@ def cotangent(y: Tensor) -> Tensor:
 def test_gradient_is_the_complex_step_of_the_definition(op: str, problem: Problem, certificate):
     """The gradient along random directions is Im f(x + ih) / h to rounding: no difference is taken, so none cancels."""
     inputs = [torch.from_numpy(x).clone().requires_grad_() for x in problem.inputs]
-    y = problem.op(importlib.import_module(f"entrenar.ops.{op}"))(*inputs)
+    y = problem.op(importlib.import_module(op_module(op)))(*inputs)
     dy, step = problem.dy(), 1e-30
     for place, grad in enumerate(torch.autograd.grad(y, inputs, torch.from_numpy(dy))):
         direction = np.random.default_rng(place).standard_normal(grad.shape)
@@ -135,7 +136,7 @@ PRODUCTS = {
     "linear": (3, [2, 2]),
     "linear_cross_entropy": (6, [4, 4]),
     "lora_linear": (9, [7, 8, 8, 8]),
-    "nf4_linear": (12, [8, 11, 11]),
+    "quantized_linear": (12, [8, 11, 11]),
     "rms_norm": (2, [1, 1]),
     "swiglu": (0, [0, 0]),
 }
@@ -162,9 +163,14 @@ def test_nothing_trained_is_no_backward(name):
 
 
 # Large enough for torch to cut the work in two.
-SIZES = {"attention": (4, 128), "attention/packed": (2, 96), "linear_cross_entropy": (4, 40), "nf4_linear": (8, 256)}
+SIZES = {
+    "attention": (4, 128),
+    "attention/packed": (2, 96),
+    "linear_cross_entropy": (4, 40),
+    "quantized_linear": (8, 256),
+}
 # Gradients that are sums over tokens by a matrix product: how it cuts the sum depends on the number of its threads.
-SUMS_OVER_TOKENS = {"linear": {1}, "linear_cross_entropy": {1}, "lora_linear": {1, 2, 3}, "nf4_linear": {1, 2},
+SUMS_OVER_TOKENS = {"linear": {1}, "linear_cross_entropy": {1}, "lora_linear": {1, 2, 3}, "quantized_linear": {1, 2},
                     "rms_norm": {1}}  # fmt: skip
 
 
@@ -249,7 +255,7 @@ def rowwise() -> dict[str, tuple[int, Operation]]:
     return {
         "linear": (5, lambda x: ops.linear(x, weight)),
         "lora_linear": (5, lambda x: ops.lora_linear(x, weight, a, b, scale=1.5)),
-        "nf4_linear": (5, lambda x: ops.nf4_linear(x, quantized)),
+        "quantized_linear": (5, lambda x: ops.quantized_linear(x, quantized)),
         "rms_norm": (5, lambda x: ops.rms_norm(x, norm, 1e-3)),
         "swiglu": (6, lambda x: ops.swiglu(x[..., :3], x[..., 3:])),
     }

@@ -13,7 +13,7 @@ from entrenar.model import Llama, LlamaConfig
 from entrenar.peft import (
     LoraConfig,
     LowRank,
-    Nf4Linear,
+    QuantizedLinear,
     find_targets,
     fingerprint,
     from_base,
@@ -95,7 +95,7 @@ def test_the_same_projections_can_be_adapted():
     """A projection in four bits is found, and has the rank it may take, as the plain one."""
     found = find_targets(quantized_model(), LORA)
     assert list(found) == list(find_targets(plain_model(), LORA))
-    assert all(isinstance(module, Nf4Linear) for module in found.values())
+    assert all(isinstance(module, QuantizedLinear) for module in found.values())
 
 
 def test_adapters_learn_beside_codes_that_stay():
@@ -156,7 +156,7 @@ def test_scales_keep_their_precision_when_the_model_is_cast():
     before = {name: module.quantized for name, module in quantized_projections(model)}
     model.to(torch.bfloat16).to(torch.float32)
     for name, module in quantized_projections(model):
-        for tensor, was in zip(module.quantized.tensors(), before[name].tensors(), strict=True):
+        for tensor, was in zip(module.quantized.tensors().values(), before[name].tensors().values(), strict=True):
             assert tensor.dtype == was.dtype
             assert torch.equal(tensor, was)
 
@@ -199,7 +199,7 @@ def test_the_compute_dtype_reaches_projections_in_four_bits():
 def test_a_quantized_base_takes_an_eighth_of_float32():
     """The projections of the model take 4.1 bits a number and what their last blocks waste."""
     projected = [module for _, module in quantized_projections(quantized_model())]
-    held = sum(module.quantized.size_bytes for module in projected)
+    held = sum(ops.stored_bytes(module.quantized) for module in projected)
     assert held < 0.14 * sum(4 * math.prod(module.shape) for module in projected)
 
 
@@ -225,7 +225,7 @@ def test_what_quantizing_took_away_is_the_difference_in_float32():
     """Also from a bfloat16 original, which stays what it is."""
     original = torch.randn(50, 64, generator=torch.Generator().manual_seed(6)).bfloat16()
     few, before = ops.quantize_nf4(original), original.clone()
-    assert torch.equal(lost_to_quantizing(original, few), before.float() - ops.dequantize(few))
+    assert torch.equal(lost_to_quantizing(original, few), before.float() - few.dequantize())
     assert torch.equal(original, before)
 
 
@@ -250,7 +250,7 @@ def test_loftq_begins_at_the_best_approximation_of_what_was_lost(bits):
     weight = ops.quantize_nf4(original) if bits is None else ops.quantize_nf_bits(original, bits)
     adapter = LowRank(weight, 3, 5.0, 0.0)
     adapter.draw(weight, "loftq", torch.Generator(), lambda: original)
-    lost = original.double() - ops.dequantize(weight).double()
+    lost = original.double() - weight.dequantize().double()
     left, sizes, right = torch.linalg.svd(lost)
     wanted = left[:, :3] * sizes[:3] @ right[:3]
     got = adapter.scale * adapter.lora_B.detach().double() @ adapter.lora_A.detach().double()

@@ -15,7 +15,7 @@ import torch
 
 from entrenar.ops import document_spans
 
-from ..mutants import mutant
+from ..mutants import mutant, op_module
 from .symbolic import EPS, SCALE, Sym, Symbols, constants, torch_of, variables
 
 
@@ -44,7 +44,7 @@ Build = Callable[[ModuleType, Symbols], Formula]
 
 def symbolic_module(op: str, symbols: Symbols, *changes: tuple[str, str]) -> ModuleType:
     """Return a copy of an operation's module that computes formulas; `changes` plant errors."""
-    module = mutant(f"entrenar.ops.{op}", *changes)
+    module = mutant(op_module(op), *changes)
     torch = torch_of(symbols)
     module.torch = torch
     module.Tensor = Sym
@@ -145,8 +145,8 @@ def rope(batch: int, queries: int, time: int, half: int) -> Build:
     return build
 
 
-def swiglu(rows: int, width: int, *, is_fused: bool) -> Build:
-    """The plain functions, or the tape with torch's silu kernels taken at their word."""
+def swiglu(rows: int, width: int) -> Build:
+    """Torch's silu kernels are taken at their word; `tests/ops` holds them to the closed form."""
 
     def build(module: ModuleType, symbols: Symbols) -> Formula:
         def silu_backward(dy: Sym, gate: Sym, *, grad_input: Sym) -> Sym:
@@ -156,10 +156,7 @@ def swiglu(rows: int, width: int, *, is_fused: bool) -> Build:
         kernel = type("silu_backward", (), {"grad_input": staticmethod(silu_backward)})
         module.torch.ops = type("ops", (), {"aten": type("aten", (), {"silu_backward": kernel})})
         gate, up = variables(symbols, "gate", rows, width), variables(symbols, "up", rows, width)
-        if is_fused:
-            y, backward = taped(module.SwiGLUFunction, gate, up)
-        else:
-            y, backward = module.swiglu_forward(gate, up), lambda dy: module.swiglu_backward(dy, gate, up)
+        y, backward = taped(module.SwiGLUFunction, gate, up)
         logistic = np.frompyfunc(lambda entry: symbols.function("sigmoid", entry), 1, 1)(gate.array)
         return Formula([gate, up], y, backward, Sym(gate.array * logistic * up.array, symbols))
 
@@ -176,21 +173,14 @@ def linear(rows: int, inputs: int, outputs: int) -> Build:
     return build
 
 
-def lora_linear(
-    rows: int, inputs: int, outputs: int, rank: int, *, is_plain: bool = False, drops: bool = True
-) -> Build:
+def lora_linear(rows: int, inputs: int, outputs: int, rank: int, *, drops: bool = True) -> Build:
     """With dropout for an arbitrary mask; by definition the product with W + s B A on what the branch keeps."""
 
     def build(module: ModuleType, symbols: Symbols) -> Formula:
         shapes = {"x": (rows, inputs), "w": (outputs, inputs), "a": (rank, inputs), "b": (outputs, rank)}
         x, weight, a, b = tensors = [variables(symbols, name, *shape) for name, shape in shapes.items()]
         kept = variables(symbols, "kept", rows, inputs) if drops else None
-        if is_plain:
-            y, low = module.lora_linear_forward(*tensors, kept, SCALE)
-            saved = (*tensors, kept, low, SCALE)
-            backward = lambda dy: module.lora_linear_backward(dy, *saved)  # noqa: E731
-        else:
-            y, backward = taped(module.LoraLinearFunction, *tensors, kept, SCALE, "exact")
+        y, backward = taped(module.LoraLinearFunction, *tensors, kept, SCALE, "exact")
         dropped = x.array * kept.array if drops else x.array
         definition = x.array @ weight.array.T + SCALE * (dropped @ (b.array @ a.array).T)
         return Formula(tensors, y, backward, Sym(definition, symbols))
@@ -198,18 +188,19 @@ def lora_linear(
     return build
 
 
-def nf4_linear(rows: int, inputs: int, outputs: int, rank: int, tile: int, *, drops: bool = True) -> Build:
+def quantized_linear(rows: int, inputs: int, outputs: int, rank: int, tile: int, *, drops: bool = True) -> Build:
     """The linear part: for any levels and scales, which `dequantize` multiplies, a tile at a time."""
 
     def build(module: ModuleType, symbols: Symbols) -> Formula:
-        module.dequantize = lambda weight, _, tile_rows: weight.codes[tile_rows]
         shapes = {"x": (rows, inputs), "a": (rank, inputs), "b": (outputs, rank)}
         x, a, b = tensors = [variables(symbols, name, *shape) for name, shape in shapes.items()]
         weight = variables(symbols, "w", outputs, inputs)
         kept = variables(symbols, "kept", rows, inputs) if drops else None
-        stored = lambda codes, *_: SimpleNamespace(codes=codes, shape=codes.shape)  # noqa: E731
+        stored = lambda codes, *_: SimpleNamespace(  # noqa: E731
+            shape=codes.shape, dequantize=lambda _, tile_rows: codes[tile_rows]
+        )
         plan = module._Plan(SCALE, "exact", tile, (outputs, inputs), stored)
-        y, backward = taped(module.Nf4LinearFunction, *tensors, kept, plan, weight, None, None, None)
+        y, backward = taped(module.QuantizedLinearFunction, *tensors, kept, plan, weight, None, None, None)
         dropped = x.array * kept.array if drops else x.array
         definition = x.array @ weight.array.T + SCALE * (dropped @ (b.array @ a.array).T)
         return Formula(tensors, y, backward, Sym(definition, symbols))
@@ -217,20 +208,14 @@ def nf4_linear(rows: int, inputs: int, outputs: int, rank: int, tile: int, *, dr
     return build
 
 
-def linear_cross_entropy(targets: Sequence[int], width: int, vocab: int, *, chunk: int | None) -> Build:
-    """On the tape in chunks of tokens, or (None) the plain functions."""
+def linear_cross_entropy(targets: Sequence[int], width: int, vocab: int, *, chunk: int) -> Build:
+    """On the tape in chunks of tokens."""
 
     def build(module: ModuleType, symbols: Symbols) -> Formula:
         x, weight = variables(symbols, "x", len(targets), width), variables(symbols, "w", vocab, width)
         logits = x @ weight.mT
-        if chunk is None:
-            one_hot = constants(symbols, np.eye(vocab, dtype=int)[list(targets)])
-            y, logsumexp = module.cross_entropy_forward(logits, one_hot)
-            saved = (x, weight, logits, one_hot, logsumexp)
-            backward = lambda dy: [dy * g for g in module.linear_cross_entropy_backward(*saved)]  # noqa: E731
-        else:
-            places = constants(symbols, targets)
-            y, backward = taped(module.LinearCrossEntropyFunction, x, weight, places, chunk, "exact")
+        places = constants(symbols, targets)
+        y, backward = taped(module.LinearCrossEntropyFunction, x, weight, places, chunk, "exact")
         losses = [
             symbols.log(sum(symbols.exp(logit) for logit in row)) - row[target]
             for row, target in zip(logits.array, targets, strict=True)

@@ -1,8 +1,8 @@
 """Each written backward is the Jacobian-transpose product of its forward: shown by algebra on the product's source.
 
 `symbolic.py` says how. Where an operation's own `autograd.Function` is written in formulas it is run as it stands,
-blocks, buffers and all; where it calls a fused kernel, the kernel is taken at its word, or the plain functions beside
-it are run, and `tests/ops` sets kernel and formula equal numerically. Every proof has broken twins that yield a
+blocks, buffers and all; where it calls a fused kernel, the kernel is taken at its word, and `tests/ops` sets kernel and
+formula equal numerically. Every proof has broken twins that yield a
 counter-example.
 """
 
@@ -30,16 +30,15 @@ PROOFS: dict[str, tuple[str, Build]] = {
     "N3 D4": ("rms_norm", formulas.rms_norm(3, 4)),
     "B2 H2 T2 K4": ("rope", formulas.rope(2, 2, 2, 2)),
     "B1 H1 T3 K6": ("rope", formulas.rope(1, 1, 3, 3)),
-    "N2 F2, formulas": ("swiglu", formulas.swiglu(2, 2, is_fused=False)),
-    "N2 F3, fused": ("swiglu", formulas.swiglu(2, 3, is_fused=True)),
+    "N2 F2": ("swiglu", formulas.swiglu(2, 2)),
+    "N2 F3": ("swiglu", formulas.swiglu(2, 3)),
     "N2 I3 O2": ("linear", formulas.linear(2, 3, 2)),
     "N2 I3 O2 R1, dropout": ("lora_linear", formulas.lora_linear(2, 3, 2, 1)),
     "N2 I4 O3 R2, dropout": ("lora_linear", formulas.lora_linear(2, 4, 3, 2)),
     "N2 I4 O3 R2": ("lora_linear", formulas.lora_linear(2, 4, 3, 2, drops=False)),
-    "N2 I4 O3 R2, formulas": ("lora_linear", formulas.lora_linear(2, 4, 3, 2, is_plain=True)),
-    "N2 I3 O3 R1, tiles of 2, dropout": ("nf4_linear", formulas.nf4_linear(2, 3, 3, 1, 2)),
-    "N2 I2 O4 R2, tiles of 3": ("nf4_linear", formulas.nf4_linear(2, 2, 4, 2, 3, drops=False)),
-    "N2 D2 V3, formulas": ("linear_cross_entropy", formulas.linear_cross_entropy([0, 2], 2, 3, chunk=None)),
+    "N2 I3 O3 R1, tiles of 2, dropout": ("quantized_linear", formulas.quantized_linear(2, 3, 3, 1, 2)),
+    "N2 I2 O4 R2, tiles of 3": ("quantized_linear", formulas.quantized_linear(2, 2, 4, 2, 3, drops=False)),
+    "N2 D2 V3": ("linear_cross_entropy", formulas.linear_cross_entropy([0, 2], 2, 3, chunk=2)),
     "N3 D2 V4, chunks of 2": ("linear_cross_entropy", formulas.linear_cross_entropy([3, 0, 1], 2, 4, chunk=2)),
 }
 # A text of the operation's source, what stands there instead, and the sizes at which that is refuted.
@@ -77,32 +76,34 @@ TWINS: dict[str, tuple[str, str, str]] = {
     "rope: sine not negated": ("B2 H2 T2 K4", "cos, -sin)  # (3), (4)", "cos, sin)  # (3), (4)"),
     "rope: halves swapped": (
         "B2 H2 T2 K4", "block[..., :half], block[..., half:]", "block[..., half:], block[..., :half]"),
-    "swiglu: sigmoid constant": ("N2 F2, formulas", "(sigma + activated * (1 - sigma))", "sigma"),
-    "swiglu: up missing": ("N2 F2, formulas", "dy * up * (sigma", "dy * (sigma"),
-    "swiglu: fused dup without silu": ("N2 F3, fused", "dup = silu(gate).mul_(dy)", "dup = gate.mul_(dy)"),
+    "swiglu: derivative at another gate": (
+        "N2 F2", "grad_input(dgate, gate, grad_input=dgate)", "grad_input(dgate, up, grad_input=dgate)"),
+    "swiglu: up missing": ("N2 F2", "dgate = dy * up", "dgate = dy * 1"),
+    "swiglu: dup without silu": ("N2 F3", "dup = silu(gate).mul_(dy)", "dup = gate.mul_(dy)"),
     "linear: transpose missing": (
         "N2 I3 O2", "return dy.mT @ x", "return (x.mT @ dy).reshape(dy.shape[-1], x.shape[-1])"),
-    "lora_linear: scale missing in dB": ("N2 I3 O2 R1, dropout", "(low.mT @ dy).mul_(ctx.scale)", "(low.mT @ dy)"),
+    "lora_linear: scale missing in dB": ("N2 I3 O2 R1, dropout", "(low.mT @ dy).mul_(scale).mT", "(low.mT @ dy).mT"),
     "lora_linear: scale missing in du": (
-        "N2 I3 O2 R1, dropout", "lora_b.to(wide)).mul_(ctx.scale)", "lora_b.to(wide))"),
+        "N2 I3 O2 R1, dropout", "(dy @ lora_b).mul_(scale)", "(dy @ lora_b)"),
     "lora_linear: mask missing in dx": (
-        "N2 I3 O2 R1, dropout", "dx.addcmul_(dlow @ lora_a, kept.to(dx.dtype))", "dx.addmm_(dlow, lora_a)"),
+        "N2 I3 O2 R1, dropout", "dx.addcmul_(product, kept.to(dx.dtype))", "dx.add_(product)"),
     "lora_linear: mask missing in dA": (
-        "N2 I3 O2 R1, dropout", "(rows if kept is None else rows * kept)).to(lora_a.dtype)", "rows).to(lora_a.dtype)"),
-    "lora_linear: mask on the frozen product": ("N2 I3 O2 R1, dropout", "(dy.mT @ rows)", "(dy.mT @ (rows * kept))"),
-    "nf4_linear: mask missing in dx": (
-        "N2 I3 O3 R1, tiles of 2, dropout", "dx += branch if kept is None else branch.mul_(kept)", "dx += branch"),
-    "nf4_linear: mask missing in dA": (
-        "N2 I3 O3 R1, tiles of 2, dropout", "(rows if kept is None else rows * kept)).to", "rows).to"),
-    "nf4_linear: scale missing in dB": (
-        "N2 I3 O3 R1, tiles of 2, dropout", "(low.mT @ dy).mul_(plan.scale)", "(low.mT @ dy)"),
-    "nf4_linear: first columns for every tile": (
+        "N2 I3 O2 R1, dropout", "dlow.mT @ (x if kept is None else x * kept)", "dlow.mT @ x"),
+    "lora_linear: mask on the frozen product": (
+        "N2 I3 O2 R1, dropout", "linear_backward_weight(dy, rows)", "linear_backward_weight(dy, rows * kept)"),
+    "quantized_linear: mask missing in dx": (
+        "N2 I3 O3 R1, tiles of 2, dropout", "lora_a.to(wide), kept)\n ", "lora_a.to(wide), None)\n "),
+    "quantized_linear: mask missing in dA": (
+        "N2 I3 O3 R1, tiles of 2, dropout", "lora_a_gradient(dlow, rows, kept)", "lora_a_gradient(dlow, rows, None)"),
+    "quantized_linear: scale missing in dB": (
+        "N2 I3 O3 R1, tiles of 2, dropout", "lora_b_gradient(dy, low, plan.scale)", "lora_b_gradient(dy, low, 1)"),
+    "quantized_linear: first columns for every tile": (
         "N2 I2 O4 R2, tiles of 3", "dx.addmm_(dy[:, columns], tile)", "dx.addmm_(dy[:, : tile.shape[0]], tile)"),
-    "nf4_linear: last tile missing": (
+    "quantized_linear: last tile missing": (
         "N2 I2 O4 R2, tiles of 3",
         "range(0, num_rows, size)", "range(0, size, size)"),
     "linear_cross_entropy: one-hot not subtracted": (
-        "N2 D2 V3, formulas", "torch.exp(logits - logsumexp) - one_hot", "torch.exp(logits - logsumexp)"),
+        "N2 D2 V3", "places.new_full(places.shape, -1", "places.new_full(places.shape, 0"),
     "linear_cross_entropy: upstream gradient ignored": (
         "N3 D2 V4, chunks of 2", "scaled[block] = grad[block] * scale", "scaled[block] = grad[block]"),
     "linear_cross_entropy: dW of the last chunk alone": (
@@ -147,12 +148,9 @@ def test_every_proved_operation_has_a_twin(op):
 
 def test_a_forward_and_its_backward_wrong_together_are_refuted():
     """The derivative of another function is right for that function; the definition tells that it is another."""
-    forward = ("return gate * torch.sigmoid(gate) * up", "return gate * torch.sigmoid(gate) * up * 2")
-    backward = (
-        "return dy * up * (sigma + activated * (1 - sigma)), dy * activated",
-        "return 2 * dy * up * (sigma + activated * (1 - sigma)), 2 * dy * activated",
-    )
-    refuted = outcome("N2 F2, formulas", forward, backward).refuted
+    forward = ("return silu(gate).mul_(up)", "return silu(gate).mul_(up) * 2")
+    backward = ("return dgate, dup", "return dgate * 2, dup * 2")
+    refuted = outcome("N2 F2", forward, backward).refuted
     assert refuted is not None
     assert refuted.partial == "output 0"
 

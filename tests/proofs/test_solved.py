@@ -223,7 +223,7 @@ def test_nf4_takes_a_nearest_level_for_every_real_number(certificate):
     """Over all real numbers; the float32 thresholds are those of `nearest codes` in the bounded proofs."""
     assert counter_example(*nearest(mutant("entrenar.ops.quantized.nf4"))) is None
     certificate.add(
-        "nf4_linear", "shapes", statement="nearest level, error at most 0.15191 of the magnitude", bound="all"
+        "quantized_linear", "shapes", statement="nearest level, error at most 0.15191 of the magnitude", bound="all"
     )
 
 

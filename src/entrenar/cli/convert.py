@@ -12,7 +12,7 @@ from entrenar.errors import ConfigError
 from entrenar.interop.convert import Target, Threshold, check_target, convert, open_source
 from entrenar.interop.proof.bounds import Format
 from entrenar.peft import QuantizeConfig
-from entrenar.peft.quantize import Kind
+from entrenar.peft.quantize_config import Kind
 from entrenar.recipe.bit_budget import round_to_budget
 
 
@@ -22,7 +22,7 @@ def run(words: Sequence[str]) -> int:
     thresholds = [Threshold.parse(text) for text in parsed.refuse_if]
     path = recipe.model_folder(parsed.source) if _is_run(parsed.source) else parsed.source
     _check_budget(parsed)
-    source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4" and parsed.bits is None)
+    source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4")
     target = Target(
         parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences,
         parsed.llama2c_version, QuantizeConfig(embedding=parsed.embedding or "keep", head=parsed.head),
@@ -42,17 +42,19 @@ def run(words: Sequence[str]) -> int:
 
 def _check_budget(parsed: argparse.Namespace) -> None:
     for flag in ("embedding", "head"):
-        if getattr(parsed, flag) is not None and (parsed.to != "nf4" or parsed.bits is not None):
+        if getattr(parsed, flag) is not None and parsed.to != "nf4":
             raise ConfigError(
-                f"--{flag} belongs to --to nf4 without --bits: a budget chooses by itself, and the other formats have "
-                "one dtype for all weights; leave it out"
+                f"--{flag} chooses how --to nf4 stores it, got --to {parsed.to}; nf-bits chooses by itself, and the "
+                "other formats have one dtype for all"
             )
     if parsed.bits is None:
         if parsed.calibration is not None:
             raise ConfigError("--calibration has no effect without --bits; give a budget, or leave it out")
-    elif parsed.to != "nf4":
+        if parsed.to == "nf-bits":
+            raise ConfigError("--to nf-bits needs --bits, the budget of bits a weight: --bits 3.9")
+    elif parsed.to != "nf-bits":
         raise ConfigError(
-            f"--bits is a budget of nf4, got --to {parsed.to}; the other formats have widths of their own"
+            f"--bits is the budget of --to nf-bits, got --to {parsed.to}; the other formats have widths of their own"
         )
     elif parsed.dtype is not None:
         raise ConfigError(
@@ -71,7 +73,7 @@ def _arguments() -> argparse.ArgumentParser:
         "compares every weight, the logits on a probe set and the tokenizer on hard strings, before it gets its name.",
     )
     arguments.add_argument("source", type=Path, help="a run, a model folder, a .gguf or a .bin")
-    arguments.add_argument("target", type=Path, help="a folder (hf, nf4, llama2c) or a file (gguf)")
+    arguments.add_argument("target", type=Path, help="a folder (hf, nf4, nf-bits, llama2c) or a file (gguf)")
     arguments.add_argument("--to", choices=get_args(Format), required=True, help="format to write")
     arguments.add_argument(
         "--dtype", help="f32, f16, bf16, q8_0 or q4_0 (default: the source's); nf4: of what is not quantized"
@@ -84,7 +86,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--bits",
         type=float,
         metavar="BITS",
-        help="nf4: most bits a weight may take, all included (scales, embedding, head, norms); each matrix gets 2 to 8",
+        help="nf-bits: budget of bits a weight, all included (scales, embedding, head, norms); each matrix gets 2 to 8",
     )
     arguments.add_argument(
         "--calibration",

@@ -31,7 +31,8 @@ from entrenar.quality.certificate import (
 
 _TESTS = ("tests/ops", "tests/proofs")
 _SINGLE_TESTS = ("tests/property_llama.py", "tests/gradient_llama.py")
-_SOURCE = "src/entrenar/ops/{op}.py"
+# Operations whose file has another name than they have.
+_FILES = {"quantized_linear": "quantized/linear"}
 
 
 def run(words: Sequence[str]) -> int:
@@ -49,7 +50,7 @@ def run(words: Sequence[str]) -> int:
     parsed = parser.parse_args(words)
     root: Path = parsed.project
     found = certificates(
-        _shown(root), mutants_of(root / "quality/results/mutation.json"), coverage_of(root / "coverage.json"), _SOURCE
+        _shown(root), mutants_of(root / "quality/results/mutation.json"), coverage_of(root / "coverage.json"), _source
     )
     whole = {**_setting(), "operations": found}
     print(json.dumps(whole, indent=1) if parsed.json else "\n".join(_text(whole)))
@@ -89,6 +90,10 @@ def _shown(root: Path) -> dict[str, Any]:
             raise GateFailed(f"no certificate: the tests of the operations ended with {result.returncode}\n{tail}")
         facts: dict[str, Any] = json.loads(shown.read_text(encoding="utf-8"))
         return facts
+
+
+def _source(op: str) -> str:
+    return f"src/entrenar/ops/{_FILES.get(op, op)}.py"
 
 
 def _setting() -> dict[str, Any]:

@@ -4,8 +4,8 @@
     weight.tops       the largest scale of 256 rows, for each block of a row
 
 `config.json` says so in `quantization_config`, with width and shape of each matrix and the levels of each width: a
-reader needs nothing else to know what the numbers are, level[code] · scale · top / 127 (`ops.nf_bits`). transformers
-does not read it, and says so.
+reader needs nothing else to know what the numbers are, level[code] · scale · top / 127 (`ops.quantized.bits`).
+transformers does not read it, and says so.
 """
 
 import math
@@ -28,9 +28,12 @@ _SAME_LEVEL = 1e-6
 
 
 def quantization_config(weights: Mapping[str, NfBitsWeight], total_bits: float) -> dict[str, Any]:
-    """Return what `config.json` says of weights in this layout; `total_bits` is what a weight takes, all included."""
+    """Return the entry in `config.json` for weights in this layout; `total_bits` is the mean, everything included."""
     levels = {str(bits): nf_bits_levels(bits).tolist() for bits in sorted({weight.bits for weight in weights.values()})}
-    matrices = {name: {"bits": weight.bits, "shape": list(weight.shape)} for name, weight in weights.items()}
+    matrices = {
+        name.removesuffix(".weight"): {"bits": weight.bits, "shape": list(weight.shape)}
+        for name, weight in weights.items()
+    }
     return {
         "quant_method": METHOD,
         "version": VERSION,
@@ -119,10 +122,10 @@ def _is_same(table: Any, wanted: list[float]) -> bool:
     )
 
 
-def pack(name: str, weight: NfBitsWeight) -> dict[str, Tensor]:
+def pack(name: str, weight: NfBitsWeight, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ARG001  # a layout's
     """Return the tensors of one weight by their names in the file."""
-    codes, scales, tops = (tensor.cpu().contiguous() for tensor in weight.tensors())
-    return {name: codes, f"{name}.scales": scales, f"{name}.tops": tops}
+    parts = {name: weight.codes, f"{name}.scales": weight.scales, f"{name}.tops": weight.tops}
+    return {part: tensor.cpu().contiguous() for part, tensor in parts.items()}
 
 
 def unpack(

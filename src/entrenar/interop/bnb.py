@@ -28,25 +28,26 @@ from entrenar.errors import FormatError
 from entrenar.ops import Int8Weight, Nf4Weight
 from entrenar.ops.quantized.nf4 import BLOCK, NESTED_BLOCK, dynamic_map, nf4_code_book
 from entrenar.peft import QuantizeConfig
-from entrenar.peft.quantize import EMBEDDING, HEAD, Kind
+from entrenar.peft.quantize_config import EMBEDDING, HEAD, Kind
 
 CONFIG_KEY = "quantization_config"
 STATE = "quant_state.bitsandbytes__nf4"
 ROW_ABSMAX = "row_absmax"
 METHOD, VERSION = "entrenar-nf4", 1
 _PARTS = ("absmax", "nested_absmax", "nested_quant_map", "quant_map", STATE)
+PARTS = (*_PARTS, ROW_ABSMAX)
 # The tables of another machine's build may differ in the last bit; bitsandbytes compares them so loosely.
 _SAME_TABLE = 1e-6
 _LARGEST_OFFSET = torch.finfo(torch.float32).max
 
 
 def is_quantized(name: str) -> bool:
-    """Tell whether a weight is kept in four bits: the projections are; embedding, norms and head stay as they are."""
+    """Return whether a weight is a projection, which this layout always holds in NF4."""
     return name.endswith("_proj.weight")
 
 
 def quantization_config(dtype: torch.dtype, held: QuantizeConfig, *, is_tied: bool) -> dict[str, Any]:
-    """Return what `config.json` says of weights in this layout, computed in `dtype`."""
+    """Return the entry in `config.json` for weights in this layout, computed in `dtype`."""
     kinds = {"embedding": held.kind_of(EMBEDDING), "head": "keep" if is_tied else held.kind_of(HEAD)}
     is_theirs = kinds["embedding"] == "keep" and kinds["head"] != "int8"
     config = {
@@ -66,7 +67,7 @@ def quantization_config(dtype: torch.dtype, held: QuantizeConfig, *, is_tied: bo
 
 
 def check_config(values: Mapping[str, Any], path: Path) -> bool:
-    """Say whether a `config.json` announces weights in this layout.
+    """Return whether a `config.json` announces weights in this layout.
 
     Raises:
         FormatError: it announces another quantization.
@@ -112,10 +113,13 @@ def check_kinds(values: Mapping[str, Any], parts: Mapping[str, Set[str]], path: 
             )
 
 
-def pack(name: str, weight: Nf4Weight | Int8Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+def pack_int8(name: str, weight: Int8Weight, dtype: torch.dtype) -> dict[str, Tensor]:  # noqa: ARG001  # a layout's
+    """Return the tensors of one weight by their names in the file."""
+    return {name: weight.codes.cpu(), f"{name}.{ROW_ABSMAX}": weight.absmax.cpu()}
+
+
+def pack_nf4(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of one weight, which stands for one of `dtype`, by their names in the file."""
-    if isinstance(weight, Int8Weight):
-        return {name: weight.codes.cpu(), f"{name}.{ROW_ABSMAX}": weight.absmax.cpu()}
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK}
     state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(weight.shape)}
     tensors = {"absmax": weight.absmax, "quant_map": nf4_code_book()}
@@ -124,14 +128,6 @@ def pack(name: str, weight: Nf4Weight | Int8Weight, dtype: torch.dtype) -> dict[
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
     tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {name: weight.codes[:, None], **{f"{name}.{part}": tensor.cpu() for part, tensor in tensors.items()}}
-
-
-def weight_part(name: str) -> tuple[str, str]:
-    """Split a tensor's name in a file into the weight's and what the tensor is of it; the weight itself is ''."""
-    for part in (*_PARTS, ROW_ABSMAX):
-        if name.endswith(f".weight.{part}"):
-            return name.removesuffix(f".{part}"), part
-    return name, ""
 
 
 def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path) -> Nf4Weight | Int8Weight:

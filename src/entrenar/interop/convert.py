@@ -35,6 +35,7 @@ _ALLOWED: dict[Format, tuple[str, ...]] = {
     "llama2c": ("f32", "q8_0"),
     "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
     "nf4": ("f32", "f16", "bf16"),
+    "nf-bits": ("f32", "f16", "bf16"),
 }
 MODEL_BIN, _TOKENIZER_BIN = "model.bin", "tokenizer.bin"
 
@@ -52,7 +53,7 @@ class Source:
     """A model and where it came from.
 
     Attributes:
-        rounded: the same model, its matrices rounded to a budget: what is written as nf4 then.
+        rounded: the same model, its matrices rounded to a budget: this is what nf-bits writes.
         folder: where its weights are read from one by one, if they are not in memory: the model is then without.
         is_rounded: whether the weights were in few bits where they came from.
     """
@@ -215,9 +216,9 @@ def check_target(source: Source, target: Target) -> None:
     Raises:
         ConfigError: something is there that may not be replaced; FormatError: it is no model.
     """
-    if target.format == "nf4" and source.is_rounded:
+    if target.format in ("nf4", "nf-bits") and source.is_rounded:
         raise ConfigError(
-            "the source is in few bits already, and quantizing it again would add a second error to the first; "
+            "the source is quantized already, and quantizing it again would add a second error to the first; "
             "convert the original weights, or accept it by way of `entrenar convert SRC DIR --to hf`"
         )
     is_used = target.path.is_file() or (target.path.is_dir() and any(target.path.iterdir()))
@@ -239,6 +240,8 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
     """
     dtype = target.dtype_for(source.model)
     check_target(source, target)
+    if (target.format == "nf-bits") != (source.rounded is not None):
+        raise ConfigError("a model that was rounded to a budget of bits is written as nf-bits, and no other is")
     with (_atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
         _write(source, place, target, dtype)
         bound = bound_of(dtype, target.format, source.model.config, target.held)
@@ -258,7 +261,7 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
 
 def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
     model, tokenizer, origin = source.model, source.tokenizer, source.origin()
-    if target.format == "nf4":
+    if target.format in ("nf4", "nf-bits"):
         if source.rounded is not None:
             hf.save_widths(place, source.rounded.model, source.rounded.bits)
         else:
@@ -290,6 +293,7 @@ def _read_back(place: Path, kind: Format, model: Llama) -> readback.Readback:
     readers = {
         "hf": readback.read_hf_folder,
         "nf4": readback.read_hf_folder,
+        "nf-bits": readback.read_hf_folder,
         "gguf": readback.read_gguf_file,
         "llama2c": readback.read_llama2c_folder,
     }

@@ -1,8 +1,7 @@
 """Adapter folders in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A tensor's name is `base_model.model.`, the projection's name in the model, and `lora_A.weight`, `lora_B.weight` or
-`lora_magnitude_vector`; a module that is trained in full has its own name. What a foreign config asks for and this
-package does not compute is refused, never passed over. A PiSSA adapter is written as the plain adapter of twice the
+`peft_keys` has the names of the tensors. What a foreign config asks for and this package does not compute is refused,
+never passed over. A PiSSA adapter is written as the plain adapter of twice the
 rank that gives the same update of the untouched base, as PEFT's own conversion does, because its own form is of use
 only to a reader that repeats the same decomposition.
 
@@ -12,9 +11,9 @@ trained on, so that another base of the same shape is noticed.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from pydantic import ValidationError
@@ -22,14 +21,15 @@ from torch import Tensor
 
 from entrenar.errors import ConfigError, FormatError
 from entrenar.files import read_json, write_json
+from entrenar.interop.peft_keys import LORA_A, LORA_B, MAGNITUDE, WHOLE, key_of, keys_by_parameter, split_key
 from entrenar.interop.safetensors_file import TensorReader, read_header, write_tensors
 from entrenar.model import Llama
+from entrenar.ops import Nf4Weight, NfBitsWeight
 from entrenar.peft import (
     DEFAULT_ADAPTER,
     LoraConfig,
     LoraLinear,
     QuantizeConfig,
-    SavedModule,
     add_adapter,
     find_saved,
     find_targets,
@@ -37,16 +37,16 @@ from entrenar.peft import (
     kinds_held,
     layer_number,
     plain_state,
-    quantized_projections,
+    quantized_weights,
     shape_of,
     wrappers,
 )
+from entrenar.peft.quantize_config import Kind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
-PREFIX = "base_model.model."
-_QUANTIZED = "nf4 "
+_PROJECTION = "_proj.weight"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -67,8 +67,10 @@ _READ = {
 class BaseIdentity:
     """Which base an adapter belongs to; the hash is that of the weights in this dtype.
 
-    A base with projections in four bits has `nf4` before the dtype of the rest, and `quantize` says how its embedding
-    and head are held.
+    Attributes:
+        dtype: of the plain weights, with the kind of the quantized projections before it where there are any: `nf4
+            torch.bfloat16`.
+        quantize: how embedding and head of a quantized base are held, where a config can say it.
     """
 
     name: str | None
@@ -77,19 +79,24 @@ class BaseIdentity:
     quantize: Mapping[str, Any] | None = None
 
     @property
+    def kind(self) -> str | None:
+        """The kind of the base's projections; None where they are plain."""
+        return self.dtype.rpartition(" ")[0] or None
+
+    @property
     def is_quantized(self) -> bool:
-        """Whether the base had projections in four bits."""
-        return self.dtype.startswith(_QUANTIZED)
+        """Whether the base had quantized projections."""
+        return self.kind is not None
 
     @property
     def is_within_budget(self) -> bool:
-        """Whether embedding and head had, as each projection, a width of their own (`kinds_held` leaves those out)."""
-        return self.quantize is not None and "embedding" not in self.quantize
+        """Whether each matrix of the base had a width of its own."""
+        return self.kind == NfBitsWeight.kind
 
     @property
     def plain_dtype(self) -> torch.dtype:
-        """The dtype of what was not in few bits."""
-        return _DTYPES[self.dtype.removeprefix(_QUANTIZED)]
+        """The dtype of everything that was not quantized."""
+        return _DTYPES[self.dtype.rpartition(" ")[2]]
 
     @property
     def held(self) -> QuantizeConfig:
@@ -101,10 +108,11 @@ def identify_base(model: Llama, name: str | None = None, *, dtype: torch.dtype |
     """Hash the model's base weights, as they would be in `dtype` if it is another than theirs."""
     other = dtype if dtype != model.dtype else None
     sha256, held_in = fingerprint(plain_state(model), other), str(other or model.dtype)
-    is_quantized = next(quantized_projections(model), None) is not None
-    if not is_quantized:
+    projections = [weight for name, weight in quantized_weights(model).items() if name.endswith(_PROJECTION)]
+    if not projections:
         return BaseIdentity(name, held_in, sha256)
-    return BaseIdentity(name, f"{_QUANTIZED}{held_in}", sha256, kinds_held(model))
+    choices = {key: kind for key, kind in kinds_held(model).items() if kind in get_args(Kind)}
+    return BaseIdentity(name, f"{projections[0].kind} {held_in}", sha256, choices)
 
 
 def save_adapter(
@@ -119,9 +127,9 @@ def save_adapter(
     tensors = _tensors_of(model, name)
     if not tensors:
         raise ConfigError(f"no adapter {name!r} is held, so there is nothing to save")
-    if model.config.tie_word_embeddings and f"{PREFIX}{_EMBEDDING}.weight" in tensors:
-        tensors[f"{PREFIX}{_HEAD}.weight"] = tensors[f"{PREFIX}{_EMBEDDING}.weight"].clone()
-    layers = sorted({number for key in tensors if (number := layer_number(key.removeprefix(PREFIX))) is not None})
+    if model.config.tie_word_embeddings and key_of(_EMBEDDING) in tensors:
+        tensors[key_of(_HEAD)] = tensors[key_of(_EMBEDDING)].clone()
+    layers = sorted({number for key in tensors if (number := layer_number(split_key(key)[0])) is not None})
     write_json(folder / CONFIG_FILE, _to_peft(config, layers, model, base))
     write_tensors(folder / WEIGHTS_FILE, tensors)
     if base is not None:
@@ -129,20 +137,11 @@ def save_adapter(
 
 
 def _tensors_of(model: Llama, name: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+    tensors = _parameters_of(model, name)
     for path, module in wrappers(model):
-        if name not in module.adapters:
-            continue
-        if isinstance(module, SavedModule):
-            tensors[f"{PREFIX}{path}.weight"] = module.adapters[name].detach().contiguous()
-            continue
-        adapter = module.adapter(name)
-        lora_a, lora_b = adapter.matrices()
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = lora_a.detach().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = lora_b.detach().contiguous()
-        if adapter.lora_magnitude_vector is not None:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = adapter.lora_magnitude_vector.detach().contiguous()
-    return tensors
+        if isinstance(module, LoraLinear) and name in module.adapters:
+            tensors[key_of(path, LORA_A)], tensors[key_of(path, LORA_B)] = module.adapter(name).matrices()
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 
 def _to_peft(config: LoraConfig, layers: list[int], model: Llama, base: BaseIdentity | None) -> dict[str, Any]:
@@ -192,14 +191,14 @@ def load_adapter(
     expected = _expected_shapes(config, model, folder)
     if model.config.tie_word_embeddings:
         _check_tied_head(shapes, folder)
-        shapes.pop(f"{PREFIX}{_HEAD}.weight", None)
+        shapes.pop(key_of(_HEAD), None)
     _check_shapes(shapes, expected, folder)
     if not is_other_base_allowed:
         check_base(folder, model)
     reader = TensorReader()
     tensors = {key: reader.read(weights, key, entry, entry.dtype) for key, entry in header.items()}
-    head = tensors.pop(f"{PREFIX}{_HEAD}.weight", None) if model.config.tie_word_embeddings else None
-    if head is not None and not torch.equal(head, tensors[f"{PREFIX}{_EMBEDDING}.weight"]):
+    head = tensors.pop(key_of(_HEAD), None) if model.config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head, tensors[key_of(_EMBEDDING)]):
         raise FormatError(f"{weights}: lm_head differs from embed_tokens, but the model ties them")
     add_adapter(model, config, torch.Generator(), name)
     own = _parameters_of(model, name)
@@ -210,18 +209,9 @@ def load_adapter(
 
 
 def _parameters_of(model: Llama, name: str) -> dict[str, Tensor]:
-    """Return the adapter's own tensors by PEFT's names; after PiSSA these are A and B without where they began."""
-    own: dict[str, Tensor] = {}
-    for path, module in wrappers(model):
-        if name not in module.adapters:
-            continue
-        if isinstance(module, LoraLinear):
-            for part, tensor in module.adapter(name).named_parameters():
-                suffix = part if part == "lora_magnitude_vector" else f"{part}.weight"
-                own[f"{PREFIX}{path}.{suffix}"] = tensor
-        else:
-            own[f"{PREFIX}{path}.weight"] = module.adapters[name]
-    return own
+    """Return the adapter's own tensors by PEFT's names; after PiSSA these are A and B without their starting point."""
+    parameters = dict(model.named_parameters())
+    return {key: parameters[own] for own, key in keys_by_parameter(model, name).items()}
 
 
 def _open(folder: Path) -> tuple[Mapping[str, Any], Path]:
@@ -262,7 +252,7 @@ def _from_peft(values: dict[str, Any], keys: list[str], path: Path, *, is_tied: 
     is_plain = isinstance(targets, list) and not values.get("exclude_modules")
     if not is_plain or values.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
         # A regular expression or an exclusion: the tensors say by name what it came to.
-        names = (key.removeprefix(PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key)
+        names = (path for path, part in map(split_key, keys) if part != WHOLE)
         targets, layers = list(dict.fromkeys(names)), None
     saved = [module for module in values.get("modules_to_save") or () if not (is_tied and module == _HEAD)]
     fields = {
@@ -289,17 +279,14 @@ def _expected_shapes(config: LoraConfig, model: Llama, folder: Path) -> dict[str
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in targets.items():
         rank, (outputs, inputs) = config.rank_of(path), shape_of(module)
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, inputs)
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = (outputs, rank)
+        shapes |= {key_of(path, LORA_A): (rank, inputs), key_of(path, LORA_B): (outputs, rank)}
         if config.use_dora:
-            shapes[f"{PREFIX}{path}.lora_magnitude_vector"] = (outputs,)
-    return shapes | {
-        f"{PREFIX}{path}.weight": tuple(cast(Tensor, module.weight).shape) for path, module in saved.items()
-    }
+            shapes[key_of(path, MAGNITUDE)] = (outputs,)
+    return shapes | {key_of(path): tuple(cast(Tensor, module.weight).shape) for path, module in saved.items()}
 
 
 def _check_tied_head(shapes: Mapping[str, object], folder: Path) -> None:
-    embedding, head = (f"{PREFIX}{module}.weight" for module in (_EMBEDDING, _HEAD))
+    embedding, head = key_of(_EMBEDDING), key_of(_HEAD)
     if (embedding in shapes) != (head in shapes):
         held, missing = ("embed_tokens", "lm_head") if embedding in shapes else ("lm_head", "embed_tokens")
         raise FormatError(
@@ -332,11 +319,18 @@ def read_base(folder: Path) -> BaseIdentity | None:
         return None
     values = read_json(path)
     try:
-        base = BaseIdentity(**values)
+        base = _of_any_version(BaseIdentity(**values))
         QuantizeConfig.model_validate(base.quantize or {})
         _ = base.plain_dtype
     except (TypeError, AttributeError, KeyError, ValidationError) as error:
         raise FormatError(f"{path} must hold name, dtype and sha256 of the base: {error}") from error
+    return base
+
+
+def _of_any_version(base: BaseIdentity) -> BaseIdentity:
+    """Return the identity as it is written today: a base within a budget of bits used to be called nf4."""
+    if base.kind == Nf4Weight.kind and base.quantize is not None and "embedding" not in base.quantize:
+        return replace(base, dtype=base.dtype.replace(Nf4Weight.kind, NfBitsWeight.kind, 1))
     return base
 
 

@@ -306,7 +306,7 @@ class Llama(nn.Module):
         weight = self.head_weight
         if isinstance(weight, Tensor):
             return ops.linear(hidden, weight, self.compute_dtype)
-        return ops.nf4_linear(hidden, weight, compute_dtype=self.compute_dtype)
+        return ops.quantized_linear(hidden, weight, compute_dtype=self.compute_dtype)
 
     def forward(
         self, input_ids: Int[Tensor, "B T"], *, documents: ops.DocumentSpans | None = None, cache: KVCache | None = None

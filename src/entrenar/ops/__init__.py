@@ -1,7 +1,7 @@
-"""Operations with hand-derived gradients.
+"""Operations with hand-derived gradients, and the weights in few bits that they read.
 
-Each file holds one operation: its derivation, a plain reference, the arithmetic of forward and backward as functions
-that cite the equations, the `autograd.Function`, and the public operation.
+A file with an operation holds its derivation, a plain reference, the arithmetic of forward and backward with the
+equations it follows, the `autograd.Function`, and the public operation.
 """
 
 from entrenar.ops.attention import attention
@@ -12,13 +12,17 @@ from entrenar.ops.lora_linear import lora_linear
 from entrenar.ops.quantized.bits import NfBitsWeight, dequantize_nf_bits, nf_bits_size, quantize_nf_bits
 from entrenar.ops.quantized.embedding import quantized_embedding
 from entrenar.ops.quantized.int8 import Int8Weight, quantize_int8
-from entrenar.ops.quantized.linear import QuantizedWeight, dequantize, nf4_linear
+from entrenar.ops.quantized.kinds import KINDS, QUANTIZE
+from entrenar.ops.quantized.linear import quantized_linear
 from entrenar.ops.quantized.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
+from entrenar.ops.quantized.protocol import QuantizedWeight, stored_bytes
 from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rope import rope
 from entrenar.ops.swiglu import swiglu
 
 __all__ = [
+    "KINDS",
+    "QUANTIZE",
     "DocumentSpans",
     "Documents",
     "Int8Weight",
@@ -26,7 +30,6 @@ __all__ = [
     "NfBitsWeight",
     "QuantizedWeight",
     "attention",
-    "dequantize",
     "dequantize_nf4",
     "dequantize_nf_bits",
     "document_spans",
@@ -34,13 +37,14 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "lora_linear",
-    "nf4_linear",
     "nf_bits_size",
     "quantize_int8",
     "quantize_nf4",
     "quantize_nf_bits",
     "quantized_embedding",
+    "quantized_linear",
     "rms_norm",
     "rope",
+    "stored_bytes",
     "swiglu",
 ]

@@ -29,7 +29,8 @@ from torch.nn.functional import cross_entropy
 
 from entrenar.errors import ConfigError, DataError
 from entrenar.ops.first_order import refuse_double_backward
-from entrenar.ops.quantized.linear import QuantizedWeight, tiles
+from entrenar.ops.quantized.linear import tiles
+from entrenar.ops.quantized.protocol import QuantizedWeight
 from entrenar.ops.row_blocks import row_blocks
 
 # Numbers in a widened tile of a frozen head: small beside the head, and a product with it runs at full speed.
@@ -42,21 +43,6 @@ def reference_linear_cross_entropy(
     """Sum the cross entropies of dense logits, as plain torch that autograd differentiates."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return cross_entropy(x.to(wide) @ weight.to(wide).mT, targets.long(), ignore_index=ignore_index, reduction="sum")
-
-
-def cross_entropy_forward(logits: Tensor, one_hot: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of equation (3) and the log-sum-exp of equation (2)."""
-    shift = logits.amax(-1, keepdim=True)
-    logsumexp = torch.log(torch.exp(logits - shift).sum(-1, keepdim=True)) + shift  # (2)
-    return (logsumexp - (logits * one_hot).sum(-1, keepdim=True)).sum(), logsumexp  # (3)
-
-
-def linear_cross_entropy_backward(
-    x: Tensor, weight: Tensor, logits: Tensor, one_hot: Tensor, logsumexp: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dx and dW of equations (4) to (6)."""
-    dlogits = torch.exp(logits - logsumexp) - one_hot  # (4)
-    return dlogits @ weight, dlogits.mT @ x  # (5), (6)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):

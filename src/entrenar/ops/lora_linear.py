@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear
 
 from entrenar.ops.first_order import refuse_double_backward
+from entrenar.ops.linear import linear_backward_input, linear_backward_weight, linear_forward
 
 # Sixteen random bits decide on one element, four elements to a draw: torch's own Bernoulli takes a draw for each and
 # cost as much as the product itself.
@@ -58,27 +58,41 @@ def reference_lora_linear(
     return x @ weight.mT + scale * (dropped @ lora_a.to(x.dtype).mT) @ lora_b.to(x.dtype).mT
 
 
-def lora_linear_forward(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, kept: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return y and u of equations (2) and (1)."""
-    low = (x * kept) @ lora_a.mT  # (N, I) @ (I, R)  (1)
-    return x @ weight.mT + low @ lora_b.mT * scale, low  # (N, I) @ (I, O) + (N, R) @ (R, O)  (2)
+def branch(x: Tensor, lora_a: Tensor, kept: Tensor | None) -> Tensor:
+    """Return u of equation (1)."""
+    return (x if kept is None else x * kept) @ lora_a.mT  # (N, I) @ (I, R)  (1)
 
 
-def lora_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, kept: Tensor, low: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dW, dA and dB of equations (3) to (7)."""
-    dlow = dy @ lora_b * scale  # (N, O) @ (O, R)  (3)
-    dx = dy @ weight + dlow @ lora_a * kept  # (N, O) @ (O, I) + (N, R) @ (R, I)  (4)
-    dlora_a = dlow.mT @ (x * kept)  # (R, N) @ (N, I)  (5)
-    dlora_b = dy.mT @ low * scale  # (O, N) @ (N, R)  (6)
-    return dx, dy.mT @ x, dlora_a, dlora_b  # (7)
+def add_branch(y: Tensor, low: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Add s u Bᵀ to y in place, by equation (2)."""
+    return y.addmm_(low, lora_b.mT, alpha=scale)  # (N, R) @ (R, O)  (2)
+
+
+def branch_gradient(dy: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Return du of equation (3)."""
+    return (dy @ lora_b).mul_(scale)  # (N, O) @ (O, R)  (3)
+
+
+def add_branch_gradient(dx: Tensor, dlow: Tensor, lora_a: Tensor, kept: Tensor | None) -> Tensor:
+    """Add (du A) ∘ k to dx in place, by equation (4); dx may be wider than the product."""
+    if kept is None and dx.dtype == dlow.dtype:
+        return dx.addmm_(dlow, lora_a)  # (N, R) @ (R, I)  (4)
+    product = (dlow @ lora_a).to(dx.dtype)
+    return dx.add_(product) if kept is None else dx.addcmul_(product, kept.to(dx.dtype))  # (4)
+
+
+def lora_a_gradient(dlow: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+    """Return dA of equation (5)."""
+    return dlow.mT @ (x if kept is None else x * kept)  # (R, N) @ (N, I)  (5)
+
+
+def lora_b_gradient(dy: Tensor, low: Tensor, scale: float) -> Tensor:
+    """Return dB of equation (6)."""
+    return (low.mT @ dy).mul_(scale).mT  # ((R, N) @ (N, O))ᵀ  (6)
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """The same arithmetic on the tape, each sum of products in one buffer, only the wanted gradients."""
+    """The equations above on the tape, each sum of products in one buffer, only the wanted gradients."""
 
     @staticmethod
     def forward(
@@ -93,10 +107,9 @@ class LoraLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         """Compute the output and save what the backward needs."""
         rows = x.reshape(-1, x.shape[-1]).to(compute_dtype)  # (N, I)
-        dropped = rows if kept is None else rows * kept.reshape(rows.shape)
-        low = linear(dropped, lora_a.to(compute_dtype))  # (N, R)  (1)
-        y = linear(rows, weight.to(compute_dtype))  # (N, O)
-        y.addmm_(low, lora_b.to(compute_dtype).mT, alpha=scale)  # (2)
+        low = branch(rows, lora_a.to(compute_dtype), None if kept is None else kept.reshape(rows.shape))
+        y = linear_forward(rows, weight.to(compute_dtype))  # (N, O)
+        add_branch(y, low, lora_b.to(compute_dtype), scale)
         ctx.save_for_backward(x, weight, lora_a, lora_b, kept, low)
         ctx.scale, ctx.compute_dtype = scale, compute_dtype
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -113,22 +126,17 @@ class LoraLinearFunction(torch.autograd.Function):
         kept = None if kept is None else kept.reshape(-1, x.shape[-1])
         dx = dweight = dlora_a = dlora_b = None
         if wants_x or wants_a:
-            dlow = (dy @ lora_b.to(wide)).mul_(ctx.scale)  # (N, R)  (3)
+            dlow = branch_gradient(dy, lora_b.to(wide), ctx.scale)  # (N, R)
         if wants_x:
-            dx = _add_branch(dy @ weight.to(wide), dlow, lora_a.to(wide), kept).to(x.dtype).view(x.shape)  # (4)
+            dx = linear_backward_input(dy, weight.to(wide))
+            dx = add_branch_gradient(dx, dlow, lora_a.to(wide), kept).to(x.dtype).view(x.shape)
         if wants_a and rows is not None:
-            dlora_a = (dlow.mT @ (rows if kept is None else rows * kept)).to(lora_a.dtype)  # (5)
+            dlora_a = lora_a_gradient(dlow, rows, kept).to(lora_a.dtype)
         if wants_b:
-            dlora_b = (low.mT @ dy).mul_(ctx.scale).mT.to(lora_b.dtype)  # (6)
+            dlora_b = lora_b_gradient(dy, low, ctx.scale).to(lora_b.dtype)
         if wants_weight and rows is not None:
-            dweight = (dy.mT @ rows).to(weight.dtype)  # (7)
+            dweight = linear_backward_weight(dy, rows).to(weight.dtype)  # (7)
         return dx, dweight, dlora_a, dlora_b, None, None, None
-
-
-def _add_branch(dx: Tensor, dlow: Tensor, lora_a: Tensor, kept: Tensor | None) -> Tensor:
-    if kept is None:
-        return dx.addmm_(dlow, lora_a)
-    return dx.addcmul_(dlow @ lora_a, kept.to(dx.dtype))
 
 
 def draw_kept(x: Tensor, dropout: float, generator: torch.Generator | None) -> tuple[Tensor, float]:

@@ -29,20 +29,8 @@ def reference_swiglu(gate: Float[Tensor, "... F"], up: Float[Tensor, "... F"]) -
     return (silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 
 
-def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """Return y of equation (1)."""
-    return gate * torch.sigmoid(gate) * up  # (1)
-
-
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dgate and dup of equations (3) and (2)."""
-    sigma = torch.sigmoid(gate)
-    activated = gate * sigma  # g σ(g)
-    return dy * up * (sigma + activated * (1 - sigma)), dy * activated  # (3), (2)
-
-
 class SwiGLUFunction(torch.autograd.Function):
-    """The arithmetic above in the fewest passes over memory that torch's kernels allow, each one rounding its result.
+    """Equations (1) to (3) in the fewest passes over memory that torch's kernels allow; each pass rounds its result.
 
     The kernels compute in float32 inside. Widening the tensors instead, so that only the last pass rounds, halves the
     error of a low-precision result and takes twice as long.

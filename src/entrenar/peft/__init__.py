@@ -18,13 +18,14 @@ from entrenar.peft.lora import (
     unmerge,
     wrappers,
 )
-from entrenar.peft.quantize import QuantizeConfig, kinds_held, quantize
+from entrenar.peft.quantize_config import QuantizeConfig, kinds_held, quantize_weight
 from entrenar.peft.quantized import (
-    Nf4Linear,
     QuantizedEmbedding,
+    QuantizedLinear,
     memory_lines,
     put_quantized,
     quantized_projections,
+    quantized_weights,
     widen,
 )
 from entrenar.peft.targets import find_saved, find_targets, layer_number, shape_of
@@ -37,9 +38,9 @@ __all__ = [
     "LoraLinear",
     "LowRank",
     "MergeReport",
-    "Nf4Linear",
     "QuantizeConfig",
     "QuantizedEmbedding",
+    "QuantizedLinear",
     "SavedModule",
     "TrainableTable",
     "TrunkCache",
@@ -60,8 +61,9 @@ __all__ = [
     "merge",
     "plain_state",
     "put_quantized",
-    "quantize",
+    "quantize_weight",
     "quantized_projections",
+    "quantized_weights",
     "set_adapter",
     "shape_of",
     "trainable_table",

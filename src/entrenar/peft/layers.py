@@ -30,7 +30,7 @@ from entrenar import ops
 from entrenar.errors import ConfigError
 from entrenar.ops.row_blocks import row_blocks
 from entrenar.peft.config import LoraInit
-from entrenar.peft.quantized import BaseWeight, Nf4Linear, weight_of, widened
+from entrenar.peft.quantized import BaseWeight, QuantizedLinear, weight_of, widened
 
 # Rows of a weight whose norms are taken at a time: a quantized one must not be widened as a whole.
 _NORM_ROWS = 1024
@@ -221,7 +221,9 @@ class LoraLinear(nn.Module):
         if isinstance(weight, Tensor):
             y = ops.lora_linear(x, weight, lora_a, lora_b, scale=adapter.scale, dropout=dropout, compute_dtype=wide)
         else:
-            y = ops.nf4_linear(x, weight, lora_a, lora_b, scale=adapter.scale, dropout=dropout, compute_dtype=wide)
+            y = ops.quantized_linear(
+                x, weight, lora_a, lora_b, scale=adapter.scale, dropout=dropout, compute_dtype=wide
+            )
         if adapter.lora_magnitude_vector is None:
             return y
         return (y * (adapter.lora_magnitude_vector / adapter.row_norms(weight))).to(y.dtype)
@@ -231,7 +233,7 @@ class LoraLinear(nn.Module):
         if self.active is None or self.is_merged:
             return
         original = self.weight
-        dtype = original.dtype if isinstance(original, Tensor) else cast(Nf4Linear, self.base_layer).dtype
+        dtype = original.dtype if isinstance(original, Tensor) else cast(QuantizedLinear, self.base_layer).dtype
         self._original = original.detach() if isinstance(original, Tensor) else original
         set_weight(self.base_layer, self.adapter(self.active).merged(self._original, dtype))
 
@@ -295,7 +297,7 @@ class SavedModule(nn.Module):
 
 def set_weight(module: nn.Module, weight: BaseWeight) -> None:
     """Give a module another, frozen, weight."""
-    if isinstance(module, Nf4Linear):
+    if isinstance(module, QuantizedLinear):
         module.hold(weight)
     else:
         module.weight = nn.Parameter(cast(Tensor, weight), requires_grad=False)

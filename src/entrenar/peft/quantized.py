@@ -1,14 +1,12 @@
-"""Frozen weights held in a few bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
+"""The modules that hold a frozen weight in few bits (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
 
-NF4 quantizes what is multiplied by every token, the projections of the layers; norms are small and stay as they are.
-So do embedding and head unless they are asked for (`quantize`) or have a part in a budget of bits (`bit_budget`). An
-adapter learns beside a quantized projection just as it does beside a plain one, in float32; what it corrects is then
-the base as quantized, not as it was.
+Quantization covers the projections of the layers, which multiply every token; norms are small and stay as they are.
+So do embedding and head, unless the config asks for them or the whole model has a budget of bits. An adapter learns on
+top of a quantized projection as it does on a plain one, in float32, and corrects the quantized base.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any, Self, cast
 
 import torch
@@ -21,16 +19,16 @@ from entrenar import ops
 BaseWeight = Float[Tensor, "O I"] | ops.QuantizedWeight
 
 
-class Nf4Linear(nn.Module):
-    """A frozen projection whose weight is held in four bits, or in some other few.
+class QuantizedLinear(nn.Module):
+    """A frozen projection whose weight is quantized, in any kind.
 
-    Its codes and scales are buffers, by the names that `ops.QuantizedWeight` has for them.
+    Its codes and scales are buffers, under the names that the weight's `tensors` gives them.
 
     Attributes:
         shape: (O, I).
-        dtype: what the weight stands for: the dtype that it is widened to when a plain weight is wanted.
-        weight: the plain weight in its place once an adapter was merged or the model widened; else None.
-        compute_dtype: what the product is computed in; None for the dtype of the activations.
+        dtype: the dtype that the weight is widened to when a plain weight is wanted.
+        weight: the plain weight that replaced the quantized one when an adapter was merged or the model widened.
+        compute_dtype: the dtype of the product; None for the dtype of the activations.
     """
 
     weight: nn.Parameter | None
@@ -44,28 +42,27 @@ class Nf4Linear(nn.Module):
 
     @property
     def quantized(self) -> ops.QuantizedWeight | None:
-        """The weight in a few bits; None while a plain one is in its place."""
-        if self._kind is None:
+        """The quantized weight; None while a plain one has replaced it."""
+        if self._make is None:
             return None
-        return self._kind(*self._buffers.values(), self.shape)
+        return self._make(*self._buffers.values(), self.shape)
 
     def hold(self, weight: BaseWeight) -> None:
-        """Put a weight in the place of the one that is held, plain or in a few bits."""
+        """Hold another weight, plain or quantized, from now on."""
         self._buffers.clear()
-        self._kind: Callable[..., ops.QuantizedWeight] | None = None
+        self._make: Callable[..., ops.QuantizedWeight] | None = None
         if isinstance(weight, Tensor):
             self.weight = nn.Parameter(weight, requires_grad=False)
             return
-        self.weight, self._kind = None, type(weight)
-        names = (field.name for field in fields(weight) if field.name != "shape")
-        for name, tensor in zip(names, weight.tensors(), strict=True):
+        self.weight, self._make = None, type(weight)
+        for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """Multiply each token by the weight."""
         if self.weight is not None:
             return ops.linear(x, self.weight, self.compute_dtype)
-        return ops.nf4_linear(x, cast(ops.QuantizedWeight, self.quantized), compute_dtype=self.compute_dtype)
+        return ops.quantized_linear(x, cast(ops.QuantizedWeight, self.quantized), compute_dtype=self.compute_dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's
         """Move to another device, but keep the dtypes of codes and scales: rounded scales would be another weight."""
@@ -77,15 +74,15 @@ class Nf4Linear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding held in a few bits; only the rows that are looked up are widened."""
+    """A quantized embedding; only the rows that are looked up are widened."""
 
     def __init__(self, weight: ops.QuantizedWeight, dtype: torch.dtype) -> None:
         super().__init__()
-        self.table = Nf4Linear(weight, dtype)
+        self.table = QuantizedLinear(weight, dtype)
 
     @property
     def quantized(self) -> ops.QuantizedWeight | None:
-        """The weight in a few bits, which a tied head reads; None while a plain one is in its place."""
+        """The quantized weight, which a tied head reads; None while a plain one has replaced it."""
         return self.table.quantized
 
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
@@ -97,9 +94,9 @@ class QuantizedEmbedding(nn.Module):
 
 
 def weight_of(module: nn.Module) -> BaseWeight | None:
-    """Return the weight of a projection, adapted or not, as it is held; None for what has no weight."""
+    """Return the weight of a projection, adapted or not, plain or quantized; None for a module without one."""
     held = getattr(module, "base_layer", module)
-    if isinstance(held, Nf4Linear) and held.quantized is not None:
+    if isinstance(held, QuantizedLinear) and held.quantized is not None:
         return held.quantized
     weight = getattr(held, "weight", None)
     return weight if isinstance(weight, Tensor) else None
@@ -109,52 +106,54 @@ def widened(weight: BaseWeight, dtype: torch.dtype, rows: slice | None = None) -
     """Return some rows of a weight in a floating-point dtype."""
     if isinstance(weight, Tensor):
         return weight[rows or slice(None)].to(dtype)
-    return ops.dequantize(weight, dtype, rows)
+    return weight.dequantize(dtype, rows)
 
 
-def quantized_projections(model: nn.Module) -> Iterator[tuple[str, Nf4Linear]]:
-    """Yield name and module of each projection that is held in a few bits; an embedding counts as one."""
+def quantized_projections(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Yield name and module of each quantized projection; an embedding counts as one."""
     for name, module in model.named_modules():
-        if isinstance(module, Nf4Linear) and module.quantized is not None:
+        if isinstance(module, QuantizedLinear) and module.quantized is not None:
             yield name, module
 
 
+def quantized_weights(model: nn.Module) -> dict[str, ops.QuantizedWeight]:
+    """Return the quantized weights of a model by the names that their plain weights have."""
+    return {
+        f"{name.removesuffix('.table')}.weight": cast(ops.QuantizedWeight, module.quantized)
+        for name, module in quantized_projections(model)
+    }
+
+
 def put_quantized(model: nn.Module, name: str, weight: ops.QuantizedWeight, dtype: torch.dtype) -> None:
-    """Put a weight in a few bits in the place of the projection or embedding `name`."""
+    """Replace the projection or embedding `name` by one that holds a quantized weight."""
     parent, _, own = name.rpartition(".")
     holder = model.get_submodule(parent)
     old = holder.get_submodule(own)
     if isinstance(old, nn.Embedding):
         setattr(holder, own, QuantizedEmbedding(weight, dtype))
         return
-    projection = Nf4Linear(weight, dtype)
+    projection = QuantizedLinear(weight, dtype)
     projection.compute_dtype = cast(Any, old).compute_dtype
     setattr(holder, own, projection)
 
 
 def memory_lines(model: nn.Module) -> Iterator[str]:
-    """Say what few bits leave of the weights, where there are any."""
-    held = [cast(ops.QuantizedWeight, module.quantized) for _, module in quantized_projections(model)]
+    """Describe the quantized size of a model, if any of it is quantized."""
+    held = list(quantized_weights(model).values())
     if held:
         kept = sum(parameter.nbytes for parameter in model.parameters())
         numbers = sum(math.prod(weight.shape) for weight in held)
-        size_bytes = sum(weight.size_bytes for weight in held)
-        widths = {_kind(weight) for weight in held}
+        size_bytes = sum(ops.stored_bytes(weight) for weight in held)
+        kinds = {f"{weight.kind} ({weight.bits} bits)" for weight in held}
         yield (
-            f"base: {numbers:,} weights of {len(held)} matrices in {', '.join(sorted(widths))}, "
+            f"base: {numbers:,} weights in {len(held)} matrices of {', '.join(sorted(kinds))}, "
             f"{size_bytes / 1e6:,.1f} MB ({8 * size_bytes / numbers:.3f} bits each); "
             f"the rest {kept / 1e6:,.1f} MB as stored"
         )
 
 
-def _kind(weight: ops.QuantizedWeight) -> str:
-    if isinstance(weight, ops.NfBitsWeight):
-        return f"{weight.bits} bits"
-    return "NF4" if isinstance(weight, ops.Nf4Weight) else "int8"
-
-
 def widen(model: nn.Module) -> None:
-    """Hold every matrix as a plain weight again, of the dtype it stands for."""
+    """Hold every matrix as a plain weight again, in the dtype that it stands for."""
     for _, module in list(quantized_projections(model)):
         module.hold(widened(cast(ops.QuantizedWeight, module.quantized), module.dtype))
     for name, module in list(model.named_modules()):

@@ -5,7 +5,7 @@ config -> modules on the meta device -> storage as the folder or the run holds i
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
-from entrenar.interop import bits, bnb
 from entrenar.interop.assemble import give_storage, set_parameter
 from entrenar.interop.hf import open_folder
+from entrenar.interop.quantized_layout import kind_of
 from entrenar.interop.safetensors_file import Entry
 from entrenar.model import Llama
-from entrenar.ops import Int8Weight, Nf4Weight, NfBitsWeight, QuantizedWeight
-from entrenar.ops.quantized import bits as nf_bits
-from entrenar.ops.quantized import nf4
+from entrenar.ops import KINDS, NfBitsWeight
 from entrenar.ops.quantized.bits import WIDTHS
 from entrenar.peft import from_base, put_quantized
-from entrenar.peft.bit_budget import check_budget
 from entrenar.planning.ledger import Ledger
+from entrenar.quantize import check_budget
 
 
 @dataclass(frozen=True)
@@ -83,53 +81,22 @@ def _load_shapes(config: FinetuneConfig, begun: Skeleton, ledger: Ledger) -> lis
         if name not in shapes:  # a head that is the embedding
             continue
         is_packed = len(parts) > 1
-        kind = _kind_in_folder(parts) if is_packed else _kind_in_run(config, name)
-        if kind == "keep":
+        kind = kind_of(parts) if is_packed else _kind_in_run(config, name)
+        if kind is None:
             is_mapped = parts[""].dtype == dtype
             set_parameter(model, name, empty(shapes[name], dtype, is_mapped=is_mapped))
         else:
             shape = shapes[name][0], shapes[name][1]
-            weight = _quantized(kind, shape, functools.partial(empty, is_mapped=is_packed))
+            weight = KINDS[kind[0]].empty(shape, functools.partial(empty, is_mapped=is_packed), kind[1])
             put_quantized(model, name.removesuffix(".weight"), weight, dtype)
     return mapped
 
 
-def _kind_in_folder(parts: Mapping[str, Entry]) -> str:
-    """Return how a folder stores a weight: nf4, int8, or a number of bits."""
-    if bits.PARTS[0] in parts:
-        return str(parts[""].shape[1])
-    return "int8" if bnb.ROW_ABSMAX in parts else "nf4"
-
-
-def _kind_in_run(config: FinetuneConfig, name: str) -> str:
-    """Return how the run will hold an unquantized weight; within a budget, as if all had the same width."""
+def _kind_in_run(config: FinetuneConfig, name: str) -> tuple[str, int] | None:
+    """Return kind and width in which the run will hold an unquantized weight; in a budget all have the same width."""
     if config.method != "qlora":
-        return "keep"
-    is_in_budget = config.quantize.bits is not None and not name.endswith("norm.weight")
-    if not is_in_budget:
-        return config.quantize.kind_of(name)
-    return str(min(max(WIDTHS), math.ceil(config.quantize.bits or 0)))
-
-
-def _quantized(
-    kind: str, shape: tuple[int, int], empty: Callable[[Sequence[int], torch.dtype], Tensor]
-) -> QuantizedWeight:
-    rows, width = shape
-    if kind == "nf4":
-        blocks = -(-rows * width // nf4.BLOCK)
-        return Nf4Weight(
-            empty((-(-rows * width // 2),), torch.uint8),
-            empty((blocks,), torch.uint8),
-            empty((-(-blocks // nf4.NESTED_BLOCK),), torch.float32),
-            torch.zeros((), device="meta"),
-            shape,
-        )
-    if kind == "int8":
-        return Int8Weight(empty(shape, torch.int8), empty((rows,), torch.float32), shape)
-    blocks = -(-width // nf_bits.BLOCK)
-    return NfBitsWeight(
-        empty((rows, int(kind), -(-width // 8)), torch.uint8),
-        empty((rows, blocks), torch.int8),
-        empty((-(-rows // nf_bits.GROUP), blocks), torch.float32),
-        shape,
-    )
+        return None
+    if config.quantize.bits is not None and not name.endswith("norm.weight"):
+        return NfBitsWeight.kind, min(max(WIDTHS), math.ceil(config.quantize.bits))
+    kind = config.quantize.kind_of(name)
+    return None if kind == "keep" else (kind, 0)

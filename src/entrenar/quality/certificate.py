@@ -8,7 +8,7 @@ between machines are shown and not compared.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ Certificate = dict[str, Any]
 
 
 def certificates(
-    shown: Shown, mutants: Mapping[str, Any], covered: Mapping[str, Any], source: str
+    shown: Shown, mutants: Mapping[str, Any], covered: Mapping[str, Any], source: Callable[[str], str]
 ) -> dict[str, Certificate]:
-    """Put together what is known of each operation; `source` is the path of an operation's file, with {op} in it."""
+    """Put together what is known of each operation; `source` gives the path of an operation's file."""
     found = {}
     for op, kinds in sorted(shown.items()):
-        path = source.format(op=op)
+        path = source(op)
         found[op] = {
             "derivation": list(kinds.get("derivation", ())),
             "proved": [row for row in kinds.get("shapes", ()) if "statement" in row],

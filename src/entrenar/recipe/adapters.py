@@ -7,13 +7,13 @@ from torch import Tensor
 
 from entrenar.errors import CheckpointError, DataError
 from entrenar.interop.hf_peft import (
-    PREFIX,
     WEIGHTS_FILE,
     BaseIdentity,
     load_adapter,
     read_base,
     save_adapter,
 )
+from entrenar.interop.peft_keys import keys_by_parameter
 from entrenar.interop.safetensors_file import TensorReader, read_header
 from entrenar.model import Llama
 from entrenar.peft import DEFAULT_ADAPTER, LoraConfig, LoraLinear, LowRank, set_adapter, wrappers
@@ -73,22 +73,12 @@ def read_weights(folder: Path, model: Llama, base: BaseIdentity) -> dict[str, Te
             f"this one has {base.sha256[:12]}…); give --model the base that it was trained on"
         )
     header, reader = read_header(folder / WEIGHTS_FILE), TensorReader()
-    weights: dict[str, Tensor] = {}
+    weights = {
+        own: reader.read(folder / WEIGHTS_FILE, key, header[key], header[key].dtype)
+        for own, key in keys_by_parameter(model, DEFAULT_ADAPTER).items()
+        if key in header
+    }
     for path, module in wrappers(model):
-        names = (
-            {
-                f"{path}.adapters.{DEFAULT_ADAPTER}.{part}": part
-                for part in ("lora_A", "lora_B", "lora_magnitude_vector")
-            }
-            if isinstance(module, LoraLinear)
-            else {f"{path}.adapters.{DEFAULT_ADAPTER}": ""}
-        )
-        for own, part in names.items():
-            key = f"{PREFIX}{path}.{part}" + (
-                "" if part == "lora_magnitude_vector" else ".weight" if part else "weight"
-            )
-            if key in header:
-                weights[own] = reader.read(folder / WEIGHTS_FILE, key, header[key], header[key].dtype)
         if isinstance(module, LoraLinear):
             _put_back_start(module.adapter(DEFAULT_ADAPTER), weights, f"{path}.adapters.{DEFAULT_ADAPTER}")
     return weights

@@ -19,8 +19,9 @@ from entrenar.interop.safetensors_file import TensorReader
 from entrenar.model import Llama
 from entrenar.peft import find_saved, find_targets, from_base
 from entrenar.peft.lora import OriginalWeight
+from entrenar.quantize import EMBEDDING, HEAD, Adapters
 from entrenar.recipe.adapters import ROUNDED_FOLDER, is_adapter
-from entrenar.recipe.bit_budget import EMBEDDING, HEAD, Adapters, round_to_budget
+from entrenar.recipe.bit_budget import round_to_budget
 from entrenar.recipe.models import model_folder
 from entrenar.recipe.start import Observer
 
@@ -126,7 +127,7 @@ def keep_base(config: FinetuneConfig, rounded: Source, device: torch.device, obs
         GateFailed: the written model does not pass its proof.
     """
     folder = config.run_dir.resolve() / ROUNDED_FOLDER
-    report = convert(rounded, Target(folder, "nf4", can_overwrite=True))
+    report = convert(rounded, Target(folder, "nf-bits", can_overwrite=True))
     observer.on_stage(f"{folder}: KL {report.kl:.3g} nats a token from the original model")
     return _load(config, folder, device), folder
 

@@ -22,8 +22,9 @@ from entrenar.ops.quantized.bits import (
     nf_bits_size,
     quantize_nf_bits,
 )
-from entrenar.ops.quantized.linear import dequantize, nf4_linear, tiles
+from entrenar.ops.quantized.linear import quantized_linear, tiles
 from entrenar.ops.quantized.nf4 import dequantize_nf4, quantize_nf4
+from entrenar.ops.quantized.protocol import stored_bytes
 
 every_width = pytest.mark.parametrize("bits", WIDTHS)
 
@@ -34,7 +35,7 @@ def draw(rows: int, width: int, seed: int = 0) -> Tensor:
 
 def by_hand(weight: NfBitsWeight) -> np.ndarray:
     """Read codes bit by bit, and multiply as equation (3) says."""
-    codes, scales, tops = (tensor.numpy() for tensor in weight.tensors())
+    codes, scales, tops = (tensor.numpy() for tensor in weight.tensors().values())
     levels = nf_bits_levels(weight.bits).numpy()
     out = np.zeros(weight.shape, np.float64)
     for row, column in np.ndindex(*weight.shape):
@@ -132,13 +133,13 @@ def test_a_weight_of_zeros_has_scales_all_the_same():
 def test_codes_of_a_trained_weight_carry_no_graph():
     """What is quantized is frozen: no tensor of it has a gradient."""
     weight = quantize_nf_bits(torch.nn.Parameter(draw(3, 70)), 4)
-    assert not any(tensor.requires_grad for tensor in weight.tensors())
+    assert not any(tensor.requires_grad for tensor in weight.tensors().values())
 
 
 @pytest.mark.parametrize("rows", [1, 256, 257, 700])
 def test_sizes_count_a_top_for_each_group_of_rows(rows):
     """Also of many groups."""
-    assert quantize_nf_bits(draw(rows, 130), 3).size_bytes == nf_bits_size((rows, 130), 3)
+    assert stored_bytes(quantize_nf_bits(draw(rows, 130), 3)) == nf_bits_size((rows, 130), 3)
 
 
 @every_width
@@ -180,7 +181,7 @@ def test_four_bits_lose_less_than_nf4_of_the_same_size():
     ours, nf4 = quantize_nf_bits(plain, 4), quantize_nf4(plain)
     error = (dequantize_nf_bits(ours) - plain).square().mean()
     assert error < 0.9 * (dequantize_nf4(nf4) - plain).square().mean()
-    assert ours.size_bytes <= nf4.size_bytes
+    assert stored_bytes(ours) <= stored_bytes(nf4)
 
 
 @every_width
@@ -221,7 +222,7 @@ def test_inputs_that_never_occur_are_no_obstacle():
 def test_sizes_are_counted_without_quantizing(bits, rows, width, seed):
     """The bytes of every shape and width are those of the tensors, and a zero weight comes back as zero."""
     weight = quantize_nf_bits(draw(rows, width, seed) * (seed % 3), bits)
-    assert weight.size_bytes == nf_bits_size((rows, width), bits) == sum(t.nbytes for t in weight.tensors())
+    assert stored_bytes(weight) == nf_bits_size((rows, width), bits) == sum(t.nbytes for t in weight.tensors().values())
     assert bool(dequantize_nf_bits(weight).isfinite().all())
     if seed % 3 == 0:
         assert not dequantize_nf_bits(weight).any()
@@ -240,13 +241,13 @@ def test_some_rows_are_those_of_the_whole(bits):
 
 @every_width
 def test_the_product_over_tiles_is_that_with_the_widened_weight(bits):
-    """Output and gradients of nf4_linear are those of the plain product over the dequantized weight."""
+    """Output and gradients of quantized_linear are those of the plain product over the dequantized weight."""
     weight = quantize_nf_bits(draw(200, 96), bits)
     x, lora_a, lora_b = (
         draw(*shape, seed=seed).double().requires_grad_() for seed, shape in enumerate([(5, 96), (3, 96), (200, 3)])
     )
-    ours = nf4_linear(x, weight, lora_a, lora_b, scale=1.5, tile_rows=64)
-    expected = lora_linear(x, dequantize(weight, torch.float64), lora_a, lora_b, scale=1.5)
+    ours = quantized_linear(x, weight, lora_a, lora_b, scale=1.5, tile_rows=64)
+    expected = lora_linear(x, weight.dequantize(torch.float64), lora_a, lora_b, scale=1.5)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     dy = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view(ours.shape)
     pairs = zip(*(torch.autograd.grad(y, (x, lora_a, lora_b), dy) for y in (ours, expected)), strict=True)
@@ -260,7 +261,7 @@ def test_tiles_cover_the_rows_once_and_stay_small():
     parts = list(tiles(weight, torch.float32, 300))
     assert [rows for rows, _ in parts] == [slice(0, 300), slice(300, 600), slice(600, 700)]
     assert torch.equal(torch.cat([tile for _, tile in parts]), dequantize_nf_bits(weight))
-    wide = NfBitsWeight(torch.zeros(4096, 2, 128, dtype=torch.uint8), *weight.tensors()[1:], (4096, 1024))
+    wide = NfBitsWeight(torch.zeros(4096, 2, 128, dtype=torch.uint8), weight.scales, weight.tops, (4096, 1024))
     first = next(iter(tiles(quantize_nf_bits(torch.zeros(wide.shape), 2), torch.float32)))
     assert first[1].numel() <= 2**20
 
@@ -275,7 +276,7 @@ def test_the_loss_of_a_quantized_head_is_that_of_the_widened_one(bits, dtype):
     x = draw(10, 64, seed=3).to(dtype).requires_grad_()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     pairs = []
-    for weight in (head, dequantize(head, dtype)):
+    for weight in (head, head.dequantize(dtype)):
         loss = linear_cross_entropy(x, weight, targets, chunk_size=4)
         pairs.append((loss, *torch.autograd.grad(loss, x)))
     for got, want in zip(*pairs, strict=True):
@@ -287,7 +288,7 @@ def test_a_large_head_is_widened_in_tiles_whose_parts_of_dx_add_up():
     head = quantize_nf_bits(draw(2000, 1024), 3)
     targets, x = torch.arange(6) * 333, draw(6, 1024, seed=3).requires_grad_()
     pairs = []
-    for weight in (head, dequantize(head)):
+    for weight in (head, head.dequantize()):
         loss = linear_cross_entropy(x, weight, targets, chunk_size=4)
         pairs.append((loss, *torch.autograd.grad(loss, x)))
     for got, want in zip(*pairs, strict=True):

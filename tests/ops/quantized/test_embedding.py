@@ -9,7 +9,6 @@ from torch import Tensor
 from entrenar.ops.quantized.bits import quantize_nf_bits
 from entrenar.ops.quantized.embedding import quantized_embedding
 from entrenar.ops.quantized.int8 import quantize_int8
-from entrenar.ops.quantized.linear import dequantize
 from entrenar.ops.quantized.nf4 import Nf4Weight, block_magnitudes, quantize_nf4
 
 
@@ -31,22 +30,22 @@ def test_rows_are_those_of_the_widened_weight(kind, width, dtype):
     ids = torch.tensor([[299, 0, 1], [17, 17, 150]])
     found = quantized_embedding(ids, weight, dtype)
     assert found.shape == (2, 3, width)
-    assert torch.equal(found, dequantize(weight, dtype)[ids])
+    assert torch.equal(found, weight.dequantize(dtype)[ids])
 
 
 def test_many_ids_are_looked_up_in_parts_that_agree():
     """More numbers than are looked up at once."""
     weight = quantize_nf4(torch.randn(50, 512, generator=torch.Generator().manual_seed(0)))
     ids = torch.randint(0, 50, (1100,), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(quantized_embedding(ids, weight), dequantize(weight)[ids])
+    assert torch.equal(quantized_embedding(ids, weight), weight.dequantize()[ids])
 
 
 @pytest.mark.parametrize(("width", "parts"), [(30, [3, 3, 1]), (100, [1] * 7), (300, [1] * 7)])
 def test_a_part_is_as_many_ids_as_fit(width, parts, monkeypatch):
     """At least one, however wide a row is."""
-    module, sizes = importlib.import_module("entrenar.ops.quantized.embedding"), []
-    look_up = module._nf4_rows
-    monkeypatch.setattr(module, "_AT_ONCE", 100)
-    monkeypatch.setattr(module, "_nf4_rows", lambda weight, ids: sizes.append(len(ids)) or look_up(weight, ids))
+    module, sizes = importlib.import_module("entrenar.ops.quantized.nf4"), []
+    look_up = module._looked_up
+    monkeypatch.setattr(module, "_LOOKED_UP_AT_ONCE", 100)
+    monkeypatch.setattr(module, "_looked_up", lambda weight, ids: sizes.append(len(ids)) or look_up(weight, ids))
     quantized_embedding(torch.arange(7), quantize_nf4(torch.ones(8, width)))
     assert sizes == parts

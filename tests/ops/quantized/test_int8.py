@@ -9,7 +9,8 @@ from torch import Tensor
 from entrenar.errors import DataError
 from entrenar.ops.linear_cross_entropy import linear_cross_entropy
 from entrenar.ops.quantized.int8 import Int8Weight, dequantize_int8, quantize_int8
-from entrenar.ops.quantized.linear import dequantize, nf4_linear
+from entrenar.ops.quantized.linear import quantized_linear
+from entrenar.ops.quantized.protocol import stored_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -53,19 +54,19 @@ def test_some_rows_are_those_of_the_whole():
     assert torch.equal(dequantize_int8(weight, rows=slice(25, 53)), whole[25:53])
     chosen = torch.tensor([59, 0, 25, 25])
     assert torch.equal(dequantize_int8(weight, rows=chosen), whole[chosen])
-    assert torch.equal(dequantize(weight, torch.bfloat16, slice(3, 9)), whole[3:9].bfloat16())
+    assert torch.equal(weight.dequantize(torch.bfloat16, slice(3, 9)), whole[3:9].bfloat16())
 
 
 def test_a_weight_takes_a_byte_a_number_and_a_scale_a_row():
     """Nothing else is held."""
-    assert quantize_int8(draw(40, 75)).size_bytes == 40 * 75 + 4 * 40
+    assert stored_bytes(quantize_int8(draw(40, 75))) == 40 * 75 + 4 * 40
 
 
 def test_product_and_loss_over_tiles_are_those_of_the_widened_weight():
     """Logits, loss and dx equal those over the dequantized head, which is cut into several tiles."""
     head, x = quantize_int8(draw(2000, 1024)), draw(6, 1024, seed=3).requires_grad_()
-    wide, targets = dequantize(head), torch.arange(6) * 333
-    torch.testing.assert_close(nf4_linear(x, head), x @ wide.mT, rtol=1e-5, atol=1e-3)
+    wide, targets = head.dequantize(), torch.arange(6) * 333
+    torch.testing.assert_close(quantized_linear(x, head), x @ wide.mT, rtol=1e-5, atol=1e-3)
     pairs = []
     for weight in (head, wide):
         loss = linear_cross_entropy(x, weight, targets, chunk_size=4)
@@ -91,4 +92,4 @@ def test_it_lies_where_its_codes_lie():
 
 def test_codes_of_a_trained_weight_carry_no_graph():
     """What is quantized is frozen: no tensor of it has a gradient."""
-    assert not any(tensor.requires_grad for tensor in quantize_int8(torch.nn.Parameter(draw(3, 70))).tensors())
+    assert not any(tensor.requires_grad for tensor in quantize_int8(torch.nn.Parameter(draw(3, 70))).tensors().values())

@@ -8,13 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 from entrenar.ops.lora_linear import lora_linear
 from entrenar.ops.quantized.linear import (
-    nf4_linear,
-    nf4_linear_backward,
-    nf4_linear_forward,
-    reference_nf4_linear,
+    quantized_linear,
+    reference_quantized_linear,
     tiles,
 )
 from entrenar.ops.quantized.nf4 import Nf4Weight, dequantize_nf4, quantize_nf4
+from entrenar.ops.quantized.protocol import stored_bytes
 
 SCALE = 1.7
 OUT, WIDTH, RANK = 200, 96, 3
@@ -43,7 +42,9 @@ def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 def test_tiles_of_any_size_give_the_product_with_the_widened_weight(tile_rows):
     """Output and gradients are those of the plain low-rank product over the dequantized weight."""
     x, weight, lora_a, lora_b = operands()
-    ours = nf4_linear(x, weight, lora_a, lora_b, scale=SCALE, dropout=0.4, generator=seeded(), tile_rows=tile_rows)
+    ours = quantized_linear(
+        x, weight, lora_a, lora_b, scale=SCALE, dropout=0.4, generator=seeded(), tile_rows=tile_rows
+    )
     wide = dequantize_nf4(weight, torch.float64)
     expected = lora_linear(x, wide, lora_a, lora_b, scale=SCALE, dropout=0.4, generator=seeded())
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -65,19 +66,19 @@ def test_a_tile_is_a_million_numbers_in_whole_blocks_of_rows(width, rows):
 def test_half_an_adapter_is_none():
     """A without B, or B without A, changes nothing and is not differentiated."""
     x, weight, lora_a, lora_b = operands()
-    plain = nf4_linear(x, weight)
+    plain = quantized_linear(x, weight)
     for half in ({"lora_a": lora_a}, {"lora_b": lora_b}):
-        assert torch.equal(nf4_linear(x, weight, **half), plain)
-        assert torch.equal(reference_nf4_linear(x, weight, **half), reference_nf4_linear(x, weight))
-    y = nf4_linear(x, weight, lora_a)
+        assert torch.equal(quantized_linear(x, weight, **half), plain)
+        assert torch.equal(reference_quantized_linear(x, weight, **half), reference_quantized_linear(x, weight))
+    y = quantized_linear(x, weight, lora_a)
     assert torch.autograd.grad(y.sum(), (x, lora_a), allow_unused=True)[1] is None
 
 
 def test_without_an_adapter_it_is_the_product_alone():
     """No A and B is x Wᵀ, and its gradient dy W."""
     x, weight, _, _ = operands()
-    y = nf4_linear(x, weight, tile_rows=64)
-    torch.testing.assert_close(y, reference_nf4_linear(x, weight), rtol=1e-12, atol=1e-12)
+    y = quantized_linear(x, weight, tile_rows=64)
+    torch.testing.assert_close(y, reference_quantized_linear(x, weight), rtol=1e-12, atol=1e-12)
     wide = dequantize_nf4(weight, torch.float64)
     torch.testing.assert_close(gradients(y, x)[0], gradients(x @ wide.mT, x)[0], rtol=1e-12, atol=1e-12)
 
@@ -85,7 +86,7 @@ def test_without_an_adapter_it_is_the_product_alone():
 def test_a_zero_b_leaves_the_dequantized_product_bit_for_bit():
     """With B = 0 the adapter adds exact zeros."""
     x, weight, lora_a, lora_b = operands(torch.float32)
-    assert torch.equal(nf4_linear(x, weight, lora_a, lora_b * 0, scale=SCALE), nf4_linear(x, weight))
+    assert torch.equal(quantized_linear(x, weight, lora_a, lora_b * 0, scale=SCALE), quantized_linear(x, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,8 +94,8 @@ def test_low_precision_is_bounded_by_its_rounding(dtype):
     """In the stored dtype, the sum over tiles in float32 loses no more than one rounding of the weight and result."""
     x, weight, lora_a, lora_b = operands(dtype)
     exact = tuple(tensor.detach().double().requires_grad_() for tensor in (x, lora_a, lora_b))
-    ours = nf4_linear(x, weight, lora_a, lora_b, scale=SCALE, tile_rows=8)
-    want = reference_nf4_linear(exact[0], weight, *exact[1:], scale=SCALE)
+    ours = quantized_linear(x, weight, lora_a, lora_b, scale=SCALE, tile_rows=8)
+    want = reference_quantized_linear(exact[0], weight, *exact[1:], scale=SCALE)
     bound = 4 * torch.finfo(dtype).eps
     pairs = zip((ours, *gradients(ours, x, lora_a, lora_b)), (want, *gradients(want, *exact)), strict=True)
     for got, expected in pairs:
@@ -105,7 +106,7 @@ def test_low_precision_is_bounded_by_its_rounding(dtype):
 def test_compute_dtype_widens_the_operands_and_not_the_result():
     """In float32 over bfloat16 activations only the result is rounded."""
     x, weight, _, _ = operands(torch.bfloat16)
-    y = nf4_linear(x, weight, compute_dtype=torch.float32)
+    y = quantized_linear(x, weight, compute_dtype=torch.float32)
     assert torch.equal(y, (x.float() @ dequantize_nf4(weight).mT).bfloat16())
 
 
@@ -113,8 +114,8 @@ def test_compute_dtype_widens_the_operands_and_not_the_result():
 def test_writing_to_what_the_backward_needs_is_noticed(held):
     """Codes and scales that change before the backward are an error, not wrong gradients (bitsandbytes 2034)."""
     x, weight, lora_a, lora_b = operands()
-    y = nf4_linear(x, weight, lora_a, lora_b, scale=SCALE)
-    weight.tensors()[held].add_(1)
+    y = quantized_linear(x, weight, lora_a, lora_b, scale=SCALE)
+    list(weight.tensors().values())[held].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -122,10 +123,10 @@ def test_writing_to_what_the_backward_needs_is_noticed(held):
 def test_every_tensor_passes_the_hooks_of_saved_tensors():
     """What is offloaded by hooks is read back from them: buffers that are reused meanwhile change no gradient."""
     x, weight, lora_a, lora_b = operands()
-    expected = gradients(nf4_linear(x, weight, lora_a, lora_b, scale=SCALE), x, lora_a, lora_b)
+    expected = gradients(quantized_linear(x, weight, lora_a, lora_b, scale=SCALE), x, lora_a, lora_b)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
-        y = nf4_linear(x, weight, lora_a, lora_b, scale=SCALE)
-    for tensor in (x, lora_a, lora_b, *weight.tensors()):
+        y = quantized_linear(x, weight, lora_a, lora_b, scale=SCALE)
+    for tensor in (x, lora_a, lora_b, *weight.tensors().values()):
         tensor.data.zero_()
     assert all(torch.equal(got, want) for got, want in zip(gradients(y, x, lora_a, lora_b), expected, strict=True))
 
@@ -133,8 +134,10 @@ def test_every_tensor_passes_the_hooks_of_saved_tensors():
 def test_activation_checkpointing_gives_the_same_gradients():
     """Computed again in the backward, the product has the gradients it had."""
     x, weight, lora_a, lora_b = operands()
-    expected = gradients(nf4_linear(x, weight, lora_a, lora_b, scale=SCALE), x, lora_a, lora_b)
-    again = checkpoint(lambda x, a, b: nf4_linear(x, weight, a, b, scale=SCALE), x, lora_a, lora_b, use_reentrant=False)
+    expected = gradients(quantized_linear(x, weight, lora_a, lora_b, scale=SCALE), x, lora_a, lora_b)
+    again = checkpoint(
+        lambda x, a, b: quantized_linear(x, weight, a, b, scale=SCALE), x, lora_a, lora_b, use_reentrant=False
+    )
     assert all(torch.equal(got, want) for got, want in zip(gradients(again, x, lora_a, lora_b), expected, strict=True))
 
 
@@ -153,22 +156,6 @@ def saved_bytes(function, *inputs) -> int:
 def test_only_what_the_backward_reads_is_saved():
     """A product without an adapter saves the codes and nothing of x; with one, x and u too; never a widened weight."""
     x, weight, lora_a, lora_b = operands(torch.float32)
-    assert saved_bytes(lambda: nf4_linear(x, weight)) == weight.size_bytes
+    assert saved_bytes(lambda: quantized_linear(x, weight)) == stored_bytes(weight)
     adapter = lora_a.nbytes + lora_b.nbytes + 10 * RANK * 4
-    assert saved_bytes(lambda: nf4_linear(x, weight, lora_a, lora_b)) == weight.size_bytes + x.nbytes + adapter
-
-
-def test_plain_backward_is_the_gradient_of_the_plain_forward():
-    """Equations (3) to (6) as written are the vector-Jacobian product of (1) and (2), over any cut into tiles."""
-    x, weight, lora_a, lora_b = operands()
-    rows = x.detach().reshape(-1, WIDTH).requires_grad_()
-    kept = (torch.arange(rows.numel()).view(rows.shape) % 3 > 0).double()
-    tiles = dequantize_nf4(weight, torch.float64).split([64, 100, 36])
-    parts = lora_b.split([64, 100, 36])
-    outs = [nf4_linear_forward(rows, tile, lora_a, part, kept, SCALE) for tile, part in zip(tiles, parts, strict=True)]
-    y = torch.cat([out for out, _ in outs], dim=1)
-    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    expected = torch.autograd.grad(y, (rows, lora_a, lora_b), dy)
-    got = nf4_linear_backward(dy, rows, tiles, lora_a, lora_b, kept, outs[0][1], SCALE)
-    for ours, want in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-12)
+    assert saved_bytes(lambda: quantized_linear(x, weight, lora_a, lora_b)) == stored_bytes(weight) + x.nbytes + adapter

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from entrenar.ops import nf4_kernels
+from entrenar.ops.quantized import nf4_kernels
 from entrenar.ops.quantized.nf4 import widen
 from entrenar.ops.quantized.nf4_kernels import bitsandbytes_widening, faster_of, widening_on
 

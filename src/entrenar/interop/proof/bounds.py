@@ -12,10 +12,9 @@ from torch import Tensor
 
 from entrenar.interop import llama2c
 from entrenar.model import Llama, LlamaConfig
-from entrenar.ops import dequantize
-from entrenar.peft import QuantizeConfig, quantized_projections
+from entrenar.peft import QuantizeConfig, quantized_weights
 
-Format = Literal["hf", "llama2c", "gguf", "nf4"]
+Format = Literal["hf", "llama2c", "gguf", "nf4", "nf-bits"]
 # Two orders of multiplying level, scale and top.
 _SAME_NUMBER = 1e-6
 # The name of a weight and the weight give the largest error of each of its rows' numbers.
@@ -56,15 +55,15 @@ def bound_of(dtype: str, kind: Format, config: LlamaConfig, held: QuantizeConfig
 
 def bound_of_rounded(model: Llama) -> Bound:
     """Return the bound of a file that holds a model's matrices as they are rounded: what the rounding did, no more."""
-    held = {name.removesuffix(".table"): module.quantized for name, module in quantized_projections(model)}
+    held = quantized_weights(model)
 
     def bound(name: str, weight: Tensor) -> Callable[[slice], Tensor]:
-        stored = held.get(name.removesuffix(".weight"))
+        stored = held.get(name)
         if stored is None:
             return lambda rows: torch.zeros_like(weight[rows], dtype=torch.float32)
 
         def of_rows(rows: slice) -> Tensor:
-            numbers = dequantize(stored, torch.float32, rows)
+            numbers = stored.dequantize(torch.float32, rows)
             return (numbers - weight[rows].float()).abs() + numbers.abs() * _SAME_NUMBER
 
         return of_rows

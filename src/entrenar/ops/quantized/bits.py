@@ -25,6 +25,7 @@ whole bytes, and eight codes are found by a look-up for each plane.
 import functools
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float, Float32, Int8, UInt8
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from entrenar.errors import ConfigError, DataError
+from entrenar.ops.quantized.protocol import MakeEmpty, stored_bytes
 
 BLOCK, GROUP = 64, 256
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -61,31 +63,41 @@ class NfBitsWeight:
     tops: Float32[Tensor, "groups blocks"]
     shape: tuple[int, int]
 
+    kind: ClassVar[str] = "nf-bits"
+
     @property
     def bits(self) -> int:
         """The width of a code."""
         return self.codes.shape[1]
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-    @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Where the tensors are."""
         return self.codes.device
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, scales and tops."""
-        return self.codes, self.scales, self.tops
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return codes, scales and tops by name."""
+        return {"codes": self.codes, "scales": self.scales, "tops": self.tops}
+
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None
+    ) -> Float[Tensor, "rows I"]:
+        """Return some rows of the weight, rounded once to `dtype`."""
+        return dequantize_nf_bits(self, dtype, rows)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], make: MakeEmpty, bits: int) -> Self:
+        """Return a weight of this shape and width with tensors from `make`."""
+        rows, blocks = shape[0], -(-shape[1] // BLOCK)
+        codes, scales = make((rows, bits, -(-shape[1] // 8)), torch.uint8), make((rows, blocks), torch.int8)
+        return cls(codes, scales, make((-(-rows // GROUP), blocks), torch.float32), shape)
 
 
 def nf_bits_size(shape: tuple[int, int], bits: int) -> int:
     """Return the bytes of a weight of this shape at a width."""
-    rows, width = shape
-    blocks = -(-width // BLOCK)
-    return rows * bits * -(-width // 8) + rows * blocks + 4 * -(-rows // GROUP) * blocks
+    return stored_bytes(
+        NfBitsWeight.empty(shape, lambda sizes, dtype: torch.empty(sizes, dtype=dtype, device="meta"), bits)
+    )
 
 
 def nf_bits_levels(bits: int, device: torch.device | None = None) -> Float32[Tensor, " levels"]:

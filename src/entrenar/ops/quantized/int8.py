@@ -9,12 +9,14 @@ bfloat16 keeps beyond four bits. Codes and scales are those of bitsandbytes' `in
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
 from entrenar.errors import DataError
+from entrenar.ops.quantized.protocol import MakeEmpty
 from entrenar.ops.row_blocks import row_blocks
 
 _LARGEST_CODE = 127
@@ -36,19 +38,32 @@ class Int8Weight:
     absmax: Float32[Tensor, " O"]
     shape: tuple[int, int]
 
+    kind: ClassVar[str] = "int8"
+
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+    def bits(self) -> int:
+        """The width of a code."""
+        return 8
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Where the tensors are."""
         return self.codes.device
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Return codes and absmax."""
-        return self.codes, self.absmax
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return codes and scales by name."""
+        return {"codes": self.codes, "absmax": self.absmax}
+
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None
+    ) -> Float[Tensor, "rows I"]:
+        """Return some rows of the weight, rounded once to `dtype`."""
+        return dequantize_int8(self, dtype, rows)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], make: MakeEmpty, bits: int = 8) -> Self:  # noqa: ARG003  # the protocol's
+        """Return a weight of this shape with tensors from `make`."""
+        return cls(make(shape, torch.int8), make((shape[0],), torch.float32), shape)
 
 
 def quantize_int8(weight: Float[Tensor, "O I"]) -> Int8Weight:

@@ -16,26 +16,31 @@ roundings in (1) and (5), the ties (a number halfway goes to the lower level), t
 block of a width that no block divides (it is shorter), the first of two codes in the high half of a byte. Equation (3)
 is its look-up among 65,536 bins, which can miss the nearest number by one in the map's densest part.
 
-Nothing here is differentiated: `nf4_linear` is the operation.
+Nothing here is differentiated: `quantized_linear` is the operation.
 """
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from entrenar.errors import DataError
 from entrenar.ops.quantized.nf4_kernels import widening_on
+from entrenar.ops.quantized.protocol import MakeEmpty
 
 BLOCK, NESTED_BLOCK = 64, 256
 _BINS = 65536
 # What is quantized at a time: a multiple of every block whose float32 temporaries stay small beside a weight.
 _CHUNK = 1 << 20
 _STRETCH = 1 << 17
+# Numbers looked up one by one at a time: their places take 8 bytes each.
+_LOOKED_UP_AT_ONCE = 1 << 18
 # Below this the reciprocal of a block's magnitude is infinite.
 _SMALLEST_MAGNITUDE = 1e-38
 
@@ -58,19 +63,37 @@ class Nf4Weight:
     offset: Float[Tensor, ""] | None
     shape: tuple[int, int]
 
+    kind: ClassVar[str] = "nf4"
+
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors() if tensor is not None)
+    def bits(self) -> int:
+        """The width of a code."""
+        return 4
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Where the tensors are."""
         return self.codes.device
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return codes, absmax, nested_absmax and offset."""
-        return self.codes, self.absmax, self.nested_absmax, self.offset
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return codes and scales by name."""
+        held = {"codes": self.codes, "absmax": self.absmax}
+        return {**held, "nested_absmax": self.nested_absmax, "offset": self.offset}
+
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, rows: slice | Tensor | None = None
+    ) -> Float[Tensor, "rows I"]:
+        """Return some rows of the weight, computed in float32 and rounded once to `dtype`."""
+        return rows_of_nf4(self, rows, dtype) if isinstance(rows, Tensor) else dequantize_nf4(self, dtype, rows)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], make: MakeEmpty, bits: int = 4) -> Self:  # noqa: ARG003  # the protocol's
+        """Return a doubly quantized weight of this shape with tensors from `make`."""
+        numbers, blocks = math.prod(shape), -(-math.prod(shape) // BLOCK)
+        codes, absmax = make((-(-numbers // 2),), torch.uint8), make((blocks,), torch.uint8)
+        # The offset is one number, computed and never read from a file: it is made here.
+        offset = torch.zeros((), device=codes.device)
+        return cls(codes, absmax, make((-(-blocks // NESTED_BLOCK),), torch.float32), offset, shape)
 
 
 def nf4_code_book(device: torch.device | None = None) -> Float[Tensor, "16"]:
@@ -188,6 +211,32 @@ def dequantize_nf4(
     is_traced = torch.compiler.is_compiling()
     numbers = (widen if is_traced else widening_on(weight.device, dtype, widen))(pairs, magnitudes, dtype)
     return numbers[first - origin : last - origin].view(-1, width)
+
+
+def rows_of_nf4(
+    weight: Nf4Weight, numbers: Int[Tensor, " rows"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows I"]:
+    """Return the rows that a list names, some at a time.
+
+    A row need not begin with a block nor with a byte, so each number is looked up by its place in the flat weight.
+    """
+    rows = torch.empty(len(numbers), weight.shape[1], dtype=dtype, device=weight.device)
+    step = max(1, _LOOKED_UP_AT_ONCE // weight.shape[1])
+    for start in range(0, len(numbers), step):
+        rows[start : start + step] = _looked_up(weight, numbers[start : start + step])
+    return rows
+
+
+def _looked_up(weight: Nf4Weight, numbers: Tensor) -> Tensor:
+    places = numbers[:, None] * weight.shape[1] + torch.arange(weight.shape[1], device=numbers.device)
+    pairs = weight.codes[places >> 1].int()
+    levels = nf4_code_book(weight.device)[torch.where(places % 2 == 0, pairs >> 4, pairs & 15)]
+    blocks = places // BLOCK
+    magnitudes = weight.absmax[blocks]
+    if weight.nested_absmax is not None and weight.offset is not None:
+        nested = weight.nested_absmax[blocks // NESTED_BLOCK]
+        magnitudes = dynamic_map(weight.device)[magnitudes.int()] * nested + weight.offset  # (4)
+    return levels * magnitudes  # (5)
 
 
 def widen(pairs: UInt8[Tensor, " bytes"], magnitudes: Float[Tensor, " blocks"], dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,10 @@
-"""What of a base is held in few bits, and as what.
+"""Which base weights are quantized, and how.
 
-The projections of the layers are NF4 (Dettmers et al. 2023, arXiv:2305.14314). Embedding and head decide single tokens
-and are kept by default; in a small model they are half of the base, and int8 by row or NF4 takes most of that away.
+The projections of the layers become NF4 (Dettmers et al. 2023, arXiv:2305.14314). Embedding and head decide single
+tokens and are kept by default; in a small model they are half of the base, and int8 by row or NF4 takes most of that
+away.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -13,29 +13,28 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from entrenar.errors import ConfigError, DataError
-from entrenar.ops import Int8Weight, Nf4Weight, QuantizedWeight, quantize_int8, quantize_nf4
+from entrenar.ops import QUANTIZE, QuantizedWeight
 
 Kind = Literal["keep", "int8", "nf4"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_QUANTIZE: dict[str, Callable[[Tensor], QuantizedWeight]] = {"int8": quantize_int8, "nf4": quantize_nf4}
 
 
 class QuantizeConfig(BaseModel):
-    """How a base is held while adapters are trained beside it (method = qlora)."""
+    """How a frozen base is stored while adapters are trained on top of it (method = qlora)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     embedding: Kind = "keep"
-    """The embedding: as it is stored (keep), in 8 bits with a scale for each row (int8), or in four bits (nf4)."""
+    """The embedding: as stored (keep), in 8 bits with a scale for each row (int8), or in four bits (nf4)."""
     head: Kind | None = None
-    """The head, if it is not the embedding itself: the same choices; left out, as the embedding."""
+    """The head, if it is not the embedding itself: the same choices; by default, the embedding's."""
     bits: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Most bits a weight may take, everything included: each matrix gets 2 to 8, and a folder of it goes to the run."""
+    """Budget of bits a weight, everything included: each matrix gets 2 to 8, and the run keeps the rounded base."""
     calibration: Path | None = None
-    """A text like those the model is for, to choose and round by; left out, what the model itself writes."""
+    """A text typical of the model's use, to choose widths and round by; by default, text that the model writes."""
 
     loftq_turns: int = Field(default=5, ge=1)
-    """With bits and lora_init = loftq: how often codes and adapter are made for each other; more is better, slowly."""
+    """With bits and lora_init = loftq: rounds of fitting codes and adapter to each other; more is better, slowly."""
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
@@ -48,7 +47,7 @@ class QuantizeConfig(BaseModel):
         return self
 
     def kind_of(self, name: str) -> Kind:
-        """Return how a weight is held that was plain before; every projection is NF4."""
+        """Return how to hold a plain weight; every projection is NF4."""
         if name.endswith("_proj.weight"):
             return "nf4"
         if name == EMBEDDING:
@@ -56,7 +55,7 @@ class QuantizeConfig(BaseModel):
         return (self.head or self.embedding) if name == HEAD else "keep"
 
     def check_tied(self, *, is_tied: bool) -> None:
-        """Check that a head which is the embedding is not asked to be held otherwise.
+        """Check that a tied head is not to be held in another kind than its embedding.
 
         Raises:
             ConfigError.
@@ -68,26 +67,21 @@ class QuantizeConfig(BaseModel):
             )
 
 
-def quantize(name: str, weight: Float[Tensor, "O I"], kind: Kind) -> QuantizedWeight:
+def quantize_weight(name: str, weight: Float[Tensor, "O I"], kind: str) -> QuantizedWeight:
     """Quantize a weight, `name` for the message.
 
     Raises:
         DataError: a number is NaN or infinite.
     """
     try:
-        return _QUANTIZE[kind](weight)
+        return QUANTIZE[kind](weight)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
 
 
-def kinds_held(model: nn.Module) -> dict[str, Kind]:
-    """Return how embedding and head of a model are held, those in another number of bits left out."""
-    kinds: dict[type, Kind] = {type(None): "keep", Int8Weight: "int8", Nf4Weight: "nf4"}
-    return {key: kinds[type(weight)] for key, weight in weights_held(model).items() if type(weight) in kinds}
-
-
-def weights_held(model: nn.Module) -> dict[str, QuantizedWeight | None]:
-    """Return what embedding and head of a model are held as; None is a plain weight."""
+def kinds_held(model: nn.Module) -> dict[str, str]:
+    """Return how embedding and head of a model are held: keep, or the kind of a quantized weight."""
     modules = dict(model.named_modules())
     places = {key: name.removesuffix(".weight") for key, name in (("embedding", EMBEDDING), ("head", HEAD))}
-    return {key: getattr(modules[place], "quantized", None) for key, place in places.items() if place in modules}
+    held = {key: getattr(modules[place], "quantized", None) for key, place in places.items() if place in modules}
+    return {key: "keep" if weight is None else weight.kind for key, weight in held.items()}
