@@ -121,39 +121,6 @@ def test_flops_equal_the_counted_matrix_products(config: LlamaConfig) -> None:
     assert weights + 2 * 12 * config.head_width * pairs == 2 * num_tokens * config.flops_per_token(num_tokens)
 
 
-def kept_bytes(config: LlamaConfig, checkpointing: Any, dtype: torch.dtype) -> int:
-    """What autograd holds after the forward of 2 × 16 tokens, but for weights, their gradient, and shared angles."""
-    model = Llama(config).to(dtype)
-    model.init_weights(torch.Generator().manual_seed(0))
-    model.checkpointing = checkpointing
-    input_ids = torch.zeros(2, 16, dtype=torch.long)
-    angles = model.rotary.rows(16, torch.device("cpu"))
-    apart = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *angles)}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in apart and tensor.shape != model.head_weight.shape:
-            kept[place] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.loss(input_ids, input_ids)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("config", SHAPES)
-def test_activation_bytes_equal_what_autograd_holds(config: LlamaConfig, dtype: torch.dtype) -> None:
-    """The formula is what the forward leaves behind, plus what recomputing one block brings back."""
-    plain = kept_bytes(config, "none", dtype)
-    assert config.activation_bytes(2, 16, dtype=dtype) == plain
-    for checkpointing in ("selective", "full"):
-        kept = kept_bytes(config, checkpointing, dtype)
-        dropped = (plain - kept) // config.num_layers
-        assert config.activation_bytes(2, 16, checkpointing=checkpointing, dtype=dtype) == kept + dropped
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -56,29 +56,13 @@ def test_left_padding_has_no_influence() -> None:
 
 
 @torch.no_grad()
-def test_crop_and_reset_forget() -> None:
-    """After a crop the cache holds the beginning only, after a reset nothing."""
-    model, input_ids = model_of(SMALL), tokens(1, 10)
-    cache = cache_of(SMALL, 1, 10)
-    expected = model(input_ids, cache=cache)
-    cache.crop(4)
-    torch.testing.assert_close(model(input_ids[:, 4:], cache=cache), expected[:, 4:], rtol=0, atol=1e-11)
-    cache.reset(torch.tensor([0]))
-    assert cache.length == 0
-    torch.testing.assert_close(model(input_ids, cache=cache), expected, rtol=0, atol=1e-11)
-
-
-@torch.no_grad()
 def test_cache_never_moves() -> None:
     """All tokens land in the memory taken at the start."""
     cache, model = cache_of(SMALL, 1, 8), model_of(SMALL)
     places = set()
     for token in tokens(1, 8).split(1, dim=1):
         model(token, cache=cache)
-        cache.crop(cache.length - 1)
-        keys, _ = cache.append(0, torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
-        cache.advance(1)
-        places.add(keys.data_ptr())
+        places.add(cache.layers.data_ptr())
     assert len(places) == 1
 
 
@@ -86,11 +70,5 @@ def test_overfull_cache_is_refused() -> None:
     """A cache says how much it holds and how much came."""
     model, cache = model_of(SMALL), cache_of(SMALL, 1, 4)
     model(tokens(1, 3), cache=cache)
-    with pytest.raises(DataError, match=r"takes max_len = 4 tokens, got 3 \+ 2; make it longer or crop it"):
+    with pytest.raises(DataError, match=r"takes max_len = 4 tokens, got 3 \+ 2; make it longer"):
         model(tokens(1, 2), cache=cache)
-
-
-def test_crop_beyond_the_content_is_refused() -> None:
-    """Cropping cannot invent tokens."""
-    with pytest.raises(DataError, match=r"a cache of 0 tokens is cropped to 0 … 0, got 2"):
-        cache_of(SMALL, 1, 4).crop(2)

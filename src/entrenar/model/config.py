@@ -221,31 +221,6 @@ class LlamaConfig(BaseModel):
         attention = self.num_layers * self.num_heads * self.head_width * (seq_len + 1)
         return 6 * weights + 6 * attention
 
-    def activation_bytes(
-        self,
-        batch_size: int,
-        seq_len: int,
-        *,
-        checkpointing: Checkpointing = "none",
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> int:
-        """Count the bytes that a training step keeps for its backward, weights and gradients apart.
-
-        Per token a block keeps 4·D + 2·H·K + 2·G·K + 3·F numbers of `dtype` (its input, both norms' outputs, the
-        input of the MLP's half; q and attention's output; k and v; gate, up and their product) and 2 + H of float32
-        (the norms' scales, attention's log-sum-exp). "selective" drops the MLP's D + 3·F and its scale, "full" all
-        but the input, and either holds what it dropped for one block at a time. After the blocks come the final
-        norm's input and scale, the loss's gradient in float32, and the token itself.
-        """
-        narrow, wide = dtype.itemsize, max(dtype.itemsize, 4)
-        stream = self.hidden_size * narrow
-        mlp = stream + 3 * self.intermediate_size * narrow + wide
-        attention = 2 * (self.num_heads + self.kv_heads) * self.head_width * narrow + wide * (1 + self.num_heads)
-        block = 3 * stream + attention + mlp
-        dropped = {"none": 0, "selective": mlp, "full": block - stream}[checkpointing]
-        around = stream + wide + self.hidden_size * wide + torch.int64.itemsize
-        return batch_size * seq_len * (self.num_layers * (block - dropped) + dropped + around)
-
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {

@@ -57,21 +57,10 @@ class KVCache:
         if end > self.max_len:
             raise DataError(
                 f"a key/value cache takes max_len = {self.max_len} tokens, got {self.length} + {num_tokens}; "
-                "make it longer or crop it"
+                "make it longer"
             )
         return end
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that every layer has appended."""
         self.length += num_tokens
-
-    def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        if not 0 <= length <= self.length:
-            raise DataError(f"a cache of {self.length} tokens is cropped to 0 … {self.length}, got {length}")
-        self.length = length
-
-    def reset(self, starts: Int[Tensor, " B"] | None = None) -> None:
-        """Forget all tokens and take new left padding."""
-        self.length = 0
-        self.starts = starts
