@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from entrenar.errors import ConfigError, FormatError, GateFailed
-from entrenar.quality.risk import Covered, coverage_floors, demand, load_risk, read_coverage
+from entrenar.errors import ConfigError, FormatError, GateFailed, NotMeasured
+from entrenar.quality.risk import Covered, coverage_floors, demand, gradient_floors, load_risk, read_coverage
 
 RISK = """
 [whole]
@@ -146,3 +146,65 @@ def test_the_projects_own_table_is_sound():
     assert by_name["embeddings and layers"].line >= 85
     assert risk.line >= 97
     assert risk.branch >= 93
+
+
+LEVELLED = '[whole]\nline = 9\nbranch = 8\n[[component]]\nname = "ops"\nfiles = ["a.py"]\n'
+
+
+@pytest.mark.parametrize(
+    ("level", "line", "mutation"), [("very high", 100, 90), ("high", 95, 85), ("medium", 90, 80), ("low", 85, None)]
+)
+def test_a_level_gives_the_specification_s_floors(tmp_path, level, line, mutation):
+    """Where the component names none of its own; a higher one stands, a lower one is refused."""
+    path = tmp_path / "risk.toml"
+    text = f'{LEVELLED}level = "{level}"\ngradcheck = ["ops"]\n'
+    path.write_text(text)
+    (component,) = load_risk(path).components
+    assert (component.line, component.mutation) == (line, mutation)
+    path.write_text(f"{text}mutation = 97\n")
+    assert load_risk(path).components[0].mutation == 97
+    path.write_text(f"{text}line = {line - 1}\n")
+    with pytest.raises(ConfigError, match=f"ops: line must be at least {line} at level {level}, got {line - 1}"):
+        load_risk(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('level = "huge"\n', "level must be one of very high, high, medium, low; got 'huge'"),
+        ('level = "very high"\n', r"level very high demands gradcheck = \[its operations\]"),
+    ],
+)
+def test_a_level_that_cannot_be_held_is_refused(tmp_path, more, message):
+    """An unknown one, and the highest without a gradient check."""
+    (tmp_path / "risk.toml").write_text(LEVELLED + more)
+    with pytest.raises(ConfigError, match=message):
+        load_risk(tmp_path / "risk.toml")
+
+
+def gradients(tmp_path, certificates):
+    """Return the floors of one component whose operation must be checked."""
+    (tmp_path / "risk.toml").write_text(f'{LEVELLED}level = "very high"\ngradcheck = ["ops"]\n')
+    if certificates is not None:
+        (tmp_path / "c.json").write_text(json.dumps(certificates))
+    return gradient_floors(load_risk(tmp_path / "risk.toml"), tmp_path / "c.json")
+
+
+def test_the_highest_level_demands_a_gradient_check(tmp_path):
+    """Cases of any method count; none fails; no certificates are not measured."""
+    shown = {"operations": {"ops": {"gradcheck": {"central difference": {"cases": 2}, "complex step": {"cases": 21}}}}}
+    (floor,) = gradients(tmp_path, shown)
+    assert (floor.holds, floor.measured, floor.unit) == (True, 23, "cases")
+    for empty in ({"operations": {"ops": {"gradcheck": {}}}}, {"operations": {"other": {}}}):
+        with pytest.raises(GateFailed, match=r"ops: gradcheck 0\.00 cases, at least 1 cases wanted"):
+            demand(gradients(tmp_path, empty), "check it")
+    with pytest.raises(FormatError, match="holds no certificates"):
+        gradients(tmp_path, [])
+    (tmp_path / "c.json").unlink()
+    with pytest.raises(NotMeasured, match="no gradient check was measured"):
+        gradients(tmp_path, None)
+
+
+def test_without_a_demand_no_certificate_is_read(tmp_path, risk):
+    """Nothing is asked for."""
+    assert gradient_floors(risk, tmp_path / "none.json") == []

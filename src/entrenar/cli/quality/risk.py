@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from entrenar.quality.risk import RISK_FILE, coverage_floors, demand, load_risk, read_coverage
+from entrenar.quality.risk import (
+    CERTIFICATES_FILE,
+    RISK_FILE,
+    coverage_floors,
+    demand,
+    gradient_floors,
+    load_risk,
+    read_coverage,
+)  # fmt: skip
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +26,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _risk(parsed: argparse.Namespace) -> int:
     risk = load_risk(parsed.project / RISK_FILE)
     floors = coverage_floors(risk, read_coverage(parsed.coverage), critical_only=parsed.critical)
+    floors += gradient_floors(risk, parsed.project / CERTIFICATES_FILE, critical_only=parsed.critical)
     for floor in floors:
         verdict = "ok  " if floor.holds else "FAIL"
-        print(f"{verdict} {floor.what:<44} {floor.kind:<7} {floor.measured:6.2f} %  (at least {floor.floor:g})")
-    demand(floors, "write the tests that reach the missing lines; `coverage report --show-missing` names them")
+        print(
+            f"{verdict} {floor.what:<44} {floor.kind:<9} {floor.measured:6.2f} {floor.unit}  (at least {floor.floor:g})"
+        )
+    demand(
+        floors,
+        "write the tests that reach the missing lines (`coverage report --show-missing` names them); "
+        "`make certificates` checks gradients",
+    )
     return 0
