@@ -20,7 +20,7 @@ from entrenar.interop.hf_peft import load_adapter
 from entrenar.model import Llama, LlamaConfig
 from entrenar.peft import quantized_projections
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORDS = ("cat", "dog", "bird", "fish")
 
 
