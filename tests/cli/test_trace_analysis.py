@@ -59,7 +59,7 @@ def test_a_senseless_threshold_is_refused(tmp_path, capsys):
 
 def test_a_trace_that_is_not_there_is_refused(tmp_path, capsys):
     """Exit code 2, with the remedy."""
-    for verb in (["anomalies"], ["clusters"]):
+    for verb in (["anomalies"], ["clusters"], ["diff", "x"]):
         assert main(["trace", *verb, str(tmp_path / "none.sqlite")]) == 2
         assert "entrenar trace run" in capsys.readouterr().err
 
@@ -132,6 +132,25 @@ def test_the_script_needs_a_file(script, tmp_path):
     assert subprocess.run([program], capture_output=True, check=False).returncode == 2
     assert subprocess.run([program, str(tmp_path / "none")], capture_output=True, check=False).returncode == 2
     assert script("not json").returncode == 2
+
+
+def test_a_difference_is_told(tmp_path, capsys):
+    """Backward got slower; the reads did not."""
+    before, after = write(tmp_path / "one.sqlite"), write(tmp_path / "two.sqlite", backward_ms=60.0)
+    assert main(["trace", "diff", str(before), str(after)]) == 0
+    out = capsys.readouterr().out
+    assert "phase backward: 40.8ms -> 61.2ms, 1.50 times" in out
+    assert "read" not in out
+    assert main(["trace", "diff", str(before), str(after), "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows if row["changed"]] == ["backward"]
+
+
+def test_a_trace_does_not_differ_from_itself(tmp_path, capsys):
+    """Nothing changed."""
+    trace = str(write(tmp_path / "one.sqlite"))
+    assert main(["trace", "diff", trace, trace]) == 0
+    assert capsys.readouterr().out.strip().endswith("0 changed")
 
 
 def test_a_map_tells_where_code_was_written(tmp_path, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def test_what_became_slower_is_told_first(compared):
     assert backward.total_ns == pytest.approx(60 * 20 * MS, rel=0.1)
     assert "forward" not in names
     text = lines(comparison)
-    pattern = r"  phase backward: [\d.]+ ms -> [\d.]+ ms, 1.5\d times \([\d.]+ to [\d.]+\), \+1.[\d]+ s in all"
+    pattern = r"  phase backward: [\d.]+ms -> [\d.]+ms, 1.5\d times \([\d.]+ to [\d.]+\), \+1.[\d]+s in all"
     assert re.fullmatch(pattern, text[2])
 
 

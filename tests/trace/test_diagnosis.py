@@ -148,7 +148,7 @@ def test_anomalies_and_shifts_are_summed_up(found):
     assert anomalies.title == "20 calls or blocks were far slower than their like"
     assert "[loader.py:7 in load]" in anomalies.evidence[0]
     assert anomalies.spans == (5,)
-    assert level.title == "write became slower at 2 s and stayed so"
+    assert level.title == "write became slower at 2s and stayed so"
 
 
 def test_slow_input_outside_of_the_phases_is_named(found, tmp_path):

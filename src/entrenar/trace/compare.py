@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 from entrenar.trace.anomaly import WAITS
 from entrenar.trace.durations import PHASES, STRUCTURE, Durations, gather
-from entrenar.trace.findings import duration
 from entrenar.trace.hot_paths import IDLE, responsible
 from entrenar.trace.reader import Reader
 from entrenar.trace.records import Tally
+from entrenar.trace.report_text import duration
 from entrenar.trace.tally import merge, percentile
 
 LEAST_RATIO = 1.05

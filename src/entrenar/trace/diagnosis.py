@@ -24,11 +24,12 @@ from entrenar.trace.durations import (
     family,
     gather,
 )
-from entrenar.trace.findings import Finding, duration
+from entrenar.trace.findings import Finding
 from entrenar.trace.hot_paths import IDLE, responsible
 from entrenar.trace.machine_checks import machine_findings
 from entrenar.trace.reader import Reader
 from entrenar.trace.records import Anomaly, Tally
+from entrenar.trace.report_text import duration
 from entrenar.trace.stragglers import straggler
 
 _DATA_SHARE = 0.10

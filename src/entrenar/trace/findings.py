@@ -47,12 +47,3 @@ def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
         }
         for finding in findings
     ]
-
-
-def duration(nanoseconds: float) -> str:
-    """Write a duration with three digits and its unit, as in "41.2 ms"."""
-    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
-        if nanoseconds >= limit:
-            value = nanoseconds / limit
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-    return f"{nanoseconds:.0f} ns"

@@ -9,6 +9,7 @@ _FILES = {"run": "command"}
 _VERBS = {
     "anomalies": "say which calls, blocks and steps of a trace took far longer than their like",
     "clusters": "group the system calls of a trace by duration and size: its modes and outliers",
+    "diff": "say what changed between two traces, beyond noise",
     "map": "say where generated code was written: source maps, notebooks, Cython, torch.compile",
     "run": "run a command and trace it: system calls with their Python lines, spans, anomalies",
     "report": "say what a trace shows: hot paths, system calls, what to do",

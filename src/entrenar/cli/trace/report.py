@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from entrenar.cli.trace.output import emit, text_report
-from entrenar.trace import report_json
+from entrenar.trace import findings, report_json
+from entrenar.trace.diagnosis import diagnose
 from entrenar.trace.hot_paths import profile
 from entrenar.trace.locate import trace_file
 from entrenar.trace.reader import Reader
@@ -27,10 +28,11 @@ def execute(parsed: argparse.Namespace) -> int:
     with Reader(trace_file(parsed.trace)) as reader:
         summary = profile(reader)
         if parsed.format == "json":
-            text = json.dumps(report_json.as_json(reader, summary), indent=1)
+            values = report_json.as_json(reader, summary) | {"diagnosis": findings.as_json(diagnose(reader))}
+            text = json.dumps(values, indent=1)
         elif parsed.format == "csv":
             text = "\n".join(report_json.as_csv(reader))
         else:
-            text = "\n".join(text_report(parsed, reader, summary))
+            text = "\n".join([*text_report(parsed, reader, summary), "", *findings.lines(diagnose(reader))])
     emit(text, parsed.output)
     return 0
