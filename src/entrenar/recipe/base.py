@@ -42,7 +42,7 @@ def open_base(config: FinetuneConfig, device: torch.device, *, is_resumed: bool)
         _check_method(config, folder)
     model = load_model(folder) if has_budget and not is_resumed else _load(config, folder, device)
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if not tokenizer.fits(model.config.vocab_size):
         raise DataError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
             "they do not belong together"

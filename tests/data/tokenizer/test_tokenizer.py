@@ -132,7 +132,7 @@ def test_stored_truncation_does_not_cut_texts(tokenizer: Tokenizer, tmp_path: Pa
 
 
 def test_roles_come_from_the_config_then_the_map_then_known_names(tokenizer: Tokenizer, tmp_path: Path):
-    """tokenizer_config.json wins over special_tokens_map.json, which wins over well-known names; null means none."""
+    """Where it lists its tokens, tokenizer_config.json wins over special_tokens_map.json; null means none."""
     tokenizer.save(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     config.unlink()
@@ -140,7 +140,8 @@ def test_roles_come_from_the_config_then_the_map_then_known_names(tokenizer: Tok
     assert Tokenizer.load(tmp_path).add_bos is True  # from the post-processor's template
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|pad|>"}}')
     assert Tokenizer.load(tmp_path).eos_id == tokenizer.pad_id
-    config.write_text('{"eos_token": "<|eos|>", "pad_token": null, "add_bos_token": false, "chat_template": "{{ x }}"}')
+    named = {"eos_token": "<|eos|>", "pad_token": None, "add_bos_token": False, "chat_template": "{{ x }}"}
+    config.write_text(json.dumps({**named, "added_tokens_decoder": {}}))
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.eos_id, loaded.pad_id, loaded.add_bos) == (tokenizer.eos_id, None, False)
     assert loaded.chat_template == "{{ x }}"

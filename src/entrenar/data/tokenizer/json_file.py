@@ -15,24 +15,31 @@ import tokenizers
 from entrenar.errors import FormatError
 from entrenar.files import read_json
 
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_ID = 1 << 31
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Return the content of the files next to a tokenizer.
+    """Return the content of the files next to a tokenizer, as one tokenizer_config.json.
 
-    These are special_tokens_map.json, tokenizer_config.json, and the chat templates that have files of their own:
-    chat_template.jinja and additional_chat_templates/NAME.jinja, which replace those in the config.
+    The chat templates that have files of their own, chat_template.jinja and additional_chat_templates/NAME.jinja,
+    replace those in the config. special_tokens_map.json and added_tokens.json count, by transformers' rule, where the
+    config has no added_tokens_decoder.
 
     Raises: FormatError.
     """
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            found = read_json(folder / name)
-            if not isinstance(found, dict):
-                raise FormatError(f"{folder / name} must hold a JSON object, got {type(found).__name__}")
-            config |= found
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    marks, config, added = (_object_in(folder / name) for name in names)
+    config = {**config, **marks} if "added_tokens_decoder" not in config else {**marks, **config}
+    for flag in ("add_bos_token", "add_eos_token"):
+        if config.get(flag, False) is None:  # as good as absent
+            del config[flag]
+    if added and "added_tokens_decoder" not in config:
+        named = set(control_tokens(config).values())
+        config["added_tokens_decoder"] = {
+            str(index): {"content": name, "special": name in named, "normalized": name not in named}
+            for name, index in added.items()
+        }
     templates = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         templates["default"] = folder / "chat_template.jinja"
@@ -40,6 +47,13 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
     if texts:
         config["chat_template"] = texts["default"] if set(texts) == {"default"} else texts
     return config
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _template(path: Path) -> str:
@@ -68,8 +82,8 @@ def chat_templates(value: Any, place: str) -> dict[str, str]:
 
 
 def control_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tokens a tokenizer_config.json names, by role (bos_token, eos_token, pad_token, unk_token)."""
-    named = {role: config.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    """Return the tokens that a tokenizer_config.json names, by role (bos_token, eos_token, …)."""
+    named = {role: config.get(role) for role in ROLES}
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 
@@ -122,13 +136,15 @@ class TokenizerFile:
         self.ids = {**self.vocab, **{content: index for index, content in self.added.items()}}
         self._check_merges(model)
 
-    def backend(self, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
-        """Build the encoder; with `encode_special_tokens` text that spells a control token stays text.
+    def backend(self, content: Mapping[str, Any] | None = None, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
+        """Build the encoder of `content` instead of the file's, if given, with the same tokens.
+
+        With `encode_special_tokens` text that spells a control token stays text.
 
         Raises: FormatError.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(self.content))
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content or self.content))
         except Exception as error:  # tokenizers raises bare Exception
             raise FormatError(f"{self._place} is not a usable tokenizer.json: {error}") from error
         for index, token in self.added.items():

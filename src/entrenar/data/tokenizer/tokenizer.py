@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import tokenizers
 
+from entrenar.data.tokenizer.hf_config import prefix_rule, with_added_tokens, with_prefix_rule
 from entrenar.data.tokenizer.json_file import (
     TokenizerFile,
     chat_templates,
@@ -48,11 +49,16 @@ class Tokenizer:
         Raises: FormatError naming `place` and the field.
         """
         self.config = dict(config or {})
+        rule = prefix_rule(content, self.config)
+        content = with_added_tokens(content, self.config, place)
+        content = with_prefix_rule(content, rule) if rule == "never" else content
         checked = TokenizerFile(content, place, control_tokens(self.config))
+        self._prefix_rule = rule
         self._file = checked
         self._content = checked.content
-        self._backend = checked.backend(encode_special_tokens=True)
-        self._family, self._drops_space = decoder_family(content.get("decoder"), place)
+        self._backend = self._built(encode_special_tokens=True)
+        self._family, drops_space = decoder_family(content.get("decoder"), place)
+        self._drops_space = drops_space or rule in ("first", "always")
         self._table = bytes_of_tokens(checked.vocab, checked.added, self._family)
         self._ids = checked.ids
         self.special_ids = checked.special_ids
@@ -60,7 +66,8 @@ class Tokenizer:
         self.eos_id = self._role("eos_token", place)
         self.pad_id = self._role("pad_token", place)
         self.chat_templates = chat_templates(self.config.get("chat_template"), place)
-        self.add_bos = bool(self.config.get("add_bos_token", self._template_starts_with_bos()))
+        add_bos = self.config.get("add_bos_token")
+        self.add_bos = self._template_starts_with_bos() if add_bos is None else bool(add_bos)
         self.add_eos = bool(self.config.get("add_eos_token", False))
 
     @classmethod
@@ -85,17 +92,24 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         named = {role: self.name_of(index) for role, index in roles.items() if index is not None}
-        # LlamaTokenizer would rebuild normalizer and decoder by its own rules; this class takes the file as it stands.
-        fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        # The flags of LlamaTokenizer decide about spaces; every other tokenizer is what its file says, and no class.
+        by_flags = self._prefix_rule in ("first", "always")
+        name = "LlamaTokenizer" if by_flags else "PreTrainedTokenizerFast"
+        fixed = {"tokenizer_class": name, "clean_up_tokenization_spaces": False}
         kept = {key: value for key, value in self.config.items() if key != "added_tokens_decoder"}
         flags = {"add_bos_token": self.add_bos, "add_eos_token": self.add_eos}
-        atomic_write(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        atomic_write(folder / "tokenizer.json", self._file.backend(encode_special_tokens=True).to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", {**kept, **named, **flags, **fixed})
 
     @property
     def vocab_size(self) -> int:
         """The highest id plus one: how many rows an embedding needs."""
         return len(self._table)
+
+    def fits(self, rows: int) -> bool:
+        """Return whether an embedding of `rows` rows holds all ids; the padding token's is never read."""
+        size = self.vocab_size
+        return size <= rows or (size == rows + 1 and self.pad_id == rows)
 
     @property
     def content(self) -> Mapping[str, Any]:
@@ -156,7 +170,7 @@ class Tokenizer:
         """Encode several texts at once, on all cores; see `encode`."""
         before, after = self._around("bos", wanted=bos), self._around("eos", wanted=eos)
         backend = self._special_backend if allow_special else self._backend
-        valid = [_valid_text(text) for text in texts]
+        valid = [self._lead(text) + text for text in map(_valid_text, texts)]
         return [before + found.ids + after for found in backend.encode_batch_fast(valid, add_special_tokens=False)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -164,8 +178,9 @@ class Tokenizer:
 
         Raises: DataError for lone surrogates.
         """
-        found = self._special_backend.encode(_valid_text(text), add_special_tokens=False)
-        return found.ids, found.offsets
+        lead = self._lead(_valid_text(text))
+        found = self._special_backend.encode(lead + text, add_special_tokens=False)
+        return found.ids, [(max(start - len(lead), 0), end - len(lead)) for start, end in found.offsets]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that form no character become U+FFFD.
@@ -187,7 +202,16 @@ class Tokenizer:
 
     @cached_property
     def _special_backend(self) -> tokenizers.Tokenizer:
-        return self._file.backend(encode_special_tokens=False)
+        return self._built(encode_special_tokens=False)
+
+    def _built(self, *, encode_special_tokens: bool) -> tokenizers.Tokenizer:
+        return self._file.backend(
+            with_prefix_rule(self._content, self._prefix_rule), encode_special_tokens=encode_special_tokens
+        )
+
+    def _lead(self, text: str) -> str:
+        """Return the space that Metaspace leaves out in front of a text that begins with one (see `hf_config`)."""
+        return " " if self._prefix_rule in ("first", "always") and text.startswith((" ", "▁")) else ""
 
     def name_of(self, index: int) -> str:
         """Return the name of a token."""
