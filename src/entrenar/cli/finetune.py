@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
     planned = plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
-    view = TrainingView(config.train.epochs)
+    view = TrainingView(config.train.epochs, is_compiled=config.train.compile)
     if parsed.resume:
         print("[entrenar: Loading checkpoint...]")
     report = recipe.finetune(

@@ -4,7 +4,9 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 
+from entrenar.cli.spans import trace_layers
 from entrenar.data import Progress
 from entrenar.recipe import Observer
 from entrenar.runs import Event, StepRecord
@@ -66,15 +68,17 @@ class Line:
 class TrainingView:
     """Shows a run: step, loss, held-out loss, tokens/s, time left."""
 
-    def __init__(self, epochs: float | None) -> None:
+    def __init__(self, epochs: float | None, *, is_compiled: bool = False) -> None:
         self._line = Line()
+        self._is_compiled = is_compiled
         self._epochs = epochs
         self._held_out: Mapping[str, float] | None = None
         self._epoch: int | None = None
 
     def observer(self) -> Observer:
         """Return the callbacks for a recipe."""
-        return Observer(self.stage, self.record, self.event, self.preparing)
+        on_model = partial(trace_layers, is_compiled=self._is_compiled)
+        return Observer(self.stage, self.record, self.event, self.preparing, on_model=on_model)
 
     def stage(self, text: str) -> None:
         """Announce a stage."""

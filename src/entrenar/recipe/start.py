@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 import torch
+from torch import nn
 
 from entrenar.config import AnyConfig, ConfigT, changeable
 from entrenar.config_file import to_toml
@@ -40,7 +41,7 @@ class Observer:
     """Callbacks for progress; the command line prints what they are told.
 
     `on_look` sees the model at each held-out evaluation, including the one before the first step; the figures that it
-    returns join the evaluation's.
+    returns join the evaluation's. `on_model` gets the module that the loop is about to train.
     """
 
     on_stage: Callable[[str], None] = lambda _: None
@@ -48,6 +49,7 @@ class Observer:
     on_event: Callable[[Event], None] = lambda _: None
     on_prepare: Callable[[Progress], None] = lambda _: None
     on_look: Callable[[Llama, Tokenizer], Mapping[str, float]] = lambda *_: {}
+    on_model: Callable[[nn.Module], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) ->
     config = started.config
     settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
     observer.on_stage("Resuming" if started.is_resumed else "Training")
+    observer.on_model(task.module)
     run = Run(config.run_dir, _recorded(config), started.checkpoint)
     outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
     task.module.eval()

@@ -30,6 +30,7 @@ class Join:
     def __init__(self) -> None:
         self._open: dict[int, Span] = {}
         self._stacks: dict[int, list[Span]] = {}
+        self._dependent: set[int] = set()
         self._waiting: list[SystemCall] = []
         # Spans that ended within reach of a call that still waits, and dropped ones, by thread.
         self._events: dict[int, list[SpanEvent]] = {}
@@ -82,6 +83,8 @@ class Join:
         if event.kind == "start":
             span = Span(event.span, event.parent, event.text, event.pid, event.tid, event.at_ns, None)
             self._open[span.id] = span
+            if event.ends_with_parent:
+                self._dependent.add(span.id)
             if span.id not in dropped:
                 self._stacks.setdefault(event.tid, []).append(span)
                 joined.opened.append(span)
@@ -98,6 +101,10 @@ class Join:
         # A span may end on another thread than it began on.
         stack = self._stacks.get(span.tid, [])
         if span in stack:
+            at = stack.index(span)
+            for inner in [inner for inner in stack[at + 1 :] if inner.id in self._dependent]:
+                self._close(replace(event, span=inner.id, status="unset", attributes={}), joined)
             stack.remove(span)
+        self._dependent.discard(span.id)
         if event.kind == "end":
             joined.ended.append(replace(span, end_ns=event.at_ns, status=event.status, attributes=event.attributes))

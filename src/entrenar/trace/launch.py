@@ -32,7 +32,7 @@ class Inherited:
 class Wants:
     """What a tracer asks of the program: where spans go, under which parent, which groups, from how long on.
 
-    `groups` is phases, layers or all.
+    `groups` is off, phases, layers or all.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ def environment(current: Mapping[str, str], program: Path, wants: Wants) -> dict
     (wants.folder / _WANTS).write_text(json.dumps({"groups": wants.groups, "shortest_ns": wants.shortest_ns}))
     told = dict(current, TRACEPARENT=traceparent(wants.trace_id, wants.parent))
     told[SPOOL] = str(wants.folder)
-    if _has_our_packages(program):
+    if wants.groups != "off" and _has_our_packages(program):
         told.setdefault("OTEL_PYTHON_TRACER_PROVIDER", _PROVIDER_NAME)
     return told
 
@@ -78,6 +78,8 @@ def wanted(current: Mapping[str, str]) -> Wants | None:
     found = parse_traceparent(current.get("TRACEPARENT", ""))
     try:
         values = json.loads((folder / _WANTS).read_text())
+        if values["groups"] == "off":
+            return None
         return Wants(folder, *(found or (secrets.randbits(128) | 1, 0)), values["groups"], values["shortest_ns"])
     except (OSError, ValueError, KeyError):
         return None

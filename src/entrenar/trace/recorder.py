@@ -57,10 +57,14 @@ class Recorder:
         except OSError:
             self._map = None
 
-    def start(self, parent: int, name: str, at_ns: int | None = None) -> int:
-        """Record that a span begins on this thread, now if `at_ns` is None; return its id. `parent` 0 is none."""
+    def start(self, parent: int, name: str, at_ns: int | None = None, *, ends_with_parent: bool = False) -> int:
+        """Record that a span begins on this thread, now if `at_ns` is None; return its id. `parent` 0 is none.
+
+        If nobody ends it, one that `ends_with_parent` ends with the span around it on its thread.
+        """
         number = next(self._ids)
-        self._write(START, number, parent, time.monotonic_ns() if at_ns is None else at_ns, 0, name.encode())
+        now = time.monotonic_ns() if at_ns is None else at_ns
+        self._write(START, number, parent, now, int(ends_with_parent), name.encode())
         return number
 
     def end(

@@ -149,6 +149,8 @@ class Session:
             is_root = number == self.root_id
             parent = self.plan.parent if is_root else self.root_id
             attributes = {"process.pid": process.pid, "process.command_line": process.command}
+            if process.rank is not None:
+                attributes["entrenar.rank"] = process.rank
             if process.exit_code is not None:
                 attributes["process.exit.code"] = process.exit_code
             status: Status = "unset" if process.exit_code is None else "error" if process.exit_code else "ok"

@@ -26,6 +26,7 @@ class SpanEvent:
     text: str = ""
     status: Status = "unset"
     attributes: dict[str, Any] = field(default_factory=dict)
+    ends_with_parent: bool = False
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _first_segment(folder: Path, name: str) -> int:
 
 def _event(kind: int, pid: int, tid: int, span: int, at_ns: int, parent: int, text: str, status: int) -> SpanEvent:
     if kind == START:
-        return SpanEvent("start", pid, tid, span, at_ns, parent or None, text)
+        return SpanEvent("start", pid, tid, span, at_ns, parent or None, text, ends_with_parent=bool(status))
     if kind == END:
         attributes = json.loads(text) if text else {}
         return SpanEvent("end", pid, tid, span, at_ns, status=STATUS[status], attributes=attributes)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from entrenar.train.metrics import Journal, open_journal
 from entrenar.train.offload import open_store
 from entrenar.train.oom import explained_oom
 from entrenar.train.optim import build_optimizer
-from entrenar.train.phases import Phases
+from entrenar.train.phases import Phases, describe_step
 from entrenar.train.progress import Progress, Reason, StepFigures
 from entrenar.train.schedule import lr_multiplier
 from entrenar.train.settings import Settings
@@ -112,11 +112,15 @@ class _Training:
     def run_until_end(self, stop: StopSignals) -> Reason:
         """Take step after step; return why the run ended."""
         reason = self.begin()
-        while reason is None:
-            record, reason = self.take_step(self.gather(), stop)
-            if record is not None:
-                reason = self.conclude_step(record, reason)
-        self.finish(reason)
+        with self.phases.run(self.world.rank):
+            while reason is None:
+                with self.phases.step(self.progress.step + 1, self.progress.epoch) as span:
+                    before = self.progress.counters.targets
+                    record, reason = self.take_step(self.gather(), stop)
+                    if record is not None:
+                        describe_step(span, record, record.targets - before)
+                        reason = self.conclude_step(record, reason)
+            self.finish(reason)
         return reason
 
     def begin(self) -> Reason | None:

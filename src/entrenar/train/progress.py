@@ -131,6 +131,11 @@ class Progress:
         else:
             self.counters.evaluations_since_best += 1
 
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the data so far; None if its length is not known."""
+        return self.counters.micro_batches / self._per_epoch if self._per_epoch else None
+
     def record(self, figures: StepFigures, step_s: float) -> StepRecord:
         """Return the record of the step just counted, which took `step_s`."""
         return StepRecord(
@@ -142,7 +147,7 @@ class Progress:
             targets_per_s=figures.targets / step_s,
             elapsed_s=self.elapsed_s(),
             eta_s=self._eta_s(),
-            epoch=self.counters.micro_batches / self._per_epoch if self._per_epoch else None,
+            epoch=self.epoch,
             held_out=None,
             phases_s={},
         )

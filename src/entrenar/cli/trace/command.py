@@ -44,6 +44,8 @@ def _add_calls(group: argparse._ArgumentGroup) -> None:
 
 def _add_spans(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace-compute", action="store_true", help="ask the program for spans of layers and blocks")
+    group.add_argument("--trace-compute-all", action="store_true", help="of every module, down to a single projection")
+    group.add_argument("--no-spans", action="store_true", help="do not ask the program for spans")
     group.add_argument(
         "--trace-compute-threshold", type=float, default=100.0, metavar="US",
         help="blocks shorter than this many µs are counted in their parent (100)",
@@ -108,9 +110,7 @@ def _traced(
     path = parsed.save or Path("traces") / f"{program_name(command)}-{time.strftime('%Y%m%d-%H%M%S')}.sqlite"
     observers = _observers(parsed)
     session = Session(plan, Writer(path, call_rows=parsed.max_calls), list(observers))
-    wants = launch.Wants(
-        session.folder, plan.trace_id, session.root_id, "layers" if parsed.trace_compute else "phases", plan.shortest_ns
-    )
+    wants = launch.Wants(session.folder, plan.trace_id, session.root_id, _groups(parsed), plan.shortest_ns)
     if program is None:
         ended = backends.attach(parsed.pid, watch, session.take)
     else:
@@ -120,6 +120,14 @@ def _traced(
     info = session.finish(ended.exit_code, (*((reason,) if reason else ()), *ended.notes))
     conclude(parsed, path, observers, info.notes)
     return ended.exit_code
+
+
+def _groups(parsed: argparse.Namespace) -> str:
+    if parsed.no_spans:
+        return "off"
+    if parsed.trace_compute_all:
+        return "all"
+    return "layers" if parsed.trace_compute else "phases"
 
 
 def wanted_calls(expression: str | None) -> frozenset[str] | None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -92,7 +93,7 @@ class CallWatcher:
         """Forget the program that a process ran."""
         self._close(pid)
         if pid in self.processes:
-            self.processes[pid] = replace(self.processes[pid], command=_command(pid))
+            self.processes[pid] = replace(self.processes[pid], command=_command(pid), rank=_rank(pid))
 
     def on_thread_end(self, tid: int) -> None:
         """Forget a thread."""
@@ -178,6 +179,16 @@ def _text_at(tid: int, address: int) -> str | None:
     except (OSError, OverflowError):
         return None
     return raw.partition(b"\0")[0].decode("utf-8", "surrogateescape").encode("utf-8", "replace").decode()
+
+
+def _rank(pid: int) -> int | None:
+    """Return the rank that torchrun gave to a process."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            found = re.search(rb"(?:^|\0)RANK=(\d+)(?:\0|$)", stream.read())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def _command(pid: int) -> str:
