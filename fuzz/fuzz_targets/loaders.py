@@ -15,7 +15,7 @@ import atheris
 import torch  # noqa: F401 - before the instrumented modules, so that torch itself is not instrumented
 
 with atheris.instrument_imports(include=["entrenar"]):
-    from entrenar.data.sft.rows import read_rows
+    from entrenar.data.rows import read_rows
     from entrenar.data.tokenizer.llama2c import read_tokenizer_bin
     from entrenar.data.tokenizer.sentencepiece import read_sentencepiece
     from entrenar.data.tokenizer.tiktoken import read_tiktoken

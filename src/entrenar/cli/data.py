@@ -1,4 +1,4 @@
-"""`entrenar data show|check FILE`: what a fine-tuning run would train on, before it does."""
+"""`entrenar data show|check FILE`: see what a fine-tuning run would train on, before it does."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,17 @@ from rich.text import Text
 from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.config import options
-from entrenar.data import Example, SftConfig, SftRows, Tokenizer, read_examples, write_quarantine
+from entrenar.data import Example, SftConfig, SftRows, Tokenizer, grouped, read_examples, write_quarantine
 from entrenar.errors import ConfigError, DataError
 from entrenar.interop import read_config
 
 _TRAINED_STYLE = "bold green"
-_USED = ("columns", "prompt_template", "completion_template", "prompt_format", "train_on", "long_rows", "seq_len")
+_USED = (
+    "columns", "ignore_fields", "prompt_template", "completion_template", "prompt_format", "train_on", "long_rows",
+    "seq_len",
+)  # fmt: skip
+_LISTS = ("columns", "ignore_fields")
+_DUPLICATES_SHOWN = 20
 
 
 def run(words: Sequence[str]) -> int:
@@ -26,20 +31,20 @@ def run(words: Sequence[str]) -> int:
     config = _config(parsed, context)
     rows = read_examples(config.data, tokenizer, config)
     if parsed.action == "show":
-        return _show(rows, tokenizer, parsed.rows)
+        return _show(rows, tokenizer, config, parsed.rows)
     return _check(rows, config, parsed.quarantine)
 
 
 def _arguments() -> argparse.ArgumentParser:
     arguments = flags.parser("data", "Look at fine-tuning data as the model will see it.")
     actions = arguments.add_subparsers(dest="action", required=True, metavar="show|check")
-    show = actions.add_parser("show", help="print rows, the tokens that are trained in colour, or between « and »")
-    show.add_argument("--rows", type=int, default=3, help="how many (default: 3)")
-    check = actions.add_parser("check", help="name every row that cannot be used, by file and line; exit code 2 if any")
-    check.add_argument("--quarantine", type=Path, metavar="FILE", help="write those rows here")
+    show = actions.add_parser("show", help="print rows, their trained tokens in color, or between « and » in a file")
+    show.add_argument("--rows", type=int, default=3, help="number of rows (default: 3)")
+    check = actions.add_parser("check", help="name every fault by file and line; exit code 2 if there is one")
+    check.add_argument("--quarantine", type=Path, metavar="FILE", help="write the faulty rows here")
     for action in (show, check):
-        action.add_argument("file", type=Path, nargs="+", help="jsonl, json, parquet, csv or tsv")
-        action.add_argument("--model", type=Path, required=True, help="a model folder, run or tokenizer: whose tokens")
+        action.add_argument("file", type=Path, nargs="+", help="jsonl, json, parquet, csv or tsv; also as .gz")
+        action.add_argument("--model", type=Path, required=True, help="model folder, run or tokenizer to encode with")
         for option in options(SftConfig):
             if option.key in _USED:
                 metavar, text = option.path[-1].upper(), option.field.description
@@ -54,8 +59,7 @@ def _config(parsed: argparse.Namespace, context: int | None) -> SftConfig:
     given = {key: value for key, value in vars(parsed).items() if key in _USED}
     if context is not None and "seq_len" not in given:
         given["seq_len"] = min(context, SftConfig.model_fields["seq_len"].default)
-    if "columns" in given:
-        given["columns"] = given["columns"].split(",")
+    given |= {key: given[key].split(",") for key in _LISTS if key in given}
     try:
         return SftConfig.model_validate({**given, "data": parsed.file})
     except ValidationError as error:
@@ -64,7 +68,7 @@ def _config(parsed: argparse.Namespace, context: int | None) -> SftConfig:
 
 
 def _tokenizer(path: Path) -> tuple[Tokenizer, int | None]:
-    """Return a tokenizer, and the context of the model that is with it: training keeps rows to that length."""
+    """Return a tokenizer and, if a model comes with it, the model's context: training keeps rows to that length."""
     if not (path / "config.json").is_file():
         try:
             return Tokenizer.load(path), None
@@ -73,19 +77,23 @@ def _tokenizer(path: Path) -> tuple[Tokenizer, int | None]:
     return Tokenizer.load(path), read_config(path).context_length
 
 
-def _show(rows: SftRows, tokenizer: Tokenizer, count: int) -> int:
+def _show(rows: SftRows, tokenizer: Tokenizer, config: SftConfig, count: int) -> int:
     console = Console(highlight=False, soft_wrap=True)
     for example in rows.examples[:count]:
         trained = int(example.is_trained.sum())
         console.rule(f"{example.place}   {len(example.ids)} tokens, {trained} trained", align="left")
         console.print(_marked(example, tokenizer, is_colored=console.is_terminal))
-    for fault in rows.bad[:count]:
-        console.print(Text(str(fault), style="red"))
+    for left_out in [*rows.not_trained[:count], *rows.too_long[:count]]:
+        console.print(Text(f"left out: {left_out}"))
+    for fault in grouped(rows.bad)[:count]:
+        console.print(Text(fault, style="red"))
+    for note in rows.notes(config):
+        console.print(Text(note))
     return 0
 
 
 def _marked(example: Example, tokenizer: Tokenizer, *, is_colored: bool) -> Text:
-    """Return the text with what is trained in colour, or between marks where there is no colour."""
+    """Return the text, its trained parts in color, or between marks where there is no color."""
     text = Text()
     for piece, is_trained in _pieces(example, tokenizer):
         if is_trained and not is_colored:
@@ -106,17 +114,17 @@ def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]
 
 
 def _check(rows: SftRows, config: SftConfig, quarantine: Path | None) -> int:
-    for fault in rows.bad:
-        print(f"{fault.place}: {fault.kind}: {fault.reason}")
-    for fault in rows.too_long:
-        print(f"{fault.place}: {fault.kind}: {fault.reason}")
-    for later, first in rows.duplicates:
+    for line in grouped([*rows.bad, *rows.too_long, *rows.not_trained], has_kind=True):
+        print(line)
+    for later, first in rows.duplicates[:_DUPLICATES_SHOWN]:
         print(f"{later}: duplicate: the same tokens as {first}")
+    if len(rows.duplicates) > _DUPLICATES_SHOWN:
+        print(f"… and {len(rows.duplicates) - _DUPLICATES_SHOWN:,} more duplicates")
     for note in rows.notes(config):
         print(note)
     if quarantine is not None and rows.bad:
         write_quarantine(rows.bad, quarantine)
-        print(f"the rows that cannot be used are in {quarantine}")
+        print(f"the faulty rows are in {quarantine}")
     if not rows.examples:
         print("no row can be trained on")
     return 0 if rows.examples and not rows.bad else 2

@@ -6,7 +6,7 @@ from entrenar.data.corpus.loader import Loader, validation_batches
 from entrenar.data.corpus.prepare import PrepareConfig, Progress, prepare
 from entrenar.data.settings import DataConfig
 from entrenar.data.sft.encode import Example
-from entrenar.data.sft.examples import SftRows, accept, read_examples, split, total_tokens, write_quarantine
+from entrenar.data.sft.examples import SftRows, accept, grouped, read_examples, split, total_tokens, write_quarantine
 from entrenar.data.sft.loader import SftLoader, SftState, held_out_batches
 from entrenar.data.sft.settings import SftConfig
 from entrenar.data.tokenizer.token_bytes import DecodeStream
@@ -31,6 +31,7 @@ __all__ = [
     "Tokenizer",
     "accept",
     "check_same_tokenizer",
+    "grouped",
     "held_out_batches",
     "prepare",
     "read_examples",

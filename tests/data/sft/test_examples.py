@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
-from entrenar.data import SftConfig, accept, read_examples, split, total_tokens
+from entrenar.data import SftConfig, Tokenizer, accept, read_examples, split, total_tokens
 from entrenar.data.sft.encode import Example
 from entrenar.errors import DataError
 
@@ -40,7 +41,7 @@ def test_every_fault_is_found_in_one_pass(file, tokenizer):
     assert "3 of 6 rows" in notes
     assert f"{total_tokens(rows.examples)} tokens, {sum(e.is_trained.sum() for e in rows.examples)} of them" in notes
     assert "1 rows longer than seq_len = 40 left out" in notes
-    assert f"1 rows stand twice ({file}:4 is {file}:1)" in notes
+    assert f"1 duplicate rows ({file}:4 is {file}:1)" in notes
     assert "2 rows cannot be used: 1 empty_answer, 1 broken" in notes
 
 
@@ -51,7 +52,7 @@ def test_rows_of_a_json_file_in_one_line_are_told_apart(tokenizer, tmp_path):
     rows = read_examples([path], tokenizer, config(path))
     notes = "\n".join(rows.notes(config(path)))
     assert f"1 rows longer than seq_len = 40 left out ({path}:1 (row 5) …)" in notes
-    assert f"1 rows stand twice ({path}:1 (row 4) is {path}:1)" in notes
+    assert f"1 duplicate rows ({path}:1 (row 4) is {path}:1)" in notes
 
 
 def test_bad_rows_stop_the_run_or_go_to_quarantine(file, tokenizer, tmp_path):
@@ -71,10 +72,14 @@ def test_bad_rows_stop_the_run_or_go_to_quarantine(file, tokenizer, tmp_path):
 
 
 def test_many_bad_rows_are_counted_not_listed(tmp_path, tokenizer):
-    """Ten faults are shown and the rest counted."""
+    """Equal faults are one line with a count; ten lines are shown and the rest counted."""
     file = tmp_path / "a.jsonl"
-    file.write_text('{"text": ""}\n' * 13)
-    with pytest.raises(DataError, match="… and 3 more"):
+    kinds = "".join(json.dumps({"text": "x", letter: 1}) + "\n" for letter in "abcdefghijk")
+    file.write_text('{"text": ""}\n' * 3000 + kinds)
+    message = (
+        rf"(?s)^3011 of 3011 rows .* \(and 2,999 more, the last at {file}:3000\)\n.*\n  … and 2 more faults\nfix them"
+    )
+    with pytest.raises(DataError, match=message):
         accept(read_examples([file], tokenizer, config(file)), config(file), tmp_path / "q")
 
 
@@ -152,3 +157,149 @@ def test_real_files_are_read(shared_data, tokenizer, name, options, least):
     assert len(rows.examples) >= least
     assert len(rows.examples) + len(rows.bad) + len(rows.too_long) == rows.num_rows
     assert {fault.kind for fault in rows.bad} <= {"empty_answer"}
+
+
+CHAT = (
+    "{% if tools %}<|bos|>tools {{ tools | tojson }}<|eos|>{% endif %}"
+    "{% if documents %}{% for d in documents %}<|bos|>{{ d.title }}<|eos|>{% endfor %}{% endif %}"
+    "{% for m in messages %}<|bos|>{{ m.role }}\n{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{% if m.content is string %}{{ m.content }}{% elif m.content %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+    "{% endif %}{% if m.tool_calls %}{% for c in m.tool_calls %}[{{ c.function | tojson }}]{% endfor %}{% endif %}"
+    "<|eos|>{% endfor %}{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+HI, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+THOUGHT = {"role": "assistant", "content": "Yes", "reasoning_content": "the cat"}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "number"}}}]
+
+
+def with_template(tokenizer, template):
+    return Tokenizer(dict(tokenizer.content), {**tokenizer.config, "chat_template": template})
+
+
+def theirs(tokenizer, template, messages, **given):
+    """Return the ids that transformers gives a conversation."""
+    transformers = pytest.importorskip("transformers")
+    backend = tokenizers.Tokenizer.from_str(json.dumps(dict(tokenizer.content)))
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    return other.apply_chat_template(messages, **given, return_dict=False)
+
+
+def one_row(tmp_path, tokenizer, fields, **options):
+    path = tmp_path / "row.jsonl"
+    path.write_text(json.dumps(fields) + "\n")
+    return read_examples([path], tokenizer, SftConfig.model_validate({"data": path, "seq_len": 2000, **options}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages", "given"),
+    [
+        ({"messages": [HI, HELLO]}, None, {}),
+        ({"messages": [HI, HELLO], "tools": TOOLS}, None, {"tools": TOOLS}),
+        ({"messages": [HI, HELLO], "tools": json.dumps(TOOLS)}, [HI, HELLO], {"tools": TOOLS}),
+        ({"messages": [HI, HELLO], "documents": [{"title": "t"}]}, None, {"documents": [{"title": "t"}]}),
+        ({"messages": [HI, CALLS, {"role": "tool", "content": "3"}, HELLO]}, None, {}),
+        ({"messages": [HI, {**CALLS, "content": "I look"}, {"role": "tool", "content": "3", "name": "add"}, HELLO]},
+         None, {}),
+        ({"messages": [HI, THOUGHT, HI, HELLO]}, None, {}),
+        ({"messages": [PARTS, HELLO]}, None, {}),
+        ({"messages": [{"role": "developer", "content": "s"}, HI, HELLO]}, None, {}),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "s"},
+         [{"role": "system", "content": "s"}, HI, HELLO], {}),
+        ({"conversations": [{"from": "human", "value": "Hi"},
+                            {"from": "function_call", "value": json.dumps(CALL["function"])},
+                            {"from": "observation", "value": "3"}, {"from": "gpt", "value": "Hello"}]},
+         [HI, CALLS, {"role": "tool", "content": "3"}, HELLO], {}),
+        ({"instruction": "Hi", "output": "Hello", "history": [["Hi", "Hello"]], "system": "s"},
+         [{"role": "system", "content": "s"}, HI, HELLO, HI, HELLO], {}),
+    ],
+)  # fmt: skip
+def test_the_fields_of_a_row_give_the_ids_of_transformers(fields, messages, given, tokenizer, tmp_path):
+    """tools, calls, documents, reasoning, parts and systems are in the tokens as `apply_chat_template` has them."""
+    rows = one_row(tmp_path, with_template(tokenizer, CHAT), fields)
+    assert not rows.bad
+    assert rows.examples[0].ids.tolist() == theirs(tokenizer, CHAT, messages or fields["messages"], **given)
+
+
+BARE = "{% for m in messages %}<|bos|>{{ m.role }}\n{{ m.content }}<|eos|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"messages": [HI, HELLO], "tools": TOOLS}, "tools"),
+        ({"messages": [HI, HELLO], "documents": [{"title": "t"}]}, "documents"),
+        ({"messages": [HI, {**CALLS, "content": "I look"}, HELLO]}, "tool_calls"),
+        ({"messages": [HI, THOUGHT]}, "reasoning_content"),
+    ],
+)
+@pytest.mark.parametrize("template", [BARE, None])
+def test_what_a_template_would_drop_is_refused_by_name(fields, name, template, tokenizer, tmp_path):
+    """A template that does not read a field drops it in silence; the user may say that this is meant."""
+    chat = with_template(tokenizer, template) if template else tokenizer
+    (fault,) = one_row(tmp_path, chat, fields).bad
+    assert fault.reason.startswith(f"{name} is not read by the chat template, so training would drop it")
+    assert len(one_row(tmp_path, chat, fields, ignore_fields=[name]).examples) == 1
+
+
+def trained_text(rows, tokenizer):
+    (example,) = rows.examples
+    return tokenizer.decode(example.ids[example.is_trained], skip_special=False)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"masked": True}])
+@pytest.mark.parametrize("template", [CHAT, None])
+def test_marked_answers_are_read_and_not_trained(mark, template, tokenizer, tmp_path):
+    """In a chat template and without one, for all answers, the last one, or everything."""
+    chat = with_template(tokenizer, template) if template else tokenizer
+    row = {"messages": [HI, {"role": "assistant", "content": "BAD", **mark}, HI, {**HELLO, "weight": 1}]}
+    for train_on in ("answers", "last", "all"):
+        rows = one_row(tmp_path, chat, row, train_on=train_on)
+        assert "BAD" in tokenizer.decode(rows.examples[0].ids)
+        assert "BAD" not in trained_text(rows, tokenizer)
+        assert "Hello<|eos|>" in trained_text(rows, tokenizer)
+        assert ("Hi" in trained_text(rows, tokenizer)) is (train_on == "all")
+
+
+def test_rejected_answers_are_counted_and_never_trained(tokenizer, tmp_path):
+    """Kahneman-Tversky rows with a false label are left out, which is said, and is no fault."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({**row("q", f"a{n}"), "label": n % 2 == 0}) + "\n" for n in range(4)))
+    rows = read_examples([path], tokenizer, config(path))
+    assert [example.place for example in rows.examples] == [f"{path}:1", f"{path}:3"]
+    assert f"2 rows left out: label marks it as not trained ({path}:2 …)" in "\n".join(rows.notes(config(path)))
+
+
+def test_fields_that_no_template_reads_are_named(tokenizer, tmp_path):
+    """A user's own templates choose fields; names of speakers are only links."""
+    given = {"prompt_template": "{q}", "completion_template": " {a}"}
+    rows = one_row(tmp_path, tokenizer, {"q": "x", "a": 1, "id": 7}, **given)
+    assert "fields that the templates do not read: id (1 rows)" in "\n".join(rows.notes(config("f", **given)))
+    chat = with_template(tokenizer, BARE)
+    rows = one_row(tmp_path, chat, {"messages": [{**HI, "name": "Tom"}, HELLO]})
+    assert "do not read: name (1 rows)" in "\n".join(rows.notes(config("f")))
+
+
+def test_control_tokens_in_text_are_said(tokenizer, tmp_path):
+    """Text that was rendered before spells control tokens, which stay text."""
+    rows = one_row(tmp_path, tokenizer, {"text": "<|bos|>[INST] Hi [/INST] Hello<|eos|>"})
+    assert "1 rows spell control tokens, which are read as plain text (<|bos|> in" in "\n".join(rows.notes(config("f")))
+
+
+def test_a_fault_of_a_file_is_not_one_bad_row(tokenizer, tmp_path):
+    """Quarantine takes rows; where the rest of a file was not read, the run stops."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row("q", "a")] * 3)[:-1] + "],")
+    settings = config(path, bad_rows="quarantine")
+    with pytest.raises(DataError, match=r"(?s)another value begins here.*the rest of this file was not read"):
+        accept(read_examples([path], tokenizer, settings), settings, tmp_path / "q")
+
+
+def test_names_that_a_table_lacks_are_explained(tokenizer, tmp_path):
+    """Where the first row was taken for names, every row has no known shape."""
+    path = tmp_path / "a.csv"
+    path.write_text("the cat,sat\nthe dog,ran\n")
+    (fault,) = read_examples([path], tokenizer, config(path)).bad
+    assert "the first line of a table names its columns: if it is a row" in fault.reason

@@ -2,10 +2,13 @@
 
 import pytest
 
-from entrenar.data.sft.shapes import Turn, UnusableRowError, read_shape
+from entrenar.data.sft.prompt_template import PromptTemplate
+from entrenar.data.sft.shapes import read_shape
+from entrenar.data.sft.turns import Turn, UnusableRowError
 
 
 def turns(fields, templates=None):
+    templates = templates and tuple(map(PromptTemplate, templates))
     return [(turn.role, turn.content) for turn in read_shape(fields, templates).turns]
 
 
@@ -34,7 +37,11 @@ def test_every_usual_shape_is_read():
         ({"messages": ["hi"]}, "shape", r"messages\[0\] must be an object with role and content"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role", r"messages\[0\]: role must be one of system"),
         ({"messages": [{"content": "x"}]}, "role", "got None"),
-        ({"messages": [{"role": "user", "content": 3}]}, "shape", r"messages\[0\]: content must be text, got 3"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "shape",
+            r"messages\[0\]: content must be text or a list of text",
+        ),
         ({"messages": [{"role": "user", "content": "x"}]}, "masked", "no message of the assistant"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "empty_answer", r"messages\[0\] is empty"),
         ({"instruction": "x", "output": "\n"}, "empty_answer", "output is empty"),
@@ -56,9 +63,9 @@ def test_a_late_system_message_and_a_missing_field_are_faults():
     with pytest.raises(UnusableRowError, match=r"messages\[1\]: a system message must be the first"):
         read_shape({"messages": talk}, None)
     with pytest.raises(UnusableRowError, match="no field 'b' for the template; the row has a"):
-        read_shape({"a": 1}, ("{a}{b}", "x"))
+        read_shape({"a": 1}, (PromptTemplate("{a}{b}"), PromptTemplate("x")))
 
 
 def test_a_field_is_put_in_as_it_is():
     """A value with braces is text, not a template."""
-    assert read_shape({"a": "{b}"}, ("{a}", "x")).turns[0] == Turn("user", "{b}")
+    assert read_shape({"a": "{b}"}, (PromptTemplate("{a}"), PromptTemplate("x"))).turns[0] == Turn("user", "{b}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from entrenar.data.sft.chat_template import ChatTemplate, Message, Rendering, Span, TemplateStoppedError
-from entrenar.data.sft.shapes import UnusableRowError
+from entrenar.data.sft.turns import UnusableRowError
 from entrenar.errors import FormatError
 
 Tools = Sequence[object] | None
@@ -24,8 +24,10 @@ class AnswerSpans:
     Raises: UnusableRowError wherever the template does not let an answer be told from the rest.
     """
 
-    def __init__(self, chat: ChatTemplate, messages: Sequence[Message], tools: Tools = None) -> None:
-        self._chat, self._messages, self._tools = chat, messages, tools
+    def __init__(
+        self, chat: ChatTemplate, messages: Sequence[Message], tools: Tools = None, documents: Tools = None
+    ) -> None:
+        self._chat, self._messages, self._tools, self._documents = chat, messages, tools, documents
         self._whole = self._render(len(messages))
 
     @property
@@ -101,7 +103,12 @@ class AnswerSpans:
 
     def _render(self, count: int, *, has_prompt: bool = False) -> Rendering:
         try:
-            return self._chat.rendering(self._messages[:count], tools=self._tools, add_generation_prompt=has_prompt)
+            return self._chat.rendering(
+                self._messages[:count],
+                tools=self._tools,
+                documents=self._documents,
+                add_generation_prompt=has_prompt,
+            )
         except TemplateStoppedError:
             raise
         except FormatError as error:

@@ -126,6 +126,13 @@ class ChatTemplate:
             if found is not None:
                 raise DataError(f"{place} spells the control token {found[0]!r}, which would forge a turn")
 
+    def source(self, *, has_tools: bool) -> str:
+        """Return the template that writes messages, with tools or without.
+
+        Raises: DataError if the tokenizer names several templates, and none of them fits.
+        """
+        return self._templates[self._name(has_tools=has_tools)]
+
     def close(self) -> None:
         """End the processes."""
         for process in self._processes.values():

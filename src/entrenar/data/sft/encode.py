@@ -9,6 +9,7 @@ generation encodes a prompt: in one text, the last letters of a prompt could mer
 token that no prompt ends in.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from entrenar.data.sft.answer_spans import AnswerSpans
 from entrenar.data.sft.chat_template import ChatTemplate, Span, TemplateStoppedError
 from entrenar.data.sft.settings import PromptFormat, TrainOn
-from entrenar.data.sft.shapes import Conversation, Turn, UnusableRowError
+from entrenar.data.sft.turns import Conversation, Turn, UnusableRowError
 from entrenar.data.tokenizer.tokenizer import Tokenizer
 from entrenar.errors import ConfigError, DataError
 
@@ -33,6 +34,9 @@ _PAIRED = ", paired with an input that provides further context"
 _HEADINGS = {"user": "### Instruction:\n{}\n\n", "tool": "### Tool:\n{}\n\n", "system": "{}\n\n"}
 _ANSWER_HEADING = "### Response:\n"
 _ANCHOR = "\n"
+_CHAT_SHAPES = ("messages", "instruction")
+# How templates look into a list of content parts; the others would write the list itself.
+_READS_PARTS = re.compile(r"content\s+is\s+(?:not\s+)?(?:string|iterable|sequence|mapping)|\.text\b|\[.text.\]")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Segment:
     text: str
     is_answer: bool
     ends: bool
+    is_trained: bool = True
 
 
 class Encoder:
@@ -94,9 +99,9 @@ class Encoder:
             UnusableRowError: this row cannot be trained on.
             TemplateStoppedError: the chat template takes too long, for this row and so for the next.
         """
-        if self._chat is not None and conversation.shape in ("messages", "instruction"):
+        if self._chat is not None and conversation.shape in _CHAT_SHAPES:
             try:
-                ids, marks = self._chat_ids(self._chat, conversation.turns)
+                ids, marks = self._chat_ids(self._chat, conversation)
             except TemplateStoppedError as error:
                 raise TemplateStoppedError(f"{place}: {error}") from error
         else:
@@ -105,18 +110,29 @@ class Encoder:
             raise UnusableRowError("masked", "no token would be trained")
         return Example(place, np.array(ids, dtype=np.int32), marks)
 
-    def _chat_ids(self, chat: ChatTemplate, turns: Sequence[Turn]) -> tuple[list[int], NDArray[np.bool_]]:
-        messages = [{"role": turn.role, "content": turn.content} for turn in _joined(turns)]
+    def template_of(self, conversation: Conversation) -> str | None:
+        """Return the chat template that will write a conversation, None if none will."""
+        if self._chat is None or conversation.shape not in _CHAT_SHAPES:
+            return None
+        return self._chat.source(has_tools=conversation.tools is not None)
+
+    def _chat_ids(self, chat: ChatTemplate, conversation: Conversation) -> tuple[list[int], NDArray[np.bool_]]:
+        turns = _joined(conversation.turns)
+        has_parts = _READS_PARTS.search(chat.source(has_tools=conversation.tools is not None)) is not None
+        messages = [turn.as_message(has_parts=has_parts) for turn in turns]
         try:
-            chat.refuse_forgery(messages)
+            chat.refuse_forgery(messages, conversation.tools)
+            chat.refuse_forgery([{"content": document} for document in conversation.documents or ()])
         except DataError as error:
             raise UnusableRowError("control_token", str(error)) from error
-        spans = AnswerSpans(chat, messages)
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = AnswerSpans(chat, messages, conversation.tools, conversation.documents)
         ids, offsets = self._tokenizer.encode_with_offsets(spans.text)
         if self._train_on == "all":
-            return ids, np.ones(len(ids), dtype=np.bool_)
-        return ids, _inside(spans.of(answers[-1:] if self._train_on == "last" else answers), offsets)
+            masked = [spans.turn(number) for number, turn in enumerate(turns) if not turn.is_trained]
+            return ids, ~_inside(masked, offsets)
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        wanted = answers[-1:] if self._train_on == "last" else answers
+        return ids, _inside(spans.of([number for number in wanted if turns[number].is_trained]), offsets)
 
     def _segment_ids(self, segments: Sequence[Segment]) -> tuple[list[int], NDArray[np.bool_]]:
         answers = [number for number, segment in enumerate(segments) if segment.is_answer]
@@ -129,7 +145,7 @@ class Encoder:
         for number, segment in enumerate(segments):
             added = self._ids(segment, is_first=len(ids) == before_text)  # also behind a prompt of nothing
             ids += added
-            marks += [number in trained] * len(added)
+            marks += [number in trained and segment.is_trained] * len(added)
         return ids, np.array(marks, dtype=np.bool_)
 
     def _ids(self, segment: Segment, *, is_first: bool) -> list[int]:
@@ -190,7 +206,7 @@ def _plain_segments(conversation: Conversation) -> Iterator[Segment]:
     for turn in conversation.turns:
         if turn.role == "assistant":
             yield Segment(prompt + (_ANSWER_HEADING if has_headings else ""), is_answer=False, ends=False)
-            yield Segment(turn.content, is_answer=True, ends=True)
+            yield Segment(turn.content, is_answer=True, ends=True, is_trained=turn.is_trained)
             prompt = "\n\n"
         elif has_headings:
             prompt += _HEADINGS[turn.role].format(turn.content)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from entrenar.data.sft.prompt_template import PromptTemplate
 from entrenar.runs import CHANGEABLE
 
 TrainOn = Literal["answers", "last", "all"]
@@ -25,24 +26,26 @@ class SftConfig(BaseModel):
     """Share of the rows of `data` held out when there is no `eval_data`; equal rows fall on the same side."""
     columns: tuple[str, ...] = ()
     """Names of the columns of a csv or tsv file whose first line is not their names."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of rows and keys of messages to leave out; any other field that is not used makes a row faulty."""
     prompt_template: str | None = None
-    """Prompt made from a row's fields, such as "Review: {sentence}"; for rows of no usual shape."""
+    """Prompt made from a row's fields, such as "Review: {sentence}" or "{answers.text[0]}"; for other rows."""
     completion_template: str | None = Field(default=None, validate_default=True)
     """Answer made from a row's fields, such as " {label}"; goes with prompt_template."""
     prompt_format: PromptFormat = "auto"
-    """Text around the turns: chat is the tokenizer's template; auto takes chat if there is one, else alpaca."""
+    """Text around the turns: chat is the tokenizer's template; auto is chat if there is a template, else alpaca."""
     train_on: TrainOn = "answers"
-    """Trained tokens: the answers of all turns, of the last turn only, or all tokens."""
+    """Trained tokens: all answers, the last answer only, or all tokens; a row's own marks leave out more."""
     long_rows: Literal["drop", "cut", "stop"] = "drop"
-    """Rows longer than seq_len: leave them out, cut their end off, or stop; the count is said."""
+    """Rows longer than seq_len: leave them out, cut their end off, or stop; the count is printed."""
     bad_rows: Literal["stop", "quarantine"] = "stop"
-    """Rows that cannot be used: stop with their lines, or write them to quarantine.jsonl in the run's folder."""
+    """Faulty rows: stop and name their lines, or write them to quarantine.jsonl in the run's folder."""
     batch_size: int = Field(default=8, ge=1)
     """Rows in one micro-batch."""
     seq_len: int = Field(default=512, ge=1)
     """Tokens in a row at most."""
     batching: Batching = "packed"
-    """Several examples in a row that do not see each other (packed); rows of like length (grouped); or neither."""
+    """Several examples in a row that do not see each other (packed), rows of like length (grouped), or neither."""
     max_eval_examples: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Most held-out examples of one evaluation; all of them when not given."""
 
@@ -56,9 +59,16 @@ class SftConfig(BaseModel):
     def _one_file_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | Path) else value
 
+    @field_validator("prompt_template", "completion_template")
+    @classmethod
+    def _braces_name_fields(cls, value: str | None) -> str | None:
+        if value is not None:
+            PromptTemplate(value)
+        return value
+
     @field_validator("completion_template")
     @classmethod
     def _templates_come_in_pairs(cls, value: str | None, info: Any) -> str | None:
-        if (value is None) != (info.data.get("prompt_template") is None):
+        if "prompt_template" in info.data and (value is None) != (info.data["prompt_template"] is None):
             raise ValueError("prompt_template and completion_template must be given together, got one of them")
         return value

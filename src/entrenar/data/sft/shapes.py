@@ -4,66 +4,81 @@ messages       {"messages": [{"role": "user", "content": …}, …]}, also Share
 instruction    {"instruction": …, "input": …, "output": …}
 completion     {"prompt": …, "completion": …}, or any fields put into the user's own two templates
 text           {"text": …}
+
+The fields of each shape are a closed set, so that nothing of a row is dropped in silence. Every shape may carry
+`weight`, `train`, `loss`, `label` (Kahneman-Tversky rows: false is an answer to avoid) or `masked`; messages and
+instructions also `system`, `tools` and `documents`, and instructions the `history` before them.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Shape = Literal["messages", "instruction", "completion", "text"]
-ROLES = ("system", "user", "assistant", "tool")
-_OTHER_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-_FIELD = re.compile(r"\{(\w+)\}")
+from entrenar.data.sft.prompt_template import PromptTemplate
+from entrenar.data.sft.turns import (
+    TRAINED_KEYS,
+    Conversation,
+    Turn,
+    UnusableRowError,
+    check_text,
+    is_trained,
+    present,
+    read_list,
+    read_turn,
+    refuse_unknown,
+)
 
-
-class UnusableRowError(Exception):
-    """Why a row cannot be trained on; `kind` groups rows of the same fault."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side says."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A row as turns; the shape decides what is written around them."""
-
-    shape: Shape
-    turns: tuple[Turn, ...]
+_CONTEXT = {"system", "tools", "documents"}
+_FIELDS = {
+    "messages": {"messages", *_CONTEXT},
+    "conversations": {"conversations", *_CONTEXT},
+    "instruction": {"instruction", "input", "output", "history", *_CONTEXT},
+    "completion": {"prompt", "completion"},
+    "text": {"text"},
+}
 
 
-def read_shape(fields: Mapping[str, Any], templates: tuple[str, str] | None) -> Conversation:
+class RejectedRowError(Exception):
+    """The row says of itself that it is not to be trained."""
+
+
+def read_shape(
+    row: Mapping[str, Any], templates: tuple[PromptTemplate, PromptTemplate] | None, ignored: Sequence[str] = ()
+) -> Conversation:
     """Recognize a row's shape; `templates` make prompt and completion of rows with other fields.
 
-    Raises: UnusableRowError.
+    Raises:
+        UnusableRowError: the row has no known shape, or a fault, or a field that would be dropped.
+        RejectedRowError: the row is marked as one not to train.
     """
+    fields = present(row, ignored)
     if templates is not None:
-        prompt, completion = (_fill(template, fields) for template in templates)
-        return _answered("completion", prompt, completion)
+        prompt, completion = (template.fill(row) for template in templates)
+        return _completion(prompt, completion)
+    name = _shape_of(fields)
+    refuse_unknown(fields, {*_FIELDS[name], *TRAINED_KEYS}, "")
+    if is_trained(fields, "") is False:
+        raise RejectedRowError(f"{' and '.join(key for key in TRAINED_KEYS if key in fields)} marks it as not trained")
+    if name in ("messages", "conversations"):
+        return _messages(fields, name, ignored)
+    if name == "instruction":
+        return _instruction(fields)
+    if name == "completion":
+        return _completion(_text(fields, "prompt"), _text(fields, "completion"))
+    text = _text(fields, "text")
+    _need_answer(text, "text")
+    return Conversation("text", (Turn("assistant", text),))
+
+
+def _shape_of(fields: Mapping[str, Any]) -> str:
     for name in ("messages", "conversations"):
         if name in fields:
-            return _messages(fields[name], name)
+            return name
     if "instruction" in fields and "output" in fields:
-        instruction, output = _text(fields, "instruction"), _text(fields, "output")
-        given = _text(fields, "input") if fields.get("input") is not None else ""
-        turns = (Turn("user", instruction), Turn("input", given)) if given.strip() else (Turn("user", instruction),)
-        _need_answer(output, "output")
-        return Conversation("instruction", (*turns, Turn("assistant", output)))
+        return "instruction"
     if "prompt" in fields and "completion" in fields:
-        return _answered("completion", _text(fields, "prompt"), _text(fields, "completion"))
+        return "completion"
     if "text" in fields:
-        text = _text(fields, "text")
-        _need_answer(text, "text")
-        return Conversation("text", (Turn("assistant", text),))
+        return "text"
     raise UnusableRowError(
         "shape",
         "no known shape: messages; instruction and output; prompt and completion; text. The row has "
@@ -71,65 +86,73 @@ def read_shape(fields: Mapping[str, Any], templates: tuple[str, str] | None) -> 
     )
 
 
-def _answered(shape: Shape, prompt: str, completion: str) -> Conversation:
+def _completion(prompt: str, completion: str) -> Conversation:
     _need_answer(completion, "completion")
-    return Conversation(shape, (Turn("user", prompt), Turn("assistant", completion)))
+    return Conversation("completion", (Turn("user", prompt), Turn("assistant", completion)))
 
 
-def _messages(value: Any, name: str) -> Conversation:
+def _messages(fields: Mapping[str, Any], name: str, ignored: Sequence[str]) -> Conversation:
+    value = fields[name]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UnusableRowError("shape", f"{name} must be a list of messages, got {value!r:.60}")
-    turns = tuple(_turn(message, f"{name}[{number}]") for number, message in enumerate(value))
+    turns = tuple(read_turn(message, f"{name}[{number}]", ignored) for number, message in enumerate(value))
     for number, turn in enumerate(turns):
         if turn.role == "system" and number > 0:
             raise UnusableRowError("role", f"{name}[{number}]: a system message must be the first")
-        if turn.role == "assistant":
+        if turn.role == "assistant" and not turn.given.get("tool_calls"):
             _need_answer(turn.content, f"{name}[{number}]")
-    if not any(turn.role == "assistant" for turn in turns):
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    if not answers:
         raise UnusableRowError("masked", f"{name} has no message of the assistant, so nothing would be trained")
-    return Conversation("messages", turns)
+    if not any(turn.is_trained for turn in answers):
+        raise RejectedRowError("all answers are marked as not trained")
+    if "system" in fields and turns[0].role == "system":
+        raise UnusableRowError("role", f"the row has a system field and {name}[0] is a system message; keep one")
+    return _with_context(fields, turns)
 
 
-def _turn(message: Any, place: str) -> Turn:
-    if not isinstance(message, Mapping):
-        raise UnusableRowError("shape", f"{place} must be an object with role and content, got {message!r:.60}")
-    role = message.get("role", message.get("from"))
-    role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        raise UnusableRowError("role", f"{place}: role must be one of {', '.join(ROLES)}, got {role!r}")
-    content = message.get("content", message.get("value"))
-    if not isinstance(content, str):
-        raise UnusableRowError("shape", f"{place}: content must be text, got {content!r:.60}")
-    _check_text(content, place)
-    return Turn(role, content)
+def _instruction(fields: Mapping[str, Any]) -> Conversation:
+    output = _text(fields, "output")
+    _need_answer(output, "output")
+    given = _text(fields, "input") if "input" in fields else ""
+    prompt = (Turn("user", _text(fields, "instruction")), *((Turn("input", given),) if given.strip() else ()))
+    history = tuple(_history(fields.get("history", ())))
+    if not history and not _CONTEXT & set(fields):
+        return Conversation("instruction", (*prompt, Turn("assistant", output)))
+    asked = Turn("user", "\n\n".join(turn.content for turn in prompt))
+    return _with_context(fields, (*history, asked, Turn("assistant", output)))
+
+
+def _history(pairs: Any) -> list[Turn]:
+    if not isinstance(pairs, list | tuple):
+        raise UnusableRowError("shape", f"history must be a list of [instruction, answer] pairs, got {pairs!r:.60}")
+    turns = []
+    for number, pair in enumerate(pairs):
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        if not is_pair:
+            raise UnusableRowError("shape", f"history[{number}] must be two texts, got {pair!r:.60}")
+        for text in pair:
+            check_text(text, f"history[{number}]")
+        _need_answer(pair[1], f"history[{number}]")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return turns
+
+
+def _with_context(fields: Mapping[str, Any], turns: tuple[Turn, ...]) -> Conversation:
+    """Return a conversation with the row's system prompt, tools and documents."""
+    system = _text(fields, "system") if "system" in fields else ""
+    tools, documents = (read_list(fields.get(name, ()), name) for name in ("tools", "documents"))
+    return Conversation("messages", (*((Turn("system", system),) if system.strip() else ()), *turns), tools, documents)
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
-    value = fields[name]
+    value = fields.get(name)
     if not isinstance(value, str):
         raise UnusableRowError("shape", f"{name} must be text, got {type(value).__name__}")
-    _check_text(value, name)
+    check_text(value, name)
     return value
-
-
-def _check_text(value: str, name: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UnusableRowError("broken", f"{name} holds a lone surrogate at position {error.start}") from error
 
 
 def _need_answer(text: str, name: str) -> None:
     if not text.strip():
         raise UnusableRowError("empty_answer", f"{name} is empty, so there is no answer to train")
-
-
-def _fill(template: str, fields: Mapping[str, Any]) -> str:
-    def value(match: re.Match[str]) -> str:
-        if match[1] not in fields:
-            raise UnusableRowError("shape", f"no field {match[1]!r} for the template; the row has {', '.join(fields)}")
-        found = str(fields[match[1]])
-        _check_text(found, match[1])
-        return found
-
-    return _FIELD.sub(value, template)

@@ -1,0 +1,93 @@
+"""Rows of tables: csv, tsv and parquet."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from entrenar.data.row import MAX_ROW_BYTES, BadRow, Row, RowFaultError, RowStream, not_utf8, opened
+from entrenar.errors import DataError
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+
+
+def table_rows(path: Path, kind: str, columns: Sequence[str]) -> Iterator[Row | BadRow]:
+    """Yield the rows of a csv or tsv file under the names of its first line, or under `columns`."""
+    # The package's own limit of 131,072 letters a cell is less than a long document has.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
+    delimiter = DELIMITERS[kind]
+    with opened(path) as stream:
+        lines = _lines(stream)
+        # A tab-separated file has no quoting: a sentence may begin with a quotation mark.
+        reader = (
+            csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            if delimiter == "\t"
+            else csv.reader(lines, delimiter=delimiter, strict=True)
+        )
+        names, before = list(columns), 0
+        try:
+            for cells in reader:
+                place, before = f"{path}:{before + 1}", reader.line_num
+                if not names:
+                    names = _checked_names(cells, delimiter)
+                elif columns and cells == list(columns):
+                    raise RowFaultError("the line repeats the names that columns gives; leave columns out")
+                elif len(cells) == len(names):
+                    yield Row(place, dict(zip(names, cells, strict=True)))
+                elif cells:
+                    reason = f"{len(cells)} cells where there are {len(names)} columns ({', '.join(names)})"
+                    yield BadRow(place, "broken", reason, cells)
+        except csv.Error as error:
+            is_open = "unexpected end of data" in str(error)
+            reason = "a quotation mark opens in this row and is never closed" if is_open else str(error)
+            yield _end(path, before + 1, reason)
+        except UnicodeDecodeError as error:
+            yield _end(path, reader.line_num + 1, not_utf8(error))
+        except RowFaultError as error:
+            yield _end(path, max(before, 1), str(error))
+
+
+def _end(path: Path, line: int, reason: str) -> BadRow:
+    return BadRow(f"{path}:{line}", "broken", f"{reason}; the rest of the file is not read", None, ends_file=True)
+
+
+def _lines(stream: RowStream) -> Iterator[str]:
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise RowFaultError(f"a line behind this row is larger than {MAX_ROW_BYTES:,} bytes")
+        yield line.decode("utf-8")
+
+
+def _checked_names(names: list[str], delimiter: str) -> list[str]:
+    """Refuse names under which cells would be lost.
+
+    Raises: RowFaultError.
+    """
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise RowFaultError(f"two columns have the name {repeated!r}, so one of them would be lost; rename one")
+    found = [word for letter, word in _OTHER_DELIMITERS.items() if letter != delimiter and letter in names[0]]
+    if len(names) == 1 and found:
+        raise RowFaultError(f"the first line has one column, {names[0]!r:.60}: the cells are separated by {found[0]}")
+    return names
+
+
+def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row | BadRow]:
+    """Yield the rows of a parquet file, of `columns` alone if given.
+
+    Raises: DataError if it is damaged or pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # noqa: PLC0415 - an extra, needed here only
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'entrenar[parquet]'") from error
+    try:
+        with parquet.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}:{number}", fields)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
