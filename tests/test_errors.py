@@ -12,6 +12,7 @@ TREE = {
     "CheckpointError": (errors.EntrenarError, 2),
     "TrainingHalted": (errors.EntrenarError, 1),
     "NonFiniteError": (errors.TrainingHalted, 1),
+    "QualityRegression": (errors.TrainingHalted, 1),
     "GateFailed": (errors.EntrenarError, 1),
     "NotMeasured": (errors.EntrenarError, 5),
     "MachineError": (errors.EntrenarError, 3),

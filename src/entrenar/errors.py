@@ -6,7 +6,8 @@
     ├── FormatError          2  a file is not what its format promises
     ├── CheckpointError      2  a checkpoint is missing, damaged, or belongs to another run
     ├── TrainingHalted       1  a training alarm stopped the run, because continuing would be wrong
-    │   └── NonFiniteError   1  a loss or gradient is NaN or infinite
+    │   ├── NonFiniteError   1  a loss or gradient is NaN or infinite
+    │   └── QualityRegression 1  the code that trains is worse than its baseline
     ├── GateFailed           1  a measured value misses its threshold
     ├── NotMeasured          5  what was asked for was not measured, in whole or in part
     └── MachineError         3  the machine could not do it
@@ -47,6 +48,10 @@ class TrainingHalted(EntrenarError):
 
 class NonFiniteError(TrainingHalted):
     """A loss or gradient is NaN or infinite; no parameter was moved."""
+
+
+class QualityRegression(TrainingHalted):
+    """The code that trains is worse than its baseline."""
 
 
 class GateFailed(EntrenarError):

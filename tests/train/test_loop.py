@@ -1,6 +1,7 @@
 """The loop does what its order says: nothing moves on a bad step, every limit ends it, and what it learned is saved."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -429,3 +430,22 @@ def test_out_of_memory_before_the_first_step_is_typed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("std::bad_alloc")))
     with pytest.raises(OutOfMemoryError, match=r"preparing the optimizer's state; choose .* \(std::bad_alloc\)"):
         _fit(tmp_path)
+
+
+def test_what_is_known_of_the_code_is_kept_and_can_stop_the_run(tmp_path: Path) -> None:
+    """It is asked before the first step and at each checkpoint, which keeps it; its alarm loses nothing learned."""
+    answers: list[int] = []
+
+    def inspect() -> dict[str, Any]:
+        if len(answers) == 2:
+            raise TrainingHalted("the code got worse")
+        answers.append(len(answers))
+        return {"asked": len(answers)}
+
+    module = Toy()
+    with pytest.raises(TrainingHalted, match="the code got worse"):
+        fit(toy_task(module), toy_settings(max_steps=9, save_every=2), Run(tmp_path, {}, inspect_code=inspect))
+    first, second = (path / "state.json" for path in list_checkpoints(tmp_path / "checkpoints").values())
+    assert json.loads(first.read_text())["code"] == {"asked": 2}
+    assert json.loads((first.parent / "manifest.json").read_text())["code"] == {"asked": 2}
+    assert json.loads(second.read_text())["counters"]["step"] == 4

@@ -3,10 +3,12 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from entrenar import recipe
 from entrenar.cli import flags
+from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, duration
 from entrenar.cli.train import ENDS, describe
@@ -24,6 +26,7 @@ def run(words: Sequence[str]) -> int:
     planned = plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
+    inspect_code = code_inspector(parsed.quality_gate)
     view = TrainingView(config.train.epochs, is_compiled=config.train.compile)
     if parsed.resume:
         print("[entrenar: Loading checkpoint...]")
@@ -32,7 +35,7 @@ def run(words: Sequence[str]) -> int:
         resume=parsed.resume,
         overwrite=parsed.overwrite,
         allow_changes=parsed.allow_config_changes,
-        observer=view.observer(),
+        observer=replace(view.observer(), inspect_code=inspect_code),
     )
     _print_report(report, config)
     print(measured(planned))

@@ -35,6 +35,9 @@ def add_run_flags(arguments: argparse.ArgumentParser) -> None:
         ("--plan", "plan first, and compare the peak with the plan at the end"),
     ):
         arguments.add_argument(flag, action="store_true", help=text)
+    arguments.add_argument(
+        "--quality-gate", type=Path, metavar="BASELINE", help="stop if the code scores 5 points less than this baseline"
+    )
 
 
 def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] = RunConfig) -> None:

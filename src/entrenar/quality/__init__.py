@@ -1,1 +1,1 @@
-"""Gates on any Python tree: what its tests notice (mutants), what they reach (coverage), by risk."""
+"""Gates on any Python tree: its debt, what its tests notice (mutants), what they reach (coverage), by risk."""

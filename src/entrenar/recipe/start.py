@@ -41,7 +41,8 @@ class Observer:
     """Callbacks for progress; the command line prints what they are told.
 
     `on_look` sees the model at each held-out evaluation, including the one before the first step; the figures that it
-    returns join the evaluation's. `on_model` gets the module that the loop is about to train.
+    returns join the evaluation's. `on_model` gets the module that the loop is about to train. `inspect_code` describes
+    the code that trains, before the first step and at each checkpoint, and may stop the run (see `train.Run`).
     """
 
     on_stage: Callable[[str], None] = lambda _: None
@@ -50,6 +51,7 @@ class Observer:
     on_prepare: Callable[[Progress], None] = lambda _: None
     on_look: Callable[[Llama, Tokenizer], Mapping[str, float]] = lambda *_: {}
     on_model: Callable[[nn.Module], None] = lambda _: None
+    inspect_code: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,7 @@ def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) ->
     observer.on_stage("Resuming" if started.is_resumed else "Training")
     observer.on_model(task.module)
     run = Run(config.run_dir, _recorded(config), started.checkpoint)
+    run = Run(config.run_dir, _recorded(config), started.checkpoint, observer.inspect_code)
     outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
     task.module.eval()
     return outcome

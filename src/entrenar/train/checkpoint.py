@@ -104,6 +104,7 @@ def write(
             "step": snapshot.step,
             "held_out_loss": snapshot.held_out_loss,
             "git_revision": snapshot.state.get("git_revision"),
+            "code": snapshot.state.get("code"),
             "files": files,
         }
         write_json(folder / MANIFEST, manifest | {"manifest_sha256": _manifest_hash(manifest)})

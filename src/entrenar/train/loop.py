@@ -128,6 +128,7 @@ class _Training:
 
         Returns: None if there is.
         """
+        self.progress.code = dict(self.run.inspect_code())
         self.keeper.clean_up()
         if self.run.resume is not None:
             self.keeper.restore(self.run.resume, self.optimizer)
@@ -282,7 +283,9 @@ class _Training:
 
     def _save(self) -> None:
         with self._phase("checkpoint"):
-            self.keeper.save(self.progress.boundary or self.progress.mark_boundary(), self.optimizer)
+            self.progress.code = dict(self.run.inspect_code())
+            state = self.progress.boundary or self.progress.mark_boundary()
+            self.keeper.save({**state, "code": self.progress.code}, self.optimizer)
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self.phases(name, self.progress.step + 1)

@@ -60,6 +60,7 @@ class Progress:
         held_out: figures of the evaluation after the last step, None if there was none.
         targets_per_s: the pace of the last step without the optimizer, the same on every rank.
         boundary: the state that agrees with the weights; None while they are being moved.
+        code: what is known of the code that trains, as JSON values.
     """
 
     def __init__(self, settings: Settings, config: Mapping[str, Any], micro_batches_per_epoch: int | None) -> None:
@@ -78,6 +79,7 @@ class Progress:
         self.targets_per_s = 0.0
         self.last_record: StepRecord | None = None
         self.boundary: dict[str, Any] | None = None
+        self.code: dict[str, Any] = {}
 
     @property
     def step(self) -> int:
@@ -179,6 +181,7 @@ class Progress:
             "held_out": finite(self.held_out),
             "config": self._config,
             "git_revision": self._revision,
+            "code": self.code,
         }
         return self.boundary
 

@@ -59,11 +59,17 @@ class Task(Generic[BatchT]):
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, the checkpoint it resumes from, and the config its checkpoints remember."""
+    """A run's folder, the checkpoint it resumes from, and what its checkpoints remember.
+
+    Attributes:
+        inspect_code: describes the code that trains, as JSON values. Asked before the first step and at each
+            checkpoint, which keeps the answer; it stops the run by raising TrainingHalted.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     resume: Checkpoint | None = None
+    inspect_code: Callable[[], Mapping[str, Any]] = dict
 
     @property
     def files(self) -> RunFolder:

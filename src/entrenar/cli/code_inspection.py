@@ -1,0 +1,22 @@
+"""What a run's checkpoints remember of the code that trains, and the cord that stops it when the code got worse."""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from entrenar.quality.andon import git_state, inspect_code
+
+
+def code_inspector(baseline: Path | None) -> Callable[[], Mapping[str, Any]]:
+    """Return the callback of a run: git's state of the working folder, or with a baseline its score, held each time.
+
+    With a baseline it is called once here, so that a run that must not begin neither makes nor deletes anything.
+
+    Raises: QualityRegression, ConfigError, FormatError, MachineError: see `quality.andon`.
+    """
+    if baseline is None:
+        return cache(partial(git_state, Path()))
+    inspect = partial(inspect_code, baseline, Path())
+    inspect()
+    return inspect
