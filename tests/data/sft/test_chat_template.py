@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,13 @@ def test_a_template_finds_what_transformers_gives_it(template):
     expected = theirs.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
     with ChatTemplate(tokenizer) as chat:
         assert chat.render(messages, tools=tools) == expected
+
+
+def test_the_clock_can_stand_still():
+    """A run that is resumed on another day reads the rows it began with."""
+    template = "{{ strftime_now('%d %b %Y %H') }}"
+    with ChatTemplate(small_tokenizer(template), today=date(2024, 7, 26)) as chat:
+        assert chat.render(TALK) == "26 Jul 2024 00"
 
 
 def test_generation_blocks_are_found_where_they_stand():

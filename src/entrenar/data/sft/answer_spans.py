@@ -9,6 +9,7 @@ does not have. The answer then begins where the two part, if its own words stand
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import takewhile
 
 from entrenar.data.sft.chat_template import ChatTemplate, Message, Rendering, Span, TemplateStoppedError
@@ -72,11 +73,19 @@ class AnswerSpans:
         return self._length(self._render(number + 1).text, number)
 
     def _length(self, beginning: str, number: int) -> int:
-        if not self.text.startswith(beginning):
-            raise UnusableRowError(
-                "template", f"the chat template rewrites turns after message {number}; set train_on = last"
-            )
-        return len(beginning)
+        """Return the length of a rendering up to a message, as far as the whole text begins with it."""
+        for text in (beginning, beginning.removesuffix(self._tail)):
+            if self.text.startswith(text):
+                return len(text)
+        raise UnusableRowError(
+            "template", f"the chat template rewrites turns after message {number}; set train_on = last"
+        )
+
+    @cached_property
+    def _tail(self) -> str:
+        """Text that the template writes at the end of a conversation, unless a generation prompt follows."""
+        prompted = self._render(len(self._messages), has_prompt=True).text
+        return self.text[_shared(prompted, self.text) :]
 
     def _start(self, number: int, end: int) -> int:
         if number == 0:
@@ -89,7 +98,7 @@ class AnswerSpans:
             return len(before)
         history = self._length(self._render(number).text, number - 1)
         self._need_words(number, history, end)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, self.text, strict=False)))
+        shared = _shared(before, self.text)
         message = self._messages[number]
         first = message.get("reasoning_content") or message.get("content") or ""
         begins = isinstance(first, str) and self.text[shared:].lstrip().startswith(first.strip())
@@ -113,6 +122,11 @@ class AnswerSpans:
             raise
         except FormatError as error:
             raise UnusableRowError("template", str(error)) from error
+
+
+def _shared(one: str, other: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _squeezed(text: str) -> str:

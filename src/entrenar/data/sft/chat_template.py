@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,8 +50,10 @@ class Rendering:
 class ChatTemplate:
     """A tokenizer's chat template, rendered in a separate process; use it in a `with` statement, or call `close`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, cpu_s: float = MAX_CPU_S) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, today: date | None = None, cpu_s: float = MAX_CPU_S) -> None:
         """Take the template of `tokenizer`; compiling it and rendering one text may each take `cpu_s` of CPU time.
+
+        `today` is the date that `strftime_now` gives, the clock's if None.
 
         Raises: DataError if it has none.
         """
@@ -60,7 +63,7 @@ class ChatTemplate:
                 "the tokenizer has no chat_template; add one to tokenizer_config.json or chat_template.jinja"
             )
         self._tokenizer = tokenizer
-        self._cpu_s = cpu_s
+        self._arguments = (str(cpu_s), str(os.getpid()), "" if today is None else today.isoformat())
         control = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
         self._processes: dict[str, _Process] = {}
@@ -99,7 +102,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         name = self._name(has_tools=tools is not None)
-        process = self._processes.setdefault(name, _Process(self._templates[name], self._cpu_s))
+        process = self._processes.setdefault(name, _Process(self._templates[name], self._arguments))
         answer = process.ask(json.dumps(given))
         if "error" in answer:
             raise FormatError(f"chat_template: {answer['error']}")
@@ -152,8 +155,8 @@ class ChatTemplate:
 class _Process:
     """One template in its process, started with the first question."""
 
-    def __init__(self, template: str, cpu_s: float) -> None:
-        self._template, self._cpu_s = template, cpu_s
+    def __init__(self, template: str, arguments: Sequence[str]) -> None:
+        self._template, self._arguments = template, arguments
         self._worker: subprocess.Popen[bytes] | None = None
 
     def ask(self, line: str) -> dict[str, Any]:
@@ -185,7 +188,7 @@ class _Process:
             # -I: neither the environment nor the current folder decide what the worker imports
             script = [sys.executable, "-I", str(Path(chat_worker.__file__))]
             self._worker = subprocess.Popen(
-                [*script, str(self._cpu_s), str(os.getpid())],
+                [*script, *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -206,7 +209,7 @@ class _Process:
         worker.communicate()
         self._worker = None
         if worker.returncode == -signal.SIGPROF:
-            return f"it took more than {self._cpu_s:g} s of CPU time for one text; use a simpler template"
+            return f"it took more than {float(self._arguments[0]):g} s of CPU time for one text; use a simpler template"
         return "it ended the process that renders it, probably for lack of memory; use a simpler template"
 
 

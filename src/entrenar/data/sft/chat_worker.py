@@ -60,8 +60,8 @@ class GenerationBlocks(Extension):
         return text
 
 
-def environment() -> ImmutableSandboxedEnvironment:
-    """Return the environment that Hugging Face's chat templates are written for."""
+def environment(today: str = "") -> ImmutableSandboxedEnvironment:
+    """Return the environment that Hugging Face's chat templates are written for; its clock stands still on `today`."""
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
     )
@@ -73,7 +73,8 @@ def environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, **{"ensure_ascii": False, **options})
 
     def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)  # local time, as the template's readers expect
+        now = datetime.fromisoformat(today) if today else datetime.now()  # local time, as transformers has it
+        return now.strftime(form)
 
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
@@ -133,9 +134,9 @@ def limit_cpu(seconds: float) -> None:
 def main() -> None:
     """Compile the template in the first line, then render it for each following line.
 
-    Arguments: CPU seconds for each of these, and the parent's process id.
+    Arguments: CPU seconds for each of these, the parent's process id, and the date that templates are told, if fixed.
     """
-    cpu_s, parent = float(sys.argv[1]), int(sys.argv[2])
+    cpu_s, parent, today = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     die_with_parent(parent)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
@@ -143,7 +144,7 @@ def main() -> None:
     limit_cpu(cpu_s)
     fault = template = None
     try:
-        template = environment().from_string(source)
+        template = environment(today).from_string(source)
     except (MemoryError, RecursionError, *_PROBLEMS) as error:
         fault = {"error": f"{type(error).__name__}: {error}"}
     limit_cpu(0)
