@@ -113,7 +113,7 @@ def score(events: list[tuple[Event, bool]], detector: Detector) -> dict[str, Any
             tally["in warm-up"] += delayed
             continue
         point = found is not None and found.kind == "point"
-        in_shift = detector._keys[event.key].level.open is not None
+        in_shift = bool(detector._keys[event.key].level.open)
         tally["injected"] += delayed
         tally["named"] += delayed and point
         tally["found"] += delayed and (point or found is not None or in_shift)

@@ -100,12 +100,20 @@ def test_a_shift_is_one_finding_and_ends_when_the_old_level_is_back():
     assert shift.events == pytest.approx(300, abs=RECENT)
 
 
-def test_a_second_rise_closes_the_first_shift():
-    """Two rises are two shifts; only the last is open."""
+def test_a_rise_upon_a_rise_leaves_the_first_open():
+    """Back from the second level to the first, the first shift still lasts; back at the start, none does."""
     detector = taught()
+
+    def open_shifts() -> list[bool]:
+        return [shift.ended_ns is None for shift in detector.shifts]
+
     detector.see_all([read_of(700, index) for index in range(300)])
     detector.see_all([read_of(9000, index) for index in range(100)])
-    assert [shift.ended_ns is None for shift in detector.shifts] == [False, True]
+    assert open_shifts() == [True, True]
+    detector.see_all([read_of(720, index) for index in range(100)])
+    assert open_shifts() == [True, False]
+    detector.see_all(clean(100, seed=2))
+    assert open_shifts() == [False, False]
 
 
 def test_a_warm_cache_is_no_anomaly():

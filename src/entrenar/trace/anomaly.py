@@ -209,7 +209,7 @@ class _Level:
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT))
     above: int = 0
     below: int = 0
-    open: Shift | None = None
+    open: list[Shift] = field(default_factory=list)
 
     def add(self, logarithm: float, side: int) -> None:
         """Note one event; `side` is +1 above the level, -1 below, 0 at it."""
@@ -326,25 +326,31 @@ class Detector:
 
     def _shift(self, key: _Key, event: Event, baseline_ns: float) -> Anomaly | None:
         level = key.level
-        if level.open is not None:
-            level.open.events += 1
+        for shift in level.open:
+            shift.events += 1
         moved = level.moved()
         if not moved:
             return None
         new_ns = math.exp(sorted(moved)[len(moved) // 2])
-        if level.open is not None:
-            level.open.ended_ns = event.at_ns
-            if new_ns < baseline_ns:
-                level.open.events = max(level.open.events - len(moved), 1)
         began = None
-        level.open = None
         if new_ns > baseline_ns:
             began = _anomaly(event, "shift", round(new_ns), baseline_ns, key.baseline.judge(math.log(new_ns))[0])
-            level.open = Shift(began, events=len(moved))
-            self.shifts.append(level.open)
+            level.open.append(Shift(began, events=len(moved)))
+            self.shifts.append(level.open[-1])
+        else:
+            level.open = [shift for shift in level.open if not _is_back(shift, new_ns, event, len(moved))]
         level.restart()
         key.baseline.restart(moved)
         return began
+
+
+def _is_back(shift: Shift, new_ns: float, event: Event, moved: int) -> bool:
+    """End a shift if the new level is nearer to where it began than to where it went, on a logarithmic scale."""
+    if new_ns * new_ns > float(shift.began.baseline_ns) * shift.began.duration_ns:
+        return False
+    shift.ended_ns = event.at_ns
+    shift.events = max(shift.events - moved, 1)
+    return True
 
 
 def _anomaly(
