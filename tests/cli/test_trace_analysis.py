@@ -171,3 +171,22 @@ def test_a_map_tells_where_code_was_written(tmp_path, capsys, monkeypatch):
     assert main(["trace", "map", "out.map.json", "--at", "out.py:1"]) == 1
     assert main(["trace", "map", "out.map.json", "--at", "out.py"]) == 2
     assert "--at must be FILE:LINE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--source-map", "none.json"], "a source map must be a file or a folder, and there is none at none.json"),
+        (["--transpiler-map", "broken.json"], "broken.json must be a source map in JSON"),
+        (["--trace-transpiler-decisions", "none.log"], "a decision log must be a file, and there is none at none.log"),
+        (["--trace-transpiler-decisions", "bad.log"], "bad.log, line 1: must have the form [DECISION]"),
+    ],
+)
+def test_a_broken_map_or_log_is_refused_before_the_program_starts(tmp_path, monkeypatch, capsys, flags, message):
+    """Exit code 2 with the reason, and nothing ran."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "bad.log").write_text("[DECISION] what\n")
+    assert main(["trace", "run", *flags, "--backend", "none", "--", "touch", "ran"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from entrenar.errors import FormatError
 from entrenar.trace.records import Frame, SystemCall
-from entrenar.trace.source_map import Origin, SourceMap, load_map, merged
+from entrenar.trace.source_map import Origin, SourceMap, label, load_map, merged
 from entrenar.trace.vlq import decode
 
 AS_CODED = {
@@ -84,7 +84,16 @@ def test_a_frame_is_moved_and_keeps_the_generated_place(load):
     frame = Frame("load_dataset_impl", "/build/finetune_rs.rs", 12)
     assert maps.move(frame) == Frame("load_dataset", "finetune.py", 42, generated="/build/finetune_rs.rs:12")
     assert maps.move(Frame("f", "other.py", 3)) == Frame("f", "other.py", 3)
-    assert maps.label(maps.move(frame), 35) == "load_dataset (Python:finetune.py:35)"
+
+
+def test_a_row_of_the_hot_paths_names_the_definition(tmp_path):
+    """Section 4.5's form, with the line of the definition where the source can be read."""
+    source = tmp_path / "finetune.py"
+    source.write_text("import os\n\n\nasync def load_dataset(path):\n    pass\n")
+    assert label("load_dataset", str(source), 42) == "load_dataset (Python:finetune.py:4)"
+    assert label("load", str(source), 42) == "load (Python:finetune.py:42)"
+    assert label("load", "gone/app.rs", 35) == "load (Rust:app.rs:35)"
+    assert label("<module>", "train.ipynb#cell3", 2) == "<module> (Python:train.ipynb#cell3:2)"
 
 
 def test_every_frame_of_a_call_is_moved(load):

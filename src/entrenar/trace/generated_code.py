@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from entrenar.errors import FormatError
+from entrenar.errors import DataError, FormatError
 from entrenar.files import read_json
 from entrenar.trace.compiled_code import compiled_map
 from entrenar.trace.source_map import Origin, SourceMap, load_map, merged
@@ -18,12 +18,14 @@ from entrenar.trace.source_map import Origin, SourceMap, load_map, merged
 def load_maps(paths: Sequence[Path]) -> SourceMap:
     """Read maps of any kind into one: JSON (versions 1 and 3), .ipynb, Cython's .c, a folder of torch.compile.
 
-    Raises: FormatError, FileNotFoundError; see `merged`.
+    Raises: DataError for a path that is not there; FormatError, see `merged`.
     """
     return merged([(str(path), _load(path)) for path in paths])
 
 
 def _load(path: Path) -> SourceMap:
+    if not path.exists():
+        raise DataError(f"a source map must be a file or a folder, and there is none at {path}")
     if path.is_dir():
         return compiled_map(path)
     if path.suffix == ".ipynb":

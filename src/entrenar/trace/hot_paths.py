@@ -26,7 +26,10 @@ NATIVE = Frame("<native code>", "", 0)
 
 @dataclass
 class HotPath:
-    """A row: a function with its system calls (`kind` "calls"), or a span with its own time (`kind` "compute")."""
+    """A row: a function with its system calls (`kind` "calls"), or a span with its own time (`kind` "compute").
+
+    `is_generated` says that a source map led from what ran to this function.
+    """
 
     kind: str
     name: str
@@ -37,6 +40,7 @@ class HotPath:
     # Nanoseconds by line, so that the row can name the line that cost most.
     lines: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     share: float = 0.0
+    is_generated: bool = False
 
     @property
     def line(self) -> int:
@@ -159,6 +163,7 @@ def _function_rows(tallies: Iterable[Tally]) -> dict[tuple[str, str, str], HotPa
         row.calls += tally.calls
         row.slow += tally.slow
         row.lines[frame.line] += tally.total_ns
+        row.is_generated = frame.generated is not None
     return rows
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 
+from entrenar.trace import source_map
 from entrenar.trace.hot_paths import CallStatistics, HotPath, Profile
 from entrenar.trace.records import SystemCall
 
@@ -47,6 +48,8 @@ def _label(row: HotPath, *, with_source: bool) -> str:
         return row.name if row.name.startswith("compute") else f"compute: {row.name}"
     if not row.file:
         return row.name
+    if row.is_generated:
+        return source_map.label(row.name, row.file, row.line)
     place = os.path.basename(row.file)  # noqa: PTH119
     return f"{row.name} ({place}:{row.line})" if with_source and row.line else f"{row.name} ({place})"
 

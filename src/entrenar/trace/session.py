@@ -19,7 +19,7 @@ from pathlib import Path
 from entrenar.errors import EntrenarError
 from entrenar.trace.hot_paths import IDLE, IDLE_CALLS
 from entrenar.trace.join import Join, Joined
-from entrenar.trace.records import Anomaly, Metric, Process, Span, Status, SystemCall, TraceInfo
+from entrenar.trace.records import Anomaly, Mark, Metric, Process, Span, Status, SystemCall, TraceInfo
 from entrenar.trace.spool import Spool
 from entrenar.trace.store import Writer
 
@@ -56,7 +56,7 @@ class Session:
     ) -> None:
         self.plan = plan
         self._writer: Writer | None = writer
-        self._observers, self._samplers = observers, samplers
+        self._observers, self.samplers = observers, list(samplers)
         self.folder = Path(tempfile.mkdtemp(prefix="entrenar-spans-"))
         self._spool = Spool(self.folder)
         self._join = Join()
@@ -90,6 +90,14 @@ class Session:
         shutil.rmtree(self.folder, ignore_errors=True)
         return self._info
 
+    def add_marks(self, marks: Sequence[Mark]) -> None:
+        """Store instants that come from elsewhere than the program: a log, say."""
+        self._store(lambda store: store.add_marks(marks))
+
+    def living(self) -> list[int]:
+        """Return the processes of the program that have not ended, as far as is known."""
+        return [process.pid for process in list(self._processes.values()) if process.ended_ns is None]
+
     @property
     def is_stored(self) -> bool:
         """Return whether the store has taken everything so far."""
@@ -104,7 +112,7 @@ class Session:
 
     def _pass_on(self, batch: Joined) -> None:
         anomalies = [anomaly for observer in self._observers for anomaly in observer(batch)]
-        metrics = [metric for sampler in self._samplers for metric in sampler()]
+        metrics = [metric for sampler in self.samplers for metric in sampler()]
         self._store(lambda store: self._write(store, batch, anomalies, metrics))
 
     def _write(self, store: Writer, batch: Joined, anomalies: Sequence[Anomaly], metrics: Sequence[Metric]) -> None:

@@ -10,6 +10,7 @@ standard version 3 (ECMA-426), sections included. `generated_code` reads what co
 
 import bisect
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
@@ -19,6 +20,11 @@ from entrenar.errors import FormatError
 from entrenar.files import sha256_file
 from entrenar.trace.records import Frame, SystemCall
 from entrenar.trace.vlq import decode
+
+_LANGUAGES = {
+    ".py": "Python", ".ipynb": "Python", ".pyx": "Cython", ".rs": "Rust", ".c": "C", ".ts": "TypeScript",
+    ".js": "JavaScript",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,6 @@ class SourceMap:
             known = self._stacks[stack] = tuple(self.move(frame) for frame in stack)
         return known
 
-    def label(self, frame: Frame, defined_at: int) -> str:
-        """Return section 4.5's row of a hot path: `load_dataset (Python:finetune.py:35)`."""
-        return f"{frame.function} ({self.language.capitalize()}:{PurePath(frame.file).name}:{defined_at})"
-
     def _step(self, generated: str, line: int) -> Origin | None:
         entries = self.lines.get(generated, [])
         index = bisect.bisect_right(entries, line, key=_line_of) - 1
@@ -119,6 +121,26 @@ class SourceMap:
         if not self.twins or not Path(file).is_file():
             return None
         return self.twins.get(sha256_file(Path(file)))
+
+
+def label(function: str, file: str, line: int) -> str:
+    """Return section 4.5's row of a hot path, `load_dataset (Python:finetune.py:35)`, with the line of the definition.
+
+    `line` stands in where the source is not there to be read, or does not define the function.
+    """
+    path = Path(file)
+    language = _LANGUAGES.get(path.suffix.partition("#")[0], "source")
+    return f"{function} ({language}:{path.name}:{_defined_at(path, function) or line})"
+
+
+def _defined_at(path: Path, function: str) -> int | None:
+    name = re.escape(function.rpartition(".")[2])
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    definition = re.compile(rf"\s*(?:async\s+)?(?:c?p?def|fn|function)\s+{name}\b")
+    return next((number for number, text in enumerate(lines, 1) if definition.match(text)), None)
 
 
 def _line_of(entry: tuple[int, Origin | None]) -> int:

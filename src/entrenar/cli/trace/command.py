@@ -10,14 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from entrenar.cli.trace import generated
 from entrenar.cli.trace.observers import AnomalyLines, CallLines
 from entrenar.cli.trace.output import conclude, program_output_aside
 from entrenar.errors import ConfigError
 from entrenar.trace import backends, launch
 from entrenar.trace.anomaly import METHODS, Sensitivity
+from entrenar.trace.decisions import marks as decision_marks
 from entrenar.trace.ptrace import numbers
 from entrenar.trace.session import Observer, Plan, Session, program_name
 from entrenar.trace.store import CALL_ROWS, IO_CALLS, Writer
+from entrenar.trace.system_metrics import SystemMetrics
 
 _COMMAND_NOT_FOUND = 127
 
@@ -30,6 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_calls(parser.add_argument_group("system calls"))
     _add_spans(parser.add_argument_group("spans"))
     _add_analysis(parser.add_argument_group("analysis"))
+    generated.add(parser.add_argument_group("generated code"))
     _add_output(parser.add_argument_group("output"))
 
 
@@ -109,14 +113,19 @@ def _traced(
     )  # fmt: skip
     path = parsed.save or Path("traces") / f"{program_name(command)}-{time.strftime('%Y%m%d-%H%M%S')}.sqlite"
     observers = _observers(parsed)
+    maps = generated.maps(parsed)
+    decisions = generated.decisions(parsed)
     session = Session(plan, Writer(path, call_rows=parsed.max_calls), list(observers))
+    session.samplers.append(SystemMetrics(session.living))
+    session.add_marks(decision_marks(decisions, at_ns=session.started_ns))
+    take = generated.at_origin(maps, session.take)
     wants = launch.Wants(session.folder, plan.trace_id, session.root_id, _groups(parsed), plan.shortest_ns)
     if program is None:
-        ended = backends.attach(parsed.pid, watch, session.take)
+        ended = backends.attach(parsed.pid, watch, take)
     else:
         environment = launch.environment(os.environ, program, wants)
         with program_output_aside(is_needed=parsed.format != "text" and parsed.output is None):
-            ended = backends.run(backend, program, command, environment, watch, session.take)
+            ended = backends.run(backend, program, command, environment, watch, take)
     info = session.finish(ended.exit_code, (*((reason,) if reason else ()), *ended.notes))
     conclude(parsed, path, observers, info.notes)
     return ended.exit_code

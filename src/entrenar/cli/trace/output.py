@@ -11,7 +11,8 @@ from typing import Any
 
 from entrenar.cli.trace.observers import AnomalyLines
 from entrenar.files import atomic_write
-from entrenar.trace import anomaly_report, clusters, report_json, report_text
+from entrenar.trace import anomaly_report, clusters, findings, report_json, report_text
+from entrenar.trace.diagnosis import diagnose
 from entrenar.trace.hot_paths import Profile, call_graph, profile
 from entrenar.trace.reader import Reader
 
@@ -44,8 +45,10 @@ def conclude(parsed: argparse.Namespace, path: Path, observers: Sequence[Any], n
                 text += "\n\n" + anomaly_report.report(detector)
             if analysis is not None:
                 text += "\n\n" + clusters.report(analysis)
+            text += "\n\n" + "\n".join(findings.lines(diagnose(reader)))
         elif parsed.format == "json":
             values = report_json.as_json(reader, summary) | (analysis or {})
+            values["diagnosis"] = findings.as_json(diagnose(reader))
             if detector is not None:
                 values["anomalies"] = anomaly_report.as_json(detector)
             text = json.dumps(values, indent=1)
