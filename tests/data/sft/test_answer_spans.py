@@ -79,6 +79,6 @@ def test_a_prompt_that_is_another_turn_is_refused(spans, prompt):
 
 def test_what_ends_a_conversation_only_is_no_part_of_its_earlier_turns(spans):
     """Phi-3's template writes a last token where no generation prompt follows."""
-    template = CHATML.removesuffix("{% endif %}") + "{% else %}{{ '<eos>' }}{% endif %}"
+    template = CHATML.removesuffix("{% endif %}") + "{% else %}{{ '<|eos|>' }}{% endif %}"
     found = spans(template, TALK)
-    assert [found.text[start:end] for start, end in found.of([1, 5])] == ["sat</s>", "sat</s><eos>"]
+    assert [found.text[start:end] for start, end in found.of([1, 5])] == ["sat</s>", "sat</s><|eos|>"]

@@ -85,7 +85,7 @@ class AnswerSpans:
     def _tail(self) -> str:
         """Text that the template writes at the end of a conversation, unless a generation prompt follows."""
         prompted = self._render(len(self._messages), has_prompt=True).text
-        return self.text[_shared(prompted, self.text) :]
+        return self.text[self._shared(prompted) :]
 
     def _start(self, number: int, end: int) -> int:
         if number == 0:
@@ -98,7 +98,7 @@ class AnswerSpans:
             return len(before)
         history = self._length(self._render(number).text, number - 1)
         self._need_words(number, history, end)
-        shared = _shared(before, self.text)
+        shared = self._shared(before)
         message = self._messages[number]
         first = message.get("reasoning_content") or message.get("content") or ""
         begins = isinstance(first, str) and self.text[shared:].lstrip().startswith(first.strip())
@@ -109,6 +109,11 @@ class AnswerSpans:
                 "learn another start of the turn than it sees in use; use another template",
             )
         return shared
+
+    def _shared(self, other: str) -> int:
+        """Return how far the whole text and another are the same, without cutting a control token."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.text, other, strict=False)))
+        return self._chat.before_token(self.text, same)
 
     def _render(self, count: int, *, has_prompt: bool = False) -> Rendering:
         try:
@@ -122,11 +127,6 @@ class AnswerSpans:
             raise
         except FormatError as error:
             raise UnusableRowError("template", str(error)) from error
-
-
-def _shared(one: str, other: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _squeezed(text: str) -> str:

@@ -136,6 +136,11 @@ class ChatTemplate:
         """
         return self._templates[self._name(has_tools=has_tools)]
 
+    def before_token(self, text: str, place: int) -> int:
+        """Return `place`, or where the control token starts that it lies in."""
+        inside = (found.start() for found in self._control.finditer(text) if found.start() < place < found.end())
+        return next(inside, place)
+
     def close(self) -> None:
         """End the processes."""
         for process in self._processes.values():
