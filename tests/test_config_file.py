@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
 
-from entrenar.config import difference
-from entrenar.config_file import load_config, to_toml
+from entrenar.config import FinetuneConfig, Option, RunConfig, difference, options
+from entrenar.config_file import load_config, load_finetune_config, to_toml
 from entrenar.errors import ConfigError
 
 GOOD = """\
@@ -142,6 +145,79 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path, GOOD, "quickstart.toml")
     with pytest.raises(ConfigError, match=r"quikstart\.toml does not exist; did you mean .*quickstart\.toml\?"):
         load_config(tmp_path / "quikstart.toml")
+
+
+_TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=9)
+_NUMBERS = st.one_of(st.integers(0, 9), st.floats(0, 1e9), st.sampled_from([1e-300, 2**62, 1e308])).map(str)
+
+
+def _values(option: Option) -> st.SearchStrategy[str]:
+    """Texts that a flag may have, most of them valid."""
+    annotation = option.field.annotation
+    kinds = [annotation, *get_args(annotation)]
+    words = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if words:
+        return st.sampled_from([*words, ",".join(words)])
+    if bool in kinds:
+        return st.sampled_from(["true", "false"])
+    if get_origin(annotation) is dict:
+        return st.just('{"q_proj": 2, "k\\\\.\\"[.]": 3}')
+    return st.one_of(_NUMBERS, _TEXTS) if {str, Path, tuple} & {get_origin(k) or k for k in kinds} else _NUMBERS
+
+
+@pytest.mark.property
+@pytest.mark.parametrize("kind", ["pretrain", "full", "lora", "qlora"])
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_config_that_is_written_is_read_back(tmp_path_factory, kind: str, data: st.DataObject) -> None:
+    """Whatever flags a run is given, its config.toml is read as the same config: with it, every run can be resumed."""
+    load = load_config if kind == "pretrain" else load_finetune_config
+    known = list(options(RunConfig if kind == "pretrain" else FinetuneConfig))
+    given_flags = {} if kind == "pretrain" else {"model": "base", "sft.data": "rows.jsonl"}
+    for option in data.draw(st.lists(st.sampled_from(known), max_size=5, unique_by=lambda option: option.key)):
+        given_flags[option.key] = data.draw(_values(option), label=option.key)
+    if kind != "pretrain":
+        given_flags["method"] = kind
+    try:
+        config = load(None, given_flags)
+    except ConfigError:
+        reject()
+    path = tmp_path_factory.mktemp("run") / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    again = load(path)
+    assert again.model_dump(exclude={"preset"}) == config.model_dump(exclude={"preset"})
+    assert to_toml(again) == to_toml(config)
+
+
+def test_an_option_without_effect_is_refused(tmp_path):
+    """A flag that would do nothing names the setting that it needs, even if it is the default; a file's value too."""
+    base = {"model": "base", "sft.data": "rows.jsonl"}
+    for flags, message in (
+        ({"method": "full", "lora.rank": "8"}, "lora.rank has no effect without method = lora or qlora; set that too"),
+        ({"trunk.trunk_dir": "x"}, "trunk.trunk_dir has no effect without cache_trunk = true"),
+        ({"optim.muon_momentum": "0.9"}, "optim.muon_momentum has no effect without optimizer = muon"),
+        ({"schedule.wsd_decay_ratio": "0.5"}, "schedule.wsd_decay_ratio has no effect without schedule = wsd"),
+        ({"train.offload_budget_gb": "3"}, "train.offload_budget_gb has no effect without offload = disk"),
+        ({"task.metric": "accuracy"}, "task.metric has no effect without task_data"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_finetune_config(None, base | flags)
+    with pytest.raises(ConfigError, match=r"schedule\.wsd_decay_ratio has no effect"):
+        load_config(write(tmp_path, "[schedule]\nwsd_decay_ratio = 0.5\n"))
+
+
+def test_a_length_given_by_hand_is_the_length(tmp_path):
+    """A flag for steps or epochs replaces both in the file, any limit replaces the default, and time is one more."""
+    base = {"model": "base", "sft.data": "rows.jsonl"}
+    assert load_finetune_config(None, base).train.epochs == 3
+    by_steps = load_finetune_config(None, base | {"train.max_steps": "30"})
+    assert (by_steps.train.max_steps, by_steps.train.epochs) == (30, None)
+    path = write(tmp_path, "[train]\nepochs = 3\nmax_time_s = 60\n")
+    limits = load_config(path, {"train.max_steps": "30"}).train
+    assert (limits.max_steps, limits.epochs, limits.max_time_s) == (30, None, 60)
+    both = load_config(path, {"train.max_steps": "30", "train.epochs": "2"}).train
+    assert (both.max_steps, both.epochs) == (30, 2)
+    assert load_config(path, {"train.max_time_s": "9"}).train.epochs == 3
 
 
 def test_what_is_printed_is_read_back(tmp_path):

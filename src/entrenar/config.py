@@ -6,7 +6,7 @@ change says so where it is declared (`runs.CHANGEABLE`). Every option is a key o
 flag (`--lr`), so names are unique across the tables.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -55,6 +55,7 @@ class RunConfig(BaseModel):
                 f"data.seq_len must be <= model.max_seq_len, got {self.data.seq_len} > {self.model.max_seq_len}; "
                 "shorten the windows or lengthen the context"
             )
+        _refuse_idle_options(self)
         return self
 
     @property
@@ -92,29 +93,17 @@ class FinetuneConfig(BaseModel):
     monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")
-    def _options_belong_to_the_method(self) -> Self:
-        if self.method == "full":
-            if self.lora.model_fields_set:
-                raise ValueError(
-                    f"lora.{sorted(self.lora.model_fields_set)[0]} has no effect with method = full; "
-                    "set method = lora, or leave [lora] out"
-                )
-            if self.trunk.cache_trunk:
-                raise ValueError("trunk.cache_trunk needs frozen layers, but method = full trains all; use lora")
-        for key, value in self.quantize if self.method != "qlora" else ():
-            if value != getattr(QuantizeConfig(), key):
-                raise ValueError(
-                    f"quantize.{key} has no effect with method = {self.method}; set method = qlora, or leave it out"
-                )
+    def _options_go_together(self) -> Self:
+        if self.method == "full" and self.trunk.cache_trunk:
+            raise ValueError("trunk.cache_trunk needs frozen layers, but method = full trains all; use lora")
         if self.method != "qlora" and self.lora.lora_init == "loftq":
             raise ValueError(
                 f"lora.lora_init = loftq corrects the quantization error, but method = {self.method} quantizes "
                 "nothing; set method = qlora"
             )
-        if self.lora.lora_init != "loftq" and self.quantize.loftq_turns != QuantizeConfig().loftq_turns:
-            raise ValueError("quantize.loftq_turns has no effect without lora.lora_init = loftq; set both or none")
         if self.trunk.cache_trunk and self.train.compile:
             raise ValueError("trunk.cache_trunk and train.compile cannot be combined; leave one out")
+        _refuse_idle_options(self)
         return self
 
     @property
@@ -168,6 +157,62 @@ def options(model: type[BaseModel] = RunConfig, prefix: tuple[str, ...] = ()) ->
             yield from options(inner, (*prefix, name))
         else:
             yield Option((*prefix, name), field)
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Options (dotted keys, or tables ending in a dot) that act only if another setting has a certain value."""
+
+    keys: tuple[str, ...]
+    remedy: str
+    is_met: Callable[[Any], bool]
+
+
+_NEEDS = (
+    _Need(("optim.muon_momentum", "optim.muon_excluded"), "optimizer = muon", lambda c: c.optim.optimizer == "muon"),
+    _Need(("schedule.wsd_decay_ratio",), "schedule = wsd", lambda c: c.schedule.schedule == "wsd"),
+    _Need(("train.offload_dir", "train.offload_budget_gb"), "offload = disk", lambda c: c.train.offload == "disk"),
+)
+_FINETUNE_NEEDS = (
+    _Need(("lora.",), "method = lora or qlora", lambda c: c.method != "full"),
+    _Need(("quantize.",), "method = qlora", lambda c: c.method == "qlora"),
+    _Need(("quantize.loftq_turns",), "lora_init = loftq", lambda c: c.lora.lora_init == "loftq"),
+    _Need(
+        ("trunk.trunk_dir", "trunk.trunk_rows", "trunk.trunk_budget_gb", "trunk.trunk_checks"),
+        "cache_trunk = true",
+        lambda c: c.trunk.cache_trunk,
+    ),
+    _Need(("task.metric", "task.max_task_examples"), "task_data", lambda c: c.task.task_data is not None),
+)
+
+
+def idle_options(config: AnyConfig) -> dict[str, str]:
+    """Return the dotted keys that have no effect in `config`, each with the setting that it needs."""
+    needs = _NEEDS if isinstance(config, RunConfig) else (*_NEEDS, *_FINETUNE_NEEDS)
+    unmet = [need for need in reversed(needs) if not need.is_met(config)]
+    return {
+        option.key: need.remedy
+        for option in options(type(config))
+        for need in unmet
+        if any(option.key == key or (key.endswith(".") and option.key.startswith(key)) for key in need.keys)
+    }
+
+
+def _refuse_idle_options(config: AnyConfig) -> None:
+    """Check that no option without effect is set.
+
+    Raises: ValueError.
+    """
+    defaults = {name: field.get_default() for name, field in type(config).model_fields.items()}
+    for key, remedy in idle_options(config).items():
+        table, name = key.split(".")
+        if getattr(getattr(config, table), name) != getattr(defaults[table], name):
+            raise ValueError(no_effect(key, remedy))
+
+
+def no_effect(key: str, remedy: str) -> str:
+    """Return the message for an option that is set and has no effect."""
+    return f"{key} has no effect without {remedy}; set that too, or leave {key.rpartition('.')[2]} out"
 
 
 def changeable(model: type[BaseModel]) -> frozenset[str]:

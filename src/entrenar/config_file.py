@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,7 +17,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from entrenar.config import AnyConfig, ConfigT, FinetuneConfig, Option, RunConfig, options
+from entrenar.config import AnyConfig, ConfigT, FinetuneConfig, Option, RunConfig, idle_options, no_effect, options
 from entrenar.errors import ConfigError
 from entrenar.model import LlamaConfig, PresetName
 
@@ -28,43 +28,69 @@ def load_config(file: Path | None, flags: Mapping[str, str] | None = None) -> Ru
     Raises:
         ConfigError: every fault in file and flags, in one message.
     """
-    return _load(RunConfig, file, flags or {}, _expand_preset)
+    return _load(RunConfig, file, flags or {}, _with_preset, default_epochs=1)
 
 
 def load_finetune_config(file: Path | None, flags: Mapping[str, str] | None = None) -> FinetuneConfig:
     """Read the config of a fine-tuning run; see `load_config`."""
-    return _load(FinetuneConfig, file, flags or {}, _expand_defaults)
+    return _load(FinetuneConfig, file, flags or {}, _with_own_defaults, default_epochs=3)
 
 
 def _load(
     model: type[ConfigT],
     file: Path | None,
     flags: Mapping[str, str],
-    expand: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]],
+    expand: Callable[[dict[str, Any], Mapping[str, str]], None],
+    *,
+    default_epochs: int,
 ) -> ConfigT:
     source = ConfigFile.read(file)
-    values = expand(source.values, flags)
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in source.values.items()}
+    expand(values, flags)
+    _settle_length(values, flags, default_epochs)
     lists = {option.key for option in options(model) if _is_list(option.field.annotation)}
     for key, text in flags.items():
         _set(values, key.split("."), _parse_flag(text, is_list=key in lists))
     for option in options(model):
         _keep_truth_from_numbers(values, option)
     try:
-        return model.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
         known = list(options(model))
         faults = [describe_fault(detail, source, flags, known) for detail in error.errors()]
         raise ConfigError("\n".join(faults)) from error
+    if idle := [no_effect(key, remedy) for key, remedy in idle_options(config).items() if key in flags]:
+        raise ConfigError("\n".join(idle))
+    return config
 
 
-def _expand_defaults(values: Mapping[str, Any], _: Mapping[str, str]) -> dict[str, Any]:
-    """Keep fine-tuning's own defaults of [train] and [optim] when only some of their fields are set."""
-    expanded = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for name in ("train", "optim"):
-        own = expanded.get(name, {})
-        default = FinetuneConfig.model_fields[name].get_default().model_dump(exclude_unset=True)
-        expanded[name] = {**default, **own} if isinstance(own, dict) else own
-    return expanded
+def _with_own_defaults(values: dict[str, Any], _: Mapping[str, str]) -> None:
+    """Keep fine-tuning's own defaults of [optim] when only some of its fields are set."""
+    values.setdefault("sft", {})  # so that what is missing in it is named
+    own = values.get("optim", {})
+    if isinstance(own, dict):
+        values["optim"] = FinetuneConfig.model_fields["optim"].get_default().model_dump(exclude_unset=True) | own
+
+
+def _with_preset(values: dict[str, Any], flags: Mapping[str, str]) -> None:
+    """Put the fields of [model] over those of the preset."""
+    preset, own = flags.get("preset", values.get("preset")), values.get("model", {})
+    if isinstance(preset, str) and preset in get_args(PresetName) and isinstance(own, dict):
+        values["model"] = LlamaConfig.preset(preset).model_dump(exclude_unset=True) | own
+
+
+def _settle_length(values: dict[str, Any], flags: Mapping[str, str], default_epochs: int) -> None:
+    """Let a length given by hand decide: a flag for one replaces those in the file, and any limit the default one."""
+    train = values.setdefault("train", {})
+    if not isinstance(train, dict):
+        return
+    lengths = ("max_steps", "epochs")
+    if any(f"train.{length}" in flags for length in lengths):
+        for length in lengths:
+            train.pop(length, None)
+    limits = (*lengths, "max_time_s")
+    if not any(train.get(limit) is not None or f"train.{limit}" in flags for limit in limits):
+        train["epochs"] = default_epochs
 
 
 @dataclass(frozen=True)
@@ -84,8 +110,10 @@ class ConfigFile:
         """
         if path is None:
             return ConfigFile(None, "", {})
+        if path.suffix in (".yaml", ".yml"):
+            raise ConfigError(f"a config file must be TOML or JSON, {path} is YAML; write its keys as `key = value`")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         except FileNotFoundError as error:
             raise ConfigError(f"config file {path} does not exist{_similar_file(path)}") from error
@@ -114,10 +142,42 @@ class ConfigFile:
         return line + 1 if lines else None
 
 
+# Names that other programs give to our settings, with the value that the name alone stands for.
+_ELSEWHERE = {
+    "learning_rate": "lr", "base_lr": "lr", "data": "corpus", "dataset": "data", "train_file": "data",
+    "dataset_path": "data", "data_path": "data", "base_model": "model", "model_name_or_path": "model",
+    "pretrained_model_name_or_path": "model", "output_dir": "name", "out_dir": "name", "out": "name", "output": "name",
+    "run_name": "name", "qlora": "method qlora", "lora": "method lora", "load_in_4bit": "method qlora",
+    "full": "method full", "lora_r": "rank", "r": "rank", "lora_rank": "rank", "alpha": "lora_alpha",
+    "dropout": "lora_dropout", "lora_target_modules": "target_modules", "num_train_epochs": "epochs",
+    "num_epochs": "epochs", "steps": "max_steps", "max_iters": "max_steps", "iters": "max_steps",
+    "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum_steps", "grad_accumulation": "grad_accum_steps",
+    "max_seq_length": "seq_len", "max_length": "seq_len", "block_size": "seq_len", "cutoff_len": "seq_len",
+    "sequence_len": "seq_len", "bf16": "precision bfloat16", "fp32": "precision float32", "dtype": "precision",
+    "logging_steps": "log_every", "log_interval": "log_every", "save_steps": "save_every",
+    "save_total_limit": "keep_last", "eval_steps": "eval_every", "eval_interval": "eval_every",
+    "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "warmup": "warmup_steps", "optim": "optimizer",
+    "max_grad_norm": "grad_clip", "clip_grad": "grad_clip", "gradient_checkpointing": "checkpointing full",
+    "torch_compile": "compile", "packing": "batching packed", "val_set_size": "eval_fraction", "n_layer": "num_layers",
+    "n_head": "num_heads", "n_embd": "hidden_size", "num_hidden_layers": "num_layers", "use_cpu": "device cpu",
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "no_cuda": "device cpu",
+    "max_position_embeddings": "max_seq_len", "gradient_clip": "grad_clip", "num_threads": "threads",
+}  # fmt: skip
+
+
+def elsewhere(name: str, known: Collection[str]) -> list[str] | None:
+    """Return our name for another program's setting, and the value it stands for, if `known` has that name."""
+    ours = _ELSEWHERE.get(name, "").split()
+    return ours if ours and ours[0] in known else None
+
+
 def describe_fault(detail: ErrorDetails, source: ConfigFile, flags: Mapping[str, str], known: Sequence[Option]) -> str:
     """Return one validation error as rule, value, place and remedy."""
     keys = tuple(str(part) for part in detail["loc"])
     key = ".".join(keys)
+    if detail["type"] == "missing":
+        return f"{key} is required; give --{keys[-1].replace('_', '-')}, or set it in a config file"
     if detail["type"] == "extra_forbidden":
         fault = f"{key} is not a setting{_nearest(keys, known)}"
     else:
@@ -140,6 +200,8 @@ def _nearest(keys: tuple[str, ...], known: Sequence[Option]) -> str:
     candidates = {**sections, **leaves}
     if keys[-1] in leaves:
         return f"; it is {leaves[keys[-1]]}"
+    if (ours := elsewhere(keys[-1], leaves)) is not None:
+        return f"; it is {leaves[ours[0]]}{''.join(f' = {value}' for value in ours[1:])}"
     match = difflib.get_close_matches(keys[-1], candidates, n=1)
     return f"; did you mean {candidates[match[0]]}?" if match else "; `entrenar config schema` lists all settings"
 
@@ -151,20 +213,6 @@ def _similar_file(path: Path) -> str:
     return f"; did you mean {parent / match[0]}?" if match else ""
 
 
-def _expand_preset(values: Mapping[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
-    preset = flags.get("preset", values.get("preset"))
-    expanded = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    if isinstance(preset, str) and preset in get_args(PresetName):
-        own = expanded.get("model", {})
-        base = LlamaConfig.preset(preset).model_dump(exclude_unset=True)
-        expanded["model"] = {**base, **own} if isinstance(own, dict) else own
-    train = expanded.setdefault("train", {})
-    ends = ("max_steps", "epochs", "max_time_s")
-    if isinstance(train, dict) and not any(end in train or f"train.{end}" in flags for end in ends):
-        train["epochs"] = 1  # the default of a config that sets nothing of [train]
-    return expanded
-
-
 def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         inner = values.setdefault(key, {})
@@ -174,8 +222,10 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _parse_flag(text: str, *, is_list: bool) -> Any:
+def _parse_flag(text: Any, *, is_list: bool) -> Any:
     """Read lists, tables and null as JSON, a list also as a,b,c; anything else stays text for the field to read."""
+    if not isinstance(text, str):
+        return text  # a caller in Python may give the value itself
     if text[:1] in "[{" or text == "null":
         try:
             return json.loads(text)
@@ -207,19 +257,18 @@ def _keep_truth_from_numbers(values: dict[str, Any], option: Option) -> None:
 
 
 def to_toml(config: AnyConfig) -> str:
-    """Return a config as TOML that `load_config` reads back to the same config."""
+    """Return a config as TOML that is read back as the same config; options without effect are left out."""
+    idle = idle_options(config)
     lines: list[str] = []
-    nested: list[tuple[str, BaseModel]] = []
-    for name in type(config).model_fields:
-        value = getattr(config, name)
+    tables: list[str] = []
+    for name, value in config:
         if isinstance(value, BaseModel):
-            nested.append((name, value))
+            dumped = value.model_dump(mode="json", exclude_none=True)
+            kept = [f"{key} = {_toml_value(item)}" for key, item in dumped.items() if f"{name}.{key}" not in idle]
+            tables += ["", f"[{name}]", *kept] if kept else []
         elif value is not None and name != "preset":
             lines.append(f"{name} = {_toml_value(value)}")
-    for name, section in nested:
-        dumped = section.model_dump(mode="json", exclude_none=True)
-        lines += ["", f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in dumped.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *tables]) + "\n"
 
 
 def _toml_value(value: Any) -> str:
@@ -233,4 +282,5 @@ def _toml_value(value: Any) -> str:
         return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value if isinstance(value, (bool, int, str)) else str(value), ensure_ascii=False)
+    text = json.dumps(value if isinstance(value, (bool, int, str)) else str(value), ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # JSON may hold DEL as it is, TOML may not

@@ -186,12 +186,15 @@ def test_a_loftq_adapter_opens_in_peft_over_our_nf4_base(place, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method": "lora", "quantize.embedding": "int8"}, "quantize.embedding has no effect with method = lora; set"),
-        ({"method": "lora", "quantize.bits": "4"}, "quantize.bits has no effect with method = lora; set method = ql"),
+        (
+            {"method": "lora", "quantize.embedding": "int8"},
+            "quantize.embedding has no effect without method = qlora; set",
+        ),
+        ({"method": "lora", "quantize.bits": "4"}, "quantize.bits has no effect without method = qlora; set that too"),
         ({"quantize.bits": "4", "quantize.embedding": "nf4"}, "bits chooses a width for embedding and head too; leave"),
         (
             {"quantize.bits": "4", "quantize.loftq_turns": "9"},
-            "quantize.loftq_turns has no effect without lora.lora_init",
+            "quantize.loftq_turns has no effect without lora_init = loftq",
         ),
         ({"quantize.calibration": "x"}, "calibration has no effect without bits; give a budget, or leave it out"),
         ({"quantize.embedding": "q4"}, "quantize.embedding"),

@@ -116,7 +116,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, data, tmp_path, flags):
     flags = {**flags, "schedule__schedule": "constant"}
     for steps in ("6", "2", "4", "6"):
         name = "whole" if not (tmp_path / "whole").exists() else "parts"
-        given = {**flags, "trunk__trunk_dir": str(tmp_path / f"{name}-trunk"), "train__max_steps": steps}
+        given = {**flags, "train__max_steps": steps}
+        if "trunk__cache_trunk" in flags:
+            given["trunk__trunk_dir"] = str(tmp_path / f"{name}-trunk")
         recipe.finetune(config_for(base, data, tmp_path / name, **given), resume=(tmp_path / name).exists())
     whole, parts = (latest_good(tmp_path / name / "trial" / "checkpoints") for name in ("whole", "parts"))
     assert whole.loader_state == parts.loader_state
@@ -236,9 +238,9 @@ def test_bad_rows_stop_the_run_before_it_begins_or_are_set_aside(base, data, tmp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"method": "full", "lora__rank": "4"}, r"lora\.rank has no effect with method = full"),
+        ({"method": "full", "lora__rank": "4"}, r"lora\.rank has no effect without method = lora or qlora"),
         ({"method": "full", "trunk__cache_trunk": "true"}, r"trunk\.cache_trunk needs frozen layers"),
-        ({"trunk__cache_trunk": "true", "lora__layers": "top:1", "train__compile": "true"}, "exclude each other"),
+        ({"trunk__cache_trunk": "true", "lora__layers": "top:1", "train__compile": "true"}, "cannot be combined"),
         ({"trunk__cache_trunk": "true"}, "a trunk cache needs frozen layers below the adapters"),
         ({"lora__layers": "top:1", "trunk__cache_trunk": "true", "trunk__trunk_budget_gb": "1e-9"}, "trunk_budget_gb"),
         ({"lora__rank": "33"}, "rank must be <= 32, the smaller width of"),
@@ -252,8 +254,9 @@ def test_bad_rows_stop_the_run_before_it_begins_or_are_set_aside(base, data, tmp
 )
 def test_what_does_not_go_together_is_refused(base, data, tmp_path, flags, message):
     """A wrong combination is an error with its remedy, before anything is trained."""
+    place = {"trunk__trunk_dir": str(tmp_path / "trunk")} if "trunk__cache_trunk" in flags else {}
     with pytest.raises((ConfigError, DataError), match=message):
-        recipe.finetune(config_for(base, data, tmp_path, trunk__trunk_dir=str(tmp_path / "trunk"), **flags))
+        recipe.finetune(config_for(base, data, tmp_path, **place, **flags))
     assert not (tmp_path / "trial" / "checkpoints").exists()
 
 

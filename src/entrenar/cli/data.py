@@ -26,7 +26,7 @@ _DUPLICATES_SHOWN = 20
 
 def run(words: Sequence[str]) -> int:
     """Show or check; return the exit code."""
-    parsed = flags.parse(_arguments(), words, SftConfig)
+    parsed = flags.parse(_arguments(), words)
     tokenizer, context = _tokenizer(parsed.model)
     config = _config(parsed, context)
     rows = read_examples(config.data, tokenizer, config)
@@ -81,7 +81,8 @@ def _show(rows: SftRows, tokenizer: Tokenizer, config: SftConfig, count: int) ->
     console = Console(highlight=False, soft_wrap=True)
     for example in rows.examples[:count]:
         trained = int(example.is_trained.sum())
-        console.rule(f"{example.place}   {len(example.ids)} tokens, {trained} trained", align="left")
+        title = Text(f"{example.place}   {len(example.ids)} tokens, {trained} trained")  # not markup: "[" is a bracket
+        console.rule(title, align="left")
         console.print(_marked(example, tokenizer, is_colored=console.is_terminal))
     for left_out in [*rows.not_trained[:count], *rows.too_long[:count]]:
         console.print(Text(f"left out: {left_out}"))

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Literal, TypeVar, get_args, get_origin
@@ -10,7 +10,7 @@ from typing import Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from entrenar.config import RunConfig, options
-from entrenar.config_file import load_config
+from entrenar.config_file import elsewhere, load_config
 from entrenar.errors import ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -97,9 +97,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse(
-    arguments: argparse.ArgumentParser, words: Sequence[str], model: type[BaseModel] = RunConfig
-) -> argparse.Namespace:
+def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse; argparse itself exits with 2 on a fault and 0 after --help.
 
     Raises:
@@ -109,15 +107,27 @@ def parse(
     if unknown:
         flags = [word for word in unknown if word.startswith("-")] or unknown
         raise ConfigError(
-            "\n".join(f"{flag} is not a flag of {arguments.prog}{_nearest(flag, model)}" for flag in flags)
+            "\n".join(f"{flag} is not a flag of {arguments.prog}{_nearest(flag, arguments)}" for flag in flags)
         )
     return parsed
 
 
-def _nearest(flag: str, model: type[BaseModel]) -> str:
-    known = [option.flag for option in options(model)]
-    match = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+def _flags_of(arguments: argparse.ArgumentParser) -> Iterator[str]:
+    for action in arguments._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _flags_of(inner)
+
+
+def _nearest(flag: str, arguments: argparse.ArgumentParser) -> str:
+    known = [word for word in _flags_of(arguments) if word.startswith("--")]
+    given = flag.partition("=")[0]
+    names = [word[2:].replace("-", "_") for word in known]
+    if (ours := elsewhere(given.lstrip("-").replace("-", "_"), names)) is not None:
+        return f"; did you mean {' '.join(['--' + ours[0].replace('_', '-'), *ours[1:]])}?"
+    match = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {match[0]}?" if match else f"; `{arguments.prog} --help` lists them all"
 
 
 def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], leave_out: Sequence[str] = ()) -> None:

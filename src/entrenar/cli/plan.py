@@ -34,7 +34,7 @@ _OF_FINETUNING = ("--model", "--method", "--data")
 def run(words: Sequence[str]) -> int:
     """Print the plan; return 0 if the run fits, 1 if it does not."""
     kind = _kind(words)
-    parsed = flags.parse(_arguments(kind), words, kind)
+    parsed = flags.parse(_arguments(kind), words)
     limit = MemoryLimit(parse_bytes(parsed.memory), "--memory") if parsed.memory else None
     read = partial(_read, kind, parsed.config, flags.given_flags(parsed, kind))
     config = read({})
