@@ -49,12 +49,30 @@ def test_the_command_line_fine_tunes_and_resumes(words, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "runs/t"), "--prompt", "cat", "--max-new-tokens", "2"]) == 0
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_run_resumes_from_its_own_config(words, tmp_path, capsys, method):
+    """Of every method: `--resume --name` alone reads the config that the run wrote, and a longer length trains on."""
+    assert main(["finetune", *words, "--name", "t", "--method", method]) == 0
+    resume = ["finetune", "--resume", "--name", "t", "--runs-dir", str(tmp_path / "runs")]
+    capsys.readouterr()
+    assert main(resume) == 0
+    said = capsys.readouterr().out
+    assert "Nothing to train] the run is at step 2 already: trained to the planned end; raise --max-steps" in said
+    assert "Training complete" not in said
+    assert main([*resume, "--max-steps", "3"]) == 0
+    assert "Training complete!] 3 steps" in capsys.readouterr().out
+
+
 def test_faults_are_answered_with_2(words, capsys):
     """A misspelt flag, a missing file of rows and a missing model are told by name."""
     assert main(["finetune", *words, "--rnk", "4"]) == 2
     assert "--rnk is not a flag of entrenar finetune; did you mean --rank?" in capsys.readouterr().err
     assert main(["finetune", "--data", "x.jsonl"]) == 2
-    assert "model: field required" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "ConfigError: model is required; give --model, or set it in a config file" in said
+    assert "sft is required" not in said
+    assert main(["finetune"]) == 2
+    assert "sft.data is required; give --data, or set it in a config file" in capsys.readouterr().err
     assert main(["finetune", *words[:2], "--data", "missing.jsonl"]) == 2
     assert "missing.jsonl does not exist" in capsys.readouterr().err
 

@@ -321,11 +321,27 @@ def test_the_command_line_trains_evaluates_and_writes(corpus, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("def value")
 
 
+def test_more_time_counts_from_the_checkpoint(corpus, tmp_path):
+    """A run that time ended continues for as long again; without more time there is nothing left to do."""
+    flags = {"train__max_time_s": "1.5", "train__eval_every": "0", "checkpoint__save_every": "0"}
+    config = config_for(corpus, tmp_path, **flags)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": None})})
+    first = recipe.train(config)
+    assert first.outcome.reason == "time"
+    done = recipe.train(config, resume=True)
+    assert (done.outcome.step, done.outcome.last_record) == (first.outcome.step, None)
+    longer = recipe.train(config, resume=True, adds_time=True)
+    assert longer.outcome.step > first.outcome.step
+    elapsed = longer.outcome.last_record.elapsed_s - first.outcome.last_record.elapsed_s
+    assert elapsed >= 1.5
+    recorded = load_config(tmp_path / "trial" / "config.toml").train.max_time_s
+    assert recorded > first.outcome.last_record.elapsed_s + 1.5  # a later --resume would end there too
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--batch-size", "0"), ("--seq-len", "-5"), ("--threads", "-1")])
 def test_numbers_of_the_command_line_are_checked_before_anything_is_loaded(flag, value, capsys):
     """A count below one ends with 2 and the rule."""
-    with pytest.raises(SystemExit, match="2"):
-        main(["eval", "nowhere", "--corpus", "nowhere", flag, value])
+    assert main(["eval", "nowhere", "--corpus", "nowhere", flag, value]) == 2
     assert f"argument {flag}: must be a whole number >= 1, got '{value}'" in capsys.readouterr().err
 
 

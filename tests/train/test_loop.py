@@ -36,7 +36,7 @@ from entrenar.errors import (
     OutOfMemoryError,
     TrainingHalted,
 )
-from entrenar.runs import StepRecord, list_checkpoints, read_records
+from entrenar.runs import Event, StepRecord, list_checkpoints, read_records
 from entrenar.train import Outcome, Run, Task, fit, latest_good
 from entrenar.train.optim import Optimizer
 
@@ -399,6 +399,33 @@ def test_a_signal_handler_is_put_back(tmp_path: Path) -> None:
     assert (outcome.reason, outcome.step) == ("signal", 1)
     assert outcome.last_record.held_out is None
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.chaos
+def test_a_listener_that_fails_costs_no_step(tmp_path: Path) -> None:
+    """When the terminal is gone, the callback's error comes through, and the last whole step is saved."""
+
+    def gone(record: StepRecord) -> None:
+        if record.step == 3:
+            raise BrokenPipeError
+
+    def deaf(event: Event) -> None:
+        if event.step == 3:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        fit(
+            toy_task(Toy()), toy_settings(save_every=2), Run(tmp_path, {}),
+            on_record=gone, on_event=deaf,
+        )  # fmt: skip
+    assert latest_good(tmp_path / "checkpoints").step == 3
+
+
+def test_a_new_run_takes_at_least_one_step(tmp_path: Path) -> None:
+    """A time limit that is over at once still trains, and saves, one step."""
+    outcome = _fit(tmp_path, max_steps=None, max_time_s=1e-300)
+    assert (outcome.reason, outcome.step) == ("time", 1)
+    assert latest_good(tmp_path / "checkpoints").step == 1
 
 
 def test_a_non_finite_held_out_loss_is_never_the_best_and_can_be_saved(tmp_path: Path) -> None:

@@ -92,5 +92,5 @@ def _arguments() -> argparse.ArgumentParser:
         help="choose among the fewest tokens that reach this probability (default: 0.9)",
     )
     arguments.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: 0)")
-    arguments.add_argument("--threads", type=int, help="CPU threads")
+    arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
     return arguments

@@ -10,8 +10,8 @@ from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
-from entrenar.cli.progress import TrainingView, duration
-from entrenar.cli.train import ENDS, describe
+from entrenar.cli.progress import TrainingView, conclusion
+from entrenar.cli.train import describe
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
 from entrenar.planning import plan_run
@@ -21,8 +21,9 @@ from entrenar.runs import RunFolder
 def run(words: Sequence[str]) -> int:
     """Fine-tune; return the exit code."""
     logging.basicConfig(level=logging.ERROR)
-    parsed = flags.parse(_arguments(), words, FinetuneConfig)
-    config = _config(parsed.config, flags.given_flags(parsed, FinetuneConfig), is_resuming=parsed.resume)
+    parsed = flags.parse(_arguments(), words)
+    given = flags.given_flags(parsed, FinetuneConfig)
+    config = _config(parsed.config, given, is_resuming=parsed.resume)
     planned = plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
@@ -35,6 +36,7 @@ def run(words: Sequence[str]) -> int:
         resume=parsed.resume,
         overwrite=parsed.overwrite,
         allow_changes=parsed.allow_config_changes,
+        adds_time="train.max_time_s" in given,
         observer=replace(view.observer(), inspect_code=inspect_code),
     )
     _print_report(report, config)
@@ -64,9 +66,7 @@ def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> F
 
 
 def _print_report(report: recipe.FinetuneReport, config: FinetuneConfig) -> None:
-    last = report.outcome.last_record
-    elapsed = f" after {duration(last.elapsed_s)}" if last else ""
-    print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {ENDS[report.outcome.reason]}")
+    print(f"\n{conclusion(report.outcome)}")
     for when, figures in (("before", report.before), ("after", report.after)):
         if figures is not None:
             task = "" if figures.task is None else f"   {config.task.metric} {figures.task:.1%}"

@@ -3,12 +3,15 @@
 Commands are imported when they are called, so that `entrenar --help` answers without loading torch.
 """
 
+import difflib
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
 
 from entrenar import __version__
-from entrenar.errors import EntrenarError
+from entrenar.cli import streams
+from entrenar.errors import EntrenarError, MachineError, OutOfMemoryError
 
 COMMANDS = {
     "quickstart": "train a first model in five minutes and see what it learned",
@@ -30,6 +33,10 @@ COMMANDS = {
     "doctor": "check the machine and the install",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+# Errors that name no file: those of the output, since commands name the files that they write.
+_FULL_OR_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+_WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 _PROLOG = """usage: entrenar COMMAND …
 
@@ -51,6 +58,22 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    streams.prepare()
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except SystemExit as end:  # argparse, after --help or a wrong flag
+        return end.code if isinstance(end.code, int) else 0
+    except (EntrenarError, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ValueError) as error:
+        if (ending := _ending(error)) is None:
+            raise
+        code, reason = ending
+        if reason:
+            streams.tell(f"entrenar {words[0]}: {reason}")
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview(), end="")
         return 0 if words else 2
@@ -58,17 +81,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"entrenar {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        print(f"entrenar: no command {words[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+        streams.tell(f"entrenar: no command {words[0]!r}; {remedy}")
         return 2
     module = importlib.import_module(f"entrenar.cli.{_MODULES.get(words[0], words[0])}")
-    try:
-        return int(module.run(words[1:]))
-    except EntrenarError as error:
-        print(f"entrenar {words[0]}: {type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\nentrenar {words[0]}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 141
+    return int(module.run(words[1:]))
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the message for an error; None for one that is a bug of this program."""
+    if isinstance(error, EntrenarError):
+        return error.exit_code, f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED, "interrupted"
+    if isinstance(error, OSError):
+        return _os_ending(error)
+    if isinstance(error, ValueError):
+        return _value_ending(error)
+    from entrenar.train.oom import is_oom  # noqa: PLC0415  # loads torch, which such an error has loaded already
+
+    if not is_oom(error):
+        return None
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return OutOfMemoryError.exit_code, f"OutOfMemoryError: memory ran out ({reason}); `entrenar plan` shows what fits"
+
+
+def _value_ending(error: ValueError) -> tuple[int, str] | None:
+    from pydantic import ValidationError  # noqa: PLC0415  # loaded already, if it is one
+
+    if isinstance(error, ValidationError):
+        faults = (f"{'.'.join(map(str, f['loc']))}: {f['msg']}, got {f['input']!r:.100}" for f in error.errors())
+        return 2, "ConfigError: " + "\n".join(faults)
+    if isinstance(error, UnicodeError):
+        return 2, f"DataError: text must be UTF-8: {error}"
+    return None
+
+
+def _os_ending(error: OSError) -> tuple[int, str]:
+    if error.filename is not None:
+        code = 2 if error.errno in _WRONG_PATH else MachineError.exit_code
+        return code, f"{error.strerror}: {error.filename}"
+    streams.abandon_output()
+    if isinstance(error, BrokenPipeError):
+        return _BROKEN_PIPE, ""
+    place = "cannot write the output: " if error.errno in _FULL_OR_GONE else ""
+    return MachineError.exit_code, f"MachineError: {place}{error.strerror or error}"

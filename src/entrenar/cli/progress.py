@@ -10,6 +10,7 @@ from entrenar.cli.spans import trace_layers
 from entrenar.data import Progress
 from entrenar.recipe import Observer
 from entrenar.runs import Event, StepRecord
+from entrenar.train import Outcome
 
 _LIVE_EVERY_S = 0.2
 _PLAIN_EVERY_S = 10.0
@@ -31,6 +32,28 @@ def quantity(count: float) -> str:
         if count < limit:
             return f"{count / divisor:.0f}{unit}" if divisor == 1 else f"{count / divisor:.1f}{unit}"
     return f"{count / 1e9:.1f}G"
+
+
+_ENDS = {
+    "steps": "trained to the planned end",
+    "time": "the time limit was reached",
+    "early_stop": "the held-out loss stopped falling",
+    "data": "the data ended",
+}
+
+
+def conclusion(outcome: Outcome) -> str:
+    """Return how a run ended, as one line."""
+    last = outcome.last_record
+    if last is None:
+        return (
+            f"[entrenar: Nothing to train] the run is at step {outcome.step} already: {_ENDS[outcome.reason]}; "
+            "raise --max-steps or --epochs, or give --max-time-s, to train on"
+        )
+    after = f"{outcome.step} steps after {duration(last.elapsed_s)}"
+    if outcome.reason == "signal":
+        return f"[entrenar: Training interrupted] {after}: stopped by a signal; continue with --resume"
+    return f"[entrenar: Training complete!] {after}: {_ENDS[outcome.reason]}"
 
 
 class Line:

@@ -10,27 +10,20 @@ from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
-from entrenar.cli.progress import TrainingView, duration
+from entrenar.cli.progress import TrainingView, conclusion
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.infer import Evaluation
 from entrenar.planning import plan_run
 from entrenar.runs import RunFolder
 
-ENDS = {
-    "steps": "trained to the planned end",
-    "time": "the time limit was reached",
-    "early_stop": "the held-out loss stopped falling",
-    "signal": "stopped by a signal; continue with --resume",
-    "data": "the data ended",
-}
-
 
 def run(words: Sequence[str]) -> int:
     """Train; return the exit code."""
     logging.basicConfig(level=logging.ERROR)
     parsed = flags.parse(_arguments(), words)
-    config = _config(parsed.config, flags.given_flags(parsed), is_resuming=parsed.resume)
+    given = flags.given_flags(parsed)
+    config = _config(parsed.config, given, is_resuming=parsed.resume)
     if parsed.dry_run:
         return _dry_run(config, parsed)
     planned = plan_run(config) if parsed.plan else None
@@ -45,6 +38,7 @@ def run(words: Sequence[str]) -> int:
         resume=parsed.resume,
         overwrite=parsed.overwrite,
         allow_changes=parsed.allow_config_changes,
+        adds_time="train.max_time_s" in given,
         observer=replace(view.observer(), inspect_code=inspect_code),
     )
     _print_report(report)
@@ -86,9 +80,7 @@ def _dry_run(config: RunConfig, parsed: argparse.Namespace) -> int:
 
 
 def _print_report(report: recipe.TrainReport) -> None:
-    last = report.outcome.last_record
-    elapsed = f" after {duration(last.elapsed_s)}" if last else ""
-    print(f"\n[entrenar: Training complete!] {report.outcome.step} steps{elapsed}: {ENDS[report.outcome.reason]}")
+    print(f"\n{conclusion(report.outcome)}")
     if report.before is not None:
         print(f"  held-out before   {describe(report.before)}")
     if report.after is not None:

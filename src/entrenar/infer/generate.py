@@ -35,7 +35,7 @@ class GenerateConfig(BaseModel):
     """Choose among tokens at least this share as likely as the most likely one."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Above 1, tokens of the prompt and of the text so far become less likely."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     """Seed of the random choices: the same seed writes the same text."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of its result."""

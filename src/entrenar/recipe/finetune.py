@@ -70,17 +70,19 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     allow_changes: bool = False,
+    adds_time: bool = False,
     observer: Observer | None = None,
 ) -> FinetuneReport:
     """Fine-tune, or resume from the latest good checkpoint of the run.
 
-    `overwrite` deletes an earlier run of the same name; `allow_changes` resumes although the config changed.
+    `overwrite` deletes an earlier run of the same name; `allow_changes` resumes although the config changed;
+    `adds_time` counts max_time_s from the checkpoint that the run resumes from.
 
     Raises:
         ConfigError, DataError, FormatError, CheckpointError, TrainingHalted, MachineError.
     """
     observer = observer or Observer()
-    started = start(config, Mode(resume, overwrite, allow_changes))
+    started = start(config, Mode(resume, overwrite, allow_changes, adds_time))
     model, tokenizer, folder = open_base(started.config, started.device, is_resumed=started.is_resumed)
     check_adapter(started.config, model, folder, is_resumed=started.is_resumed)
     config = _shortened_to_context(started.config, model)
@@ -135,7 +137,8 @@ def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) ->
         lr_factors=learning_rate_factors(model, config.lora.lora_plus_ratio),
     )
     outcome = carry_out(started, task, observer)
-    return FinetuneReport(outcome, config.run_dir, model_folder(config.run_dir), before, held_out.measure())
+    after = None if outcome.reason == "signal" else held_out.measure()
+    return FinetuneReport(outcome, config.run_dir, model_folder(config.run_dir), before, after)
 
 
 def _shortened_to_context(config: FinetuneConfig, model: Llama) -> FinetuneConfig:

@@ -60,17 +60,19 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_changes: bool = False,
+    adds_time: bool = False,
     observer: Observer | None = None,
 ) -> TrainReport:
     """Pre-train, or resume from the latest good checkpoint of the run.
 
-    `overwrite` deletes an earlier run of the same name; `allow_changes` resumes although the config changed.
+    `overwrite` deletes an earlier run of the same name; `allow_changes` resumes although the config changed;
+    `adds_time` counts max_time_s from the checkpoint that the run resumes from.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingHalted, MachineError.
     """
     observer = observer or Observer()
-    ready = _ready(config, Mode(resume, overwrite, allow_changes), observer)
+    ready = _ready(config, Mode(resume, overwrite, allow_changes, adds_time), observer)
     started, config = ready.started, ready.started.config
     model = _build_model(started, ready.tokenizer, observer)
     open_run_folder(started)

@@ -62,11 +62,13 @@ class Mode:
         resume: continue the latest good checkpoint.
         overwrite: delete an earlier run of the same name first.
         allow_changes: resume although the config changed.
+        adds_time: a resumed run's max_time_s counts from its checkpoint, not from its first step.
     """
 
     resume: bool = False
     overwrite: bool = False
     allow_changes: bool = False
+    adds_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,16 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
     device = choose_device(config)
     checkpoint = find_checkpoint(config.run_dir, mode)
     recorded = checkpoint.state["config"]["compute_dtype"] if checkpoint else None
+    if mode.adds_time and checkpoint is not None:
+        config = _with_more_time(config, checkpoint.state["counters"]["elapsed_s"])
     return Start(settle_compute_dtype(config, device, recorded), mode, device, checkpoint)
+
+
+def _with_more_time(config: ConfigT, elapsed_s: float) -> ConfigT:
+    limit_s = config.train.max_time_s
+    if limit_s is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"max_time_s": elapsed_s + limit_s})})
 
 
 def choose_device(config: AnyConfig) -> torch.device:

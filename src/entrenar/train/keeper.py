@@ -63,6 +63,7 @@ class CheckpointKeeper:
 
     def rescue(self, state: Mapping[str, Any] | None, optimizer: Optimizer) -> None:
         """Save the last whole step on the way out of an error, so that nothing learned is lost."""
+        self._journal.dismiss_listeners()  # the error may be a listener's: a terminal that is gone, a full disk
         if state is None or state["counters"]["step"] <= self.saved_step:
             return
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from entrenar.errors import ConfigError, DataError, EntrenarError, NonFiniteError, TrainingHalted
+from entrenar.errors import ConfigError, DataError, NonFiniteError, TrainingHalted
 from entrenar.runs import Event, StepRecord, list_checkpoints
 from entrenar.train import rng
 from entrenar.train.keeper import CheckpointKeeper
@@ -76,7 +76,7 @@ def fit(
     with closing(journal), StopSignals() as stop, closing(_Training(task, settings, run, journal, world)) as training:
         try:
             reason = training.run_until_end(stop)
-        except EntrenarError:
+        except Exception:
             training.rescue()
             raise
     progress = training.progress
@@ -135,6 +135,8 @@ class _Training:
             self.progress.restore(self.run.resume)
         self.task.module.train()
         self.progress.mark_boundary()
+        if self.run.resume is None:
+            return None  # a new run takes at least one step
         return self.progress.end(self.world.broadcast(self.progress.elapsed_s()), is_interrupted=False)
 
     def gather(self) -> list[SplittableBatch]:

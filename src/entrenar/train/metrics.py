@@ -136,6 +136,10 @@ class Journal:
             sink.append(asdict(event))
         self._on_event(event)
 
+    def dismiss_listeners(self) -> None:
+        """Call no listener from now on; the sinks still get everything."""
+        self._on_record = self._on_event = _ignore
+
     def sync(self) -> None:
         """Make everything written durable."""
         for sink in (*self._metrics, *self._events):
@@ -145,6 +149,10 @@ class Journal:
         """Close the sinks."""
         for sink in (*self._metrics, *self._events):
             sink.close()
+
+
+def _ignore(_: StepRecord | Event) -> None:
+    """Do nothing."""
 
 
 def open_journal(

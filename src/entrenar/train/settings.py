@@ -40,7 +40,7 @@ class TrainConfig(BaseModel):
     """Steps between metrics records."""
     tensorboard: bool = Field(default=False, json_schema_extra=CHANGEABLE)
     """Also write TensorBoard event files into the run folder."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of weights, shuffling and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` halves weights, gradients and activations and keeps float32 masters in the optimizer."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the run to stop after the current step; a second one stops it at once.
+"""Ctrl-C, SIGTERM and SIGHUP ask the run to stop after the current step; a second one stops it at once.
 
 As soon as the first signal has come, the kernel's default action is restored, so the second one ends the process even
 inside a long torch call, where no Python handler would run. That is safe: checkpoints are committed by a rename.
@@ -8,7 +8,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM)
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
@@ -21,12 +21,14 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # Python allows handlers in the main thread only; elsewhere the host program decides about signals.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._first) for number in _HANDLED}
+            for number in _HANDLED:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored: the run goes on
+                    self._previous[number] = signal.signal(number, self._first)
         return self
 
     def _first(self, number: int, _frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        for handled in _HANDLED:
+        for handled in self._previous:
             signal.signal(handled, signal.SIG_DFL)
 
     def __exit__(
