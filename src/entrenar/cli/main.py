@@ -99,7 +99,7 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
         return _os_ending(error)
     if isinstance(error, ValueError):
         return _value_ending(error)
-    from entrenar.train.oom import is_oom  # noqa: PLC0415  # loads torch, which such an error has loaded already
+    from entrenar.train import is_oom  # noqa: PLC0415  # torch is loaded already
 
     if not is_oom(error):
         return None
