@@ -1,7 +1,8 @@
 """Say what a person would conclude from a trace: what costs the time, on what evidence, and what to do next.
 
-Each check looks for one cause and returns findings or none; they are ordered by the share of the run's time that they
-explain. A check stays silent below its bound: a diagnosis that always finds something is not read twice.
+Each check looks for one cause and returns findings or none. Those about the program come first, ordered by the share of
+the run's time that they explain; those about the machine follow, as they make everything slow alike. A check stays
+silent below its bound: a diagnosis that always finds something is not read twice.
 """
 
 import statistics
@@ -87,15 +88,18 @@ class _Trace:
 
 
 def diagnose(reader: Reader) -> list[Finding]:
-    """Return what stands out in a trace, the most costly first.
+    """Return what stands out in a trace: about the program, the most costly first, then about the machine.
 
     Raises: FormatError for a damaged trace.
     """
     trace = _Trace(reader)
     checks = (_waiting_for_data, _slow_operations, _slow_siblings, _saves, _garbage, _slow_io, _slow_rank, _anomalies)
     found = [finding for check in checks for finding in check(trace)]
-    found += machine_findings(reader.metrics())
-    return sorted(found, key=lambda finding: -finding.share)
+    return _by_share(found) + _by_share(machine_findings(reader.metrics()))
+
+
+def _by_share(findings: list[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: -finding.share)
 
 
 def _waiting_for_data(trace: _Trace) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import Any
 from opentelemetry import trace as api
 from opentelemetry.context import Context
 
+from entrenar.trace import garbage
 from entrenar.trace.launch import Wants, wanted
 from entrenar.trace.recorder import Recorder
 
@@ -25,11 +26,15 @@ def from_environment() -> api.TracerProvider:
     """Return the provider for this process; one that does nothing if nobody collects. Never fails."""
     try:
         wants = wanted(os.environ)
-        if wants is None:
-            return api.NoOpTracerProvider()
-        return Provider(Recorder(wants.folder), wants)
+        return api.NoOpTracerProvider() if wants is None else _recording(wants)
     except Exception:  # noqa: BLE001 - the traced program must not notice
         return api.NoOpTracerProvider()
+
+
+def _recording(wants: Wants) -> "Provider":
+    provider = Provider(Recorder(wants.folder), wants)
+    garbage.watch(provider.recorder, lambda: api.get_current_span().get_span_context().span_id or wants.parent)
+    return provider
 
 
 class Provider(api.TracerProvider):
