@@ -1,10 +1,12 @@
 """Fine-tuning a model folder on a file of rows: what is learned, what stays, and that a run resumes to the byte."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,36 @@ def test_a_renamed_run_is_resumed(base, data, tmp_path):
     assert (report.outcome.step, report.run_dir) == (4, tmp_path / "renamed")
     with pytest.raises(CheckpointError, match=r"lora\.rank: 8 -> 4"):
         recipe.finetune(config_for(base, data, tmp_path, name="renamed", lora__rank="4"), resume=True)
+
+
+def test_a_run_keeps_the_date_that_its_chat_template_was_told(base, tmp_path, monkeypatch):
+    """Resumed on another day, it reads the same rows; its config says which day."""
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    rows = tmp_path / "rows.jsonl"
+    talk = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "cat"}]
+    rows.write_text((json.dumps({"messages": talk}) + "\n") * 8)
+    flags = {"sft__eval_fraction": "0", "sft__seq_len": "60"}
+    recipe.finetune(config_for(folder, rows, tmp_path, train__max_steps="2", **flags))
+    today = date.today().isoformat()
+    assert f'template_date = "{today}"' in (tmp_path / "trial" / "config.toml").read_text()
+
+    class Tomorrow(date):
+        @classmethod
+        def today(cls):
+            return cls(2099, 1, 1)
+
+    monkeypatch.setattr(sys.modules["entrenar.recipe.finetune"], "date", Tomorrow)
+    report = recipe.finetune(config_for(folder, rows, tmp_path, train__max_steps="4", **flags), resume=True)
+    assert report.outcome.step == 4
+    with pytest.raises(CheckpointError, match="template_date"):
+        recipe.finetune(config_for(folder, rows, tmp_path, sft__template_date="2099-01-01", **flags), resume=True)
+    with pytest.raises(ConfigError, match="template_date"):
+        config_for(folder, rows, tmp_path, sft__template_date="tomorrow")
 
 
 def test_lora_plus_moves_b_further(base, data, tmp_path):

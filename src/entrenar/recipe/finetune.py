@@ -9,6 +9,7 @@ are the same.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def finetune(
     started = start(config, Mode(resume, overwrite, allow_changes, adds_time))
     model, tokenizer, folder = open_base(started.config, started.device, is_resumed=started.is_resumed)
     check_adapter(started.config, model, folder, is_resumed=started.is_resumed)
-    config = _shortened_to_context(started.config, model)
+    config = _dated(_shortened_to_context(started.config, model), tokenizer, started)
     started = dataclasses.replace(started, config=config)
     check_unchanged(started)
     if overwrite:
@@ -139,6 +140,15 @@ def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) ->
     outcome = carry_out(started, task, observer)
     after = None if outcome.reason == "signal" else held_out.measure()
     return FinetuneReport(outcome, config.run_dir, model_folder(config.run_dir), before, after)
+
+
+def _dated(config: FinetuneConfig, tokenizer: Tokenizer, started: Start[FinetuneConfig]) -> FinetuneConfig:
+    """Fix the date that a chat template writes into rows, so that a run resumed on another day reads the same rows."""
+    if config.sft.template_date is not None or not any("strftime_now" in t for t in tokenizer.chat_templates.values()):
+        return config
+    recorded = started.checkpoint.state["config"]["sft"].get("template_date") if started.checkpoint else None
+    dated = config.sft.model_copy(update={"template_date": recorded or date.today().isoformat()})
+    return config.model_copy(update={"sft": dated})
 
 
 def _shortened_to_context(config: FinetuneConfig, model: Llama) -> FinetuneConfig:

@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,10 +49,10 @@ class Rendering:
 class ChatTemplate:
     """A tokenizer's chat template, rendered in a separate process; use it in a `with` statement, or call `close`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, today: date | None = None, cpu_s: float = MAX_CPU_S) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, today: str | None = None, cpu_s: float = MAX_CPU_S) -> None:
         """Take the template of `tokenizer`; compiling it and rendering one text may each take `cpu_s` of CPU time.
 
-        `today` is the date that `strftime_now` gives, the clock's if None.
+        `today` (YYYY-MM-DD) is the date that `strftime_now` gives, the clock's if None.
 
         Raises: DataError if it has none.
         """
@@ -63,7 +62,7 @@ class ChatTemplate:
                 "the tokenizer has no chat_template; add one to tokenizer_config.json or chat_template.jinja"
             )
         self._tokenizer = tokenizer
-        self._arguments = (str(cpu_s), str(os.getpid()), "" if today is None else today.isoformat())
+        self._arguments = (str(cpu_s), str(os.getpid()), today or "")
         control = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
         self._processes: dict[str, _Process] = {}

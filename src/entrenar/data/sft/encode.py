@@ -73,7 +73,13 @@ class Segment:
 class Encoder:
     """Encode conversations for one tokenizer; use it in a `with` statement, for a template has its own process."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_format: PromptFormat, train_on: TrainOn) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_format: PromptFormat, train_on: TrainOn, today: str | None = None
+    ) -> None:
+        """Choose the format; `today` (YYYY-MM-DD) is the date that a chat template is told, the clock's if None.
+
+        Raises: ConfigError for the format chat without a chat template.
+        """
         has_template = bool(tokenizer.chat_templates)
         if prompt_format == "chat" and not has_template:
             raise ConfigError("sft.prompt_format = chat needs a tokenizer with a chat_template; this one has none")
@@ -82,7 +88,7 @@ class Encoder:
             ("chat" if has_template else "alpaca") if prompt_format == "auto" else prompt_format
         )
         self._train_on = train_on
-        self._chat = ChatTemplate(tokenizer) if self._format == "chat" else None
+        self._chat = ChatTemplate(tokenizer, today=today) if self._format == "chat" else None
         self._anchor = tokenizer.encode(_ANCHOR) if tokenizer.adds_space else []
 
     def __enter__(self) -> Self:

@@ -119,7 +119,7 @@ class _Reader:
     """Turns rows into examples, and notes what nothing reads."""
 
     def __init__(self, tokenizer: Tokenizer, config: SftConfig, rows: SftRows) -> None:
-        self.encoder = Encoder(tokenizer, config.prompt_format, config.train_on)
+        self.encoder = Encoder(tokenizer, config.prompt_format, config.train_on, config.template_date)
         self._ignored, self._notes = config.ignore_fields, rows
         self._templates = None
         if config.prompt_template is not None and config.completion_template is not None:

@@ -1,5 +1,6 @@
 """What a user decides about the data of a fine-tuning run."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ class SftConfig(BaseModel):
     """Answer made from a row's fields, such as " {label}"; goes with prompt_template."""
     prompt_format: PromptFormat = "auto"
     """Text around the turns: chat is the tokenizer's template; auto is chat if there is a template, else alpaca."""
+    template_date: str | None = None
+    """Date (YYYY-MM-DD) that a chat template is told; the day a run starts when not given, kept when it is resumed."""
     train_on: TrainOn = "answers"
     """Trained tokens: all answers, the last answer only, or all tokens; a row's own marks leave out more."""
     long_rows: Literal["drop", "cut", "stop"] = "drop"
@@ -58,6 +61,11 @@ class SftConfig(BaseModel):
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_date(cls, value: str | None) -> str | None:
+        return value if value is None else date.fromisoformat(value).isoformat()
 
     @field_validator("prompt_template", "completion_template")
     @classmethod
