@@ -117,3 +117,27 @@ def anomaly_json(anomaly: Anomaly) -> dict[str, Any]:
         "source": None if frame is None else {"file": frame.file, "line": frame.line, "function": frame.function},
         "path": anomaly.path,
     }
+
+
+class Quiet:
+    """Lets one anomaly of each operation through per second, so that a broken disk does not flood the terminal.
+
+    A shift always passes. What was held back is told with the next one that passes; the report counts everything.
+    """
+
+    def __init__(self, interval_ns: int = 1_000_000_000) -> None:
+        self._interval_ns = interval_ns
+        self._last: dict[str, int] = {}
+        self._held: dict[str, int] = {}
+
+    def line(self, anomaly: Anomaly, *, short: bool = False) -> str | None:
+        """Return the line to print, None to print nothing."""
+        name = anomaly.operation
+        last_ns = self._last.get(name)
+        if anomaly.kind == "point" and last_ns is not None and anomaly.at_ns - last_ns < self._interval_ns:
+            self._held[name] = self._held.get(name, 0) + 1
+            return None
+        self._last[name] = anomaly.at_ns
+        held = self._held.pop(name, 0)
+        more = f"  (and {held} of {name} since the last line)" if held else ""
+        return line(anomaly, short=short) + more

@@ -39,6 +39,7 @@ class AnomalyLines:
         action = None
         if on_high is not None:
             action = alarm.Alarm(self._stop if on_high == "stop" else alarm.run_command(on_high))
+        self._quiet = anomaly_report.Quiet()
         self.detector = Detector(sensitivity, method=method, on_high=action)
 
     def __call__(self, batch: Joined) -> Sequence[Anomaly]:
@@ -48,7 +49,8 @@ class AnomalyLines:
         events = [event_of_call(call) for call in batch.calls] + [event_of_span(span) for span in batch.ended]
         found = self.detector.see_all(event for event in events if event is not None)
         for anomaly in found:
-            print(anomaly_report.line(anomaly), file=sys.stderr)
+            if (line := self._quiet.line(anomaly)) is not None:
+                print(line, file=sys.stderr)
         return found
 
     def _stop(self, anomaly: Anomaly) -> None:
