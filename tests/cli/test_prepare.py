@@ -42,6 +42,23 @@ def test_a_corpus_is_made_and_summed_up(sources, tmp_path, capsys):
     assert "raw.bin" in said
 
 
+def test_a_lone_text_says_how_it_is_cut_and_another_corpus_stays(tmp_path, capsys):
+    """The cut is printed with its flags; other sources need --overwrite; a corpus without held-out text says so."""
+    text, out = tmp_path / "play.txt", tmp_path / "corpus"
+    text.write_text("a line of the only play there is\n" * 400)
+    words = ["prepare", str(text), "--out", str(out), "--vocab-size", "300", "--threads", "1"]
+    assert main(words) == 0
+    limit = Corpus.open(out).manifest.options["max_document_bytes"]
+    assert f"texts longer than {limit:,} bytes are cut at line starts" in capsys.readouterr().out
+    other = tmp_path / "other.txt"
+    other.write_text("another text\n" * 400)
+    words = ["prepare", str(other), "--out", str(out), "--vocab-size", "300", "--val-fraction", "0"]
+    assert main(words) == 2
+    assert "replace it with --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert "nothing is held out" in capsys.readouterr().out
+
+
 def test_a_whole_corpus_is_not_made_again(sources, tmp_path, capsys):
     """`--if-missing` leaves a corpus alone, and does not take a damaged one for whole."""
     out = tmp_path / "corpus"

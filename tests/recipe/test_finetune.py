@@ -280,7 +280,7 @@ def test_bad_rows_stop_the_run_before_it_begins_or_are_set_aside(base, data, tmp
         ({"lora__target_modules": "qproj"}, "no projection is named 'qproj', did you mean q_proj"),
         ({"sft__seq_len": "100"}, r"sft\.seq_len must be <= 64, the model's context, got 100"),
         ({"sft__dat": "x"}, r"sft\.dat is not a setting; did you mean sft\.data"),
-        ({"sft__seq_len": "4"}, "no row of .* can be trained on: 120 too_long"),
+        ({"sft__seq_len": "4"}, "no row of .* can be used: 120 too_long"),
         ({"sft__prompt_format": "chat"}, r"sft\.prompt_format = chat needs a tokenizer with a chat_template"),
     ],
 )

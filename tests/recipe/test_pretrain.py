@@ -68,6 +68,21 @@ def test_training_lowers_the_held_out_loss(corpus, tmp_path):
     assert report.after.bits_per_byte is not None
 
 
+def test_a_corpus_with_nothing_held_out_trains_without_a_held_out_loss(tmp_path):
+    """The advice of prepare and the rules of train agree; only early stopping needs held-out text."""
+    (tmp_path / "text.txt").write_text("def return value self import\n" * 400)
+    options = PrepareConfig(vocab_size=VOCAB_SIZE, val_fraction=0, threads=1)
+    prepare([tmp_path / "text.txt"], tmp_path / "corpus", options)
+    said = []
+    observer = recipe.Observer(on_stage=said.append)
+    report = recipe.train(config_for(tmp_path / "corpus", tmp_path / "runs"), observer=observer)
+    assert (report.before, report.after, report.outcome.step) == (None, None, 6)
+    assert any("No held-out text (prepared with val_fraction 0)" in line for line in said)
+    impatient = config_for(tmp_path / "corpus", tmp_path / "other", train__early_stop_patience="2")
+    with pytest.raises(DataError, match=r"^train\.early_stop_patience needs held-out text, but the corpora were prep"):
+        recipe.train(impatient)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path, precision):
     """Two steps, a stop, two steps, a second stop and two more are six steps, byte for byte."""

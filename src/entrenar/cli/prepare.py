@@ -22,19 +22,21 @@ def run(words: Sequence[str]) -> int:
         flags.from_fields(parsed, PrepareConfig),
         tokenizer=parsed.tokenizer,
         progress=TrainingView(None).preparing,
+        overwrite=parsed.overwrite,
     )
     _print_summary(parsed.out, manifest)
     return 0
 
 
 def _arguments() -> argparse.ArgumentParser:
-    arguments = flags.parser("prepare", "Tokenize text, code, jsonl, json or parquet into a corpus of shards.")
+    arguments = flags.parser("prepare", "Tokenize text, code, jsonl, json, csv or parquet into a corpus of shards.")
     arguments.add_argument("sources", nargs="+", help="files or folders; `stdlib` is Python's own sources")
-    arguments.add_argument("--out", type=Path, required=True, help="folder of the corpus; an old one is replaced")
+    arguments.add_argument("--out", type=Path, required=True, help="folder of the corpus")
     arguments.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json, sentencepiece .model or a model folder; trained when not given"
     )
     arguments.add_argument("--if-missing", action="store_true", help="do nothing if the corpus is there and whole")
+    arguments.add_argument("--overwrite", action="store_true", help="replace a corpus that was made from other sources")
     flags.add_field_flags(arguments, PrepareConfig)
     return arguments
 
@@ -47,10 +49,18 @@ def _print_summary(out: Path, manifest: CorpusManifest) -> None:
             f"  {name:<6} {quantity(split.documents):>7} documents  {quantity(split.tokens):>7} tokens  "
             f"{quantity(split.bytes):>7} bytes  {ratio:.2f} bytes per token"
         )
+    if manifest.cuts:
+        limit = manifest.options["max_document_bytes"]
+        print(
+            f"  texts longer than {limit:,} bytes are cut at line starts into several documents "
+            "(--max-document-bytes, --document-separator)"
+        )
+    if not manifest.splits["val"].documents:
+        print("  nothing is held out (val_fraction 0): a run on this corpus measures no held-out loss")
     if manifest.duplicates:
         print(f"  {manifest.duplicates:,} duplicates left out")
     if manifest.lossy_documents:
-        print(f"  {manifest.lossy_documents:,} documents hold text that the tokenizer cannot spell")
+        print(f"  {manifest.lossy_documents:,} documents contain text that the tokenizer cannot encode")
     for skipped in manifest.skipped:
         names = ", ".join(skipped.names[:3])
         print(f"  {skipped.count:,} files left out, {skipped.reason}: {names}{' …' if skipped.count > 3 else ''}")

@@ -2,7 +2,9 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from entrenar.data.row import MAX_ROW_BYTES, BadRow, Row, RowFaultError, RowStream, not_utf8, opened
 from entrenar.errors import DataError
@@ -77,6 +79,25 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
 
     Raises: DataError if it is damaged or pyarrow is not installed.
     """
+    with _parquet_file(path) as table:
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}:{number}", fields)
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """Return the names of a parquet file's columns.
+
+    Raises: as `parquet_rows`.
+    """
+    with _parquet_file(path) as table:
+        return list(table.schema_arrow.names)
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     try:
         import pyarrow  # noqa: PLC0415 - an extra, needed here only
         from pyarrow import parquet  # noqa: PLC0415
@@ -84,10 +105,6 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'entrenar[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}:{number}", fields)
+            yield table
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error

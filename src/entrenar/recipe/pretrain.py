@@ -43,6 +43,8 @@ from entrenar.recipe.start import (
 from entrenar.runs import RunFolder
 from entrenar.train import Outcome, Task
 
+_NOTHING_HELD_OUT = "No held-out text (prepared with val_fraction 0), so no held-out loss and no best checkpoint"
+
 
 @dataclass(frozen=True)
 class TrainReport:
@@ -79,9 +81,13 @@ def train(
     held_out = _HeldOut(config, model, ready.corpora)
     before = None
     if not started.is_resumed:
-        observer.on_stage("Held-out loss before training")
-        before = held_out.measure()
+        observer.on_stage("Held-out loss before training" if held_out.is_there else _NOTHING_HELD_OUT)
+        before = held_out.measure() if held_out.is_there else None
         observer.on_look(model, ready.tokenizer)
+
+    def evaluate() -> dict[str, float]:
+        return {**figures_of(held_out.measure()), **observer.on_look(model, ready.tokenizer)}
+
     put_into_training(model, config.train)
     task = Task(
         module=model,
@@ -89,7 +95,7 @@ def train(
         loss=batch_loss(model, started.device, is_compiled=config.train.compile),
         write_model=lambda folder, weights: write_model_folder(folder, model, weights, ready.tokenizer),
         read_model=lambda folder: dict(load_model(folder).named_parameters()),
-        evaluate=lambda: {**figures_of(held_out.measure()), **observer.on_look(model, ready.tokenizer)},
+        evaluate=evaluate if held_out.is_there else None,
         micro_batches_per_epoch=max(1, round(ready.loader.batches_per_epoch)),
     )
     outcome = carry_out(started, task, observer)
@@ -133,6 +139,11 @@ def _ready(config: RunConfig, mode: Mode, observer: Observer) -> _Ready:
         raise DataError(
             f"the corpus' tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
             f"set model.vocab_size = {tokenizer.vocab_size} or prepare the corpus with a smaller tokenizer"
+        )
+    if config.train.early_stop_patience is not None and not any(corpus.has_validation for corpus in corpora):
+        raise DataError(
+            "train.early_stop_patience needs held-out text, but the corpora were prepared with val_fraction 0; "
+            "prepare them with more (--val-fraction), or leave early_stop_patience out"
         )
     return _Ready(started, corpora, tokenizer, _loader(started, corpora))
 
@@ -188,8 +199,14 @@ class _HeldOut:
     """Measures the model on the held-out text, and remembers what it found last."""
 
     def __init__(self, config: RunConfig, model: Llama, corpora: list[Corpus]) -> None:
-        self._config, self._model, self._corpora = config, model, corpora
+        self._config, self._model = config, model
+        self._corpora = [corpus for corpus in corpora if corpus.has_validation]
         self._last: Evaluation | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether any corpus has held-out text."""
+        return bool(self._corpora)
 
     def measure(self) -> Evaluation:
         """Measure now."""
@@ -208,7 +225,7 @@ class _HeldOut:
         """Return the figures of the last step: those it was measured with, if it was; None after a signal."""
         if outcome.last_record is not None and outcome.last_record.held_out is not None:
             return self._last
-        return None if outcome.reason == "signal" else self.measure()
+        return None if outcome.reason == "signal" or not self.is_there else self.measure()
 
 
 def figures_of(evaluation: Evaluation) -> dict[str, float]:

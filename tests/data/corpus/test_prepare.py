@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from entrenar.data import Corpus, PrepareConfig, Progress, Tokenizer, prepare, train_bpe
 from entrenar.data.corpus.dedup import document_hash
-from entrenar.data.corpus.prepare import is_held_out
 from entrenar.errors import DataError, DiskFullError
 from entrenar.files import TEMPORARY_PREFIX, sha256_file
 
@@ -67,7 +66,7 @@ def test_the_split_is_by_document_and_whole(make_corpus: Callable[..., Corpus], 
     corpus = make_corpus(STORIES, val_fraction=0.25)
     train, val = (documents_of(corpus, split, tokenizer) for split in ("train", "val"))
     assert sorted(train + val) == sorted(STORIES)
-    assert val == [story for story in STORIES if is_held_out(document_hash(story.encode()), 0.25)]
+    assert val == [story for story in STORIES if document_hash(story.encode()) < 0.25 * 2**64]
     assert 30 <= len(val) <= 70
     again = make_corpus(STORIES[::-1], name="reversed", val_fraction=0.25)
     assert sorted(documents_of(again, "val", tokenizer)) == sorted(val)
@@ -100,7 +99,7 @@ def test_the_corpus_does_not_depend_on_threads(tmp_path: Path, tokenizer: Tokeni
 def test_a_tokenizer_is_trained_on_the_training_split_only(tmp_path: Path):
     """Without a tokenizer one is trained, the same every time; held-out words leave no merge."""
     held_out = [f"zyx{number}qqq " * 40 for number in range(400)]
-    documents = [text for text in held_out if is_held_out(document_hash(text.encode()), 0.02)]
+    documents = [text for text in held_out if document_hash(text.encode()) < 0.02 * 2**64]
     assert documents
     (tmp_path / "a.txt").write_text("\n###\n".join([*STORIES, *documents]), "utf-8")
     config = PrepareConfig(document_separator="###", val_fraction=0.02, vocab_size=400)
@@ -216,7 +215,7 @@ def test_a_tokenizer_with_one_boundary_token_uses_it_for_both(
         (b" \n\t\n", {}, "source .*a.txt has no document: it is empty"),
         (b"text\0", {}, "is binary, not text"),
         (b"\xff", {}, "is not UTF-8"),
-        (b"one document", {"val_fraction": 0.02}, "the held-out split is empty: 1 documents, val_fraction 0.02; raise"),
+        (b"document", {"val_fraction": 0.02}, "the held-out split is empty: 1 documents, val_fraction 0.02; raise"),
         (b"one document", {"val_fraction": 0.999}, "the train split is empty: 1 documents"),
     ],
 )
@@ -245,7 +244,7 @@ def test_a_folder_without_text_says_why(tmp_path: Path, tokenizer: Tokenizer):
 def test_text_that_is_all_held_out_trains_no_tokenizer_and_says_why(tmp_path: Path):
     """One document in the held-out split is not "empty"."""
     (tmp_path / "a.txt").write_text("words of one document")
-    with pytest.raises(DataError, match=r"none of the 1 documents fell into the sample; .* lower val_fraction \(0.999"):
+    with pytest.raises(DataError, match=r"none of the 2 documents fell into the sample; .* lower val_fraction \(0.999"):
         prepare([tmp_path / "a.txt"], tmp_path / "out", PrepareConfig(val_fraction=0.999999, threads=1))
 
 
@@ -257,11 +256,11 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer
     config = PrepareConfig(val_fraction=0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="mine exists and is no corpus, so it is not replaced"):
+    with pytest.raises(DataError, match="mine exists and is not a corpus, so it is not replaced"):
         prepare([source], tmp_path / "mine", config, tokenizer=tokenizer)
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / "manifest.json").write_text('{"version": 1, "step": 1}')  # a checkpoint has one too
-    with pytest.raises(DataError, match="step-00000001 exists and is no corpus, so it is not replaced"):
+    with pytest.raises(DataError, match="step-00000001 exists and is not a corpus, so it is not replaced"):
         prepare([source], tmp_path / "step-00000001", config, tokenizer=tokenizer)
     with pytest.raises(DataError, match="the corpus would become its own source"):
         prepare([source], source / "corpus", config, tokenizer=tokenizer)
@@ -337,6 +336,51 @@ def test_a_lone_text_file_is_cut_so_that_something_can_be_held_out(tmp_path):
     )
     manifest = prepare([text], tmp_path / "corpus", PrepareConfig(vocab_size=300, threads=1))
     assert manifest.splits["val"].documents >= 1
-    assert manifest.splits["train"].documents >= 100
+    assert 100 <= manifest.splits["train"].documents <= 250
+    tenth = PrepareConfig(vocab_size=300, threads=1, val_fraction=0.1)
+    assert prepare([text], tmp_path / "tenth", tenth).splits["train"].documents <= 50
+    nothing = PrepareConfig(vocab_size=300, threads=1, val_fraction=0)
+    assert prepare([text], tmp_path / "nothing", nothing).splits["train"].documents == 1
     whole = PrepareConfig(vocab_size=300, threads=1, val_fraction=0, max_document_bytes=1 << 20)
     assert prepare([text], tmp_path / "whole", whole).splits["train"].documents == 1
+
+
+def test_a_small_source_holds_something_out(tmp_path: Path):
+    """Of a handful of documents by chance none is held out, so the one of the smallest hash is; the others train."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"note {number}: the cat sat and ran " * 20)
+    (tmp_path / "poem.txt").write_text("".join(f"line {number} of a short poem\n" for number in range(12)))
+    for source, documents in ((folder, 3), (tmp_path / "poem.txt", 3)):
+        splits = prepare([source], tmp_path / "out", PrepareConfig(vocab_size=300, threads=1), overwrite=True).splits
+        assert splits["val"].documents == 1
+        assert splits["train"].documents >= documents - 1
+
+
+def test_another_corpus_is_replaced_only_when_asked(tmp_path: Path, tokenizer: Tokenizer):
+    """The same sources make it again; other sources need `overwrite`, and the message names the old ones."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}\n" * 50)
+    out, config = tmp_path / "corpus", PrepareConfig(val_fraction=0, threads=1)
+    first = prepare([tmp_path / "a.txt"], out, config, tokenizer=tokenizer)
+    assert prepare([tmp_path / "a.txt"], out, config, tokenizer=tokenizer) == first
+    with pytest.raises(DataError, match=r"holds another corpus, made from .*a\.txt; replace it with --overwrite"):
+        prepare([tmp_path / "b.txt"], out, config, tokenizer=tokenizer)
+    assert Corpus.open(out).manifest == first
+    assert prepare([tmp_path / "b.txt"], out, config, tokenizer=tokenizer, overwrite=True) != first
+
+
+def test_what_a_folder_leaves_out_is_in_the_manifest(tmp_path: Path, tokenizer: Tokenizer):
+    """Files and rows, with the reason and the first names."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "the cat"}\n{"story": "x"}\n{"text": "the dog"}\n')
+    (folder / "b.csv").write_text('text,n\nsat,1\nran,"2\n')
+    (folder / ".hidden").write_text("h")
+    manifest = prepare([folder], tmp_path / "out", PrepareConfig(val_fraction=0), tokenizer=tokenizer)
+    assert manifest.splits["train"].documents == 3
+    assert {(one.reason, *one.names) for one in manifest.skipped} == {
+        ("rows without text in 'text'", "a.jsonl:2"), ("rest of a file that cannot be read", "b.csv:3"),
+        ("hidden", ".hidden"),
+    }  # fmt: skip

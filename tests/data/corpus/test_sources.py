@@ -1,6 +1,7 @@
 """`entrenar.data.corpus.sources`: documents come out of files, folders and rows; what is no text is named."""
 
 import builtins
+import gzip
 import json
 import sys
 import sysconfig
@@ -92,7 +93,7 @@ def test_one_long_line_is_cut_between_characters(tmp_path: Path, name: str):
 
 
 def test_a_folder_gives_its_text_files_sorted_and_names_the_rest(tmp_path: Path):
-    """Binary, non-UTF-8, too large and empty files are counted and named; hidden ones and links are passed over."""
+    """Files without text, hidden ones, links to what is read and files that no pattern matches are named."""
     (tmp_path / "sub").mkdir()
     (tmp_path / ".git").mkdir()
     contents = {
@@ -109,6 +110,11 @@ def test_a_folder_gives_its_text_files_sorted_and_names_the_rest(tmp_path: Path)
     (tmp_path / "link.py").symlink_to(tmp_path / "a.py")
     log = ReadLog()
     assert _read(tmp_path, log=log, include=["*.py"], max_file_bytes=100) == ["a", "b", "c"]
+    (source,) = find_sources([str(tmp_path)], SourceConfig(include=("*.py",)))
+    assert sorted(source.left_out) == [
+        ("hidden", ".git/"), ("hidden", ".hidden.py"), ("linked to what is read already", "link.py"),
+        ("not matched by include", "notes.md"),
+    ]  # fmt: skip
     assert log.skipped_names == {
         "binary": ["bin.py"],
         "not UTF-8": ["latin.py"],
@@ -156,14 +162,16 @@ def test_rows_of_jsonl_json_and_parquet(tmp_path: Path):
         ("a.txt", b"\xef\xbb\xbfab\xff", r"a.txt is not UTF-8: byte 0xff at offset 5"),
         ("a.txt", b"\x89PNG\0\0", r"a.txt is binary, not text: a zero byte at offset 4"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a.jsonl:2: not valid JSON: 'utf-8' codec"),
+        ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a.jsonl:2: not UTF-8: byte 0xff"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl:1: not valid JSON"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1: a row must be a JSON object, got list"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1: a row must be a JSON object, got int"),
         ("a.jsonl", b'{"story": "a", "id": 1}\n', r"a.jsonl:1: no field 'text'; the row has id, story"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1: field 'text' must be text, got int"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1: field 'text' holds a lone surrogate at position 0"),
-        ("a.json", b'{"text": "a"}', r"a.json: must be a list of objects, got dict"),
-        ("a.json", b'[{"text": "a"}, {}]', r"a.json\[1\]: no field 'text'; the row has none"),
+        ("a.json", b'"text"', r"a.json:1: the file must hold a JSON list of rows, or an object a line"),
+        ("a.json", b'[{"text": "a"}, {}]', r"a.json:1 \(row 2\): no field 'text'; the row has none"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]', r"a.json:2: another value begins here, and would be dropped"),
+        ("a.csv", b'text\n"a\nb\n', r"a.csv:2: a quotation mark opens in this row and is never closed"),
         ("a.parquet", b"PAR1 not really", r"a.parquet is not a readable parquet file"),
     ],
 )
@@ -180,7 +188,7 @@ def test_parquet_columns_are_checked(tmp_path: Path):
     with pytest.raises(DataError, match=r"a.parquet: no column 'text'; it has story"):
         _read(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b.parquet\[1\]: field 'text' must be text, got NoneType"):
+    with pytest.raises(DataError, match=r"b.parquet:2: field 'text' must be text, got NoneType"):
         _read(tmp_path / "b.parquet")
 
 
@@ -219,18 +227,44 @@ def test_a_file_that_vanishes_is_a_data_error(tmp_path: Path):
         list(read_documents(file, config, ReadLog()))
 
 
-def test_limits_on_lines_and_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A line or a JSON file that cannot be read in bounded memory is refused with the way out."""
-    monkeypatch.setattr("entrenar.data.corpus.sources._MAX_LINE_BYTES", 20)
-    monkeypatch.setattr("entrenar.data.corpus.sources._MAX_JSON_BYTES", 20)
-    (tmp_path / "a.jsonl").write_text('{"text": "' + "a" * 50 + '"}')
-    with pytest.raises(DataError, match=r"a.jsonl:1: the line is longer than 20 bytes"):
-        _read(tmp_path / "a.jsonl")
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "a" * 50}]))
-    with pytest.raises(
-        DataError, match=r"has 64 bytes and must be read as a whole; write it as one object a line \(jq"
-    ):
-        _read(tmp_path / "a.json")
+def test_rows_of_a_folder_are_documents_and_the_others_are_named(tmp_path: Path):
+    """Each row of each data file, packed or not, by the reader that fine-tuning has; rows without text are counted."""
+    for name, content in {
+        "a.jsonl": '{"text": "a1"}\n{"text": "a2"}\n{"story": "x"}\n',
+        "b.json": '[{"text": "b1"}, {"text": "b2"}]',
+        "c.csv": "text,n\nc1,1\nc2,2\n",
+        "d.tsv": "n\ttext\n1\td1\n",
+        "package.json": '{"name": "x"}',
+        "e.txt": "e1",
+    }.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "f1"}\n'))
+    parquet.write_table(pyarrow.table({"text": ["g1"], "n": [1]}), tmp_path / "g.parquet")
+    parquet.write_table(pyarrow.table({"story": ["h1"]}), tmp_path / "h.parquet")
+    log = ReadLog()
+    assert _read(tmp_path, log=log) == ["a1", "a2", "b1", "b2", "c1", "c2", "d1", "e1", "f1", "g1"]
+    assert log.skipped_names["rows without text in 'text'"] == ["a.jsonl:3", "package.json:1"]
+    assert log.skipped_counts["rest of a file that cannot be read"] == 1
+
+
+def test_links_are_followed_once(tmp_path: Path):
+    """Files and folders behind links are read; a circle, a second way to a file and a broken link are named."""
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "sub" / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "b.txt").symlink_to(tmp_path / "b.txt")
+    (folder / "c.txt").symlink_to(tmp_path / "b.txt")
+    (folder / "sub").symlink_to(tmp_path / "real" / "sub")
+    (folder / "gone.txt").symlink_to(tmp_path / "gone.txt")
+    (folder / "circle").symlink_to(folder)
+    (source,) = find_sources([str(folder)], SourceConfig())
+    assert [file.name for file in source.files] == ["b.txt", "sub/a.txt"]
+    assert sorted(source.left_out) == [
+        ("broken links", "gone.txt"), ("linked to what is read already", "c.txt"),
+        ("linked to what is read already", "circle/"),
+    ]  # fmt: skip
 
 
 def test_importing_sources_does_not_import_pyarrow():

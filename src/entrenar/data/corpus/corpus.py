@@ -172,6 +172,11 @@ class Corpus:
         """Return the ids of a split."""
         return self._streams[split]
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is held-out text: at least one token that follows another."""
+        return len(self._streams["val"]) > 1
+
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made the ids."""
         return Tokenizer.load(self.folder)
@@ -186,12 +191,20 @@ class Corpus:
 
 
 def is_corpus(folder: Path) -> bool:
-    """Say whether a folder holds a corpus, whole or not; checkpoints have a manifest of that name too."""
+    """Return whether a folder holds a corpus, whole or not; checkpoints have a manifest of that name too."""
     try:
         content = read_json(folder / MANIFEST)
     except (OSError, FormatError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def sources_of(folder: Path) -> list[str] | None:
+    """Return the names of the sources that a corpus was made from; None if there is no manifest that says so."""
+    try:
+        return [source.name for source in _read_manifest(folder).sources]
+    except (DataError, FormatError, OSError):
+        return None
 
 
 def check_same_tokenizer(corpora: Sequence[Corpus], tokenizer_hash: str, owner: str) -> None:
@@ -211,9 +224,13 @@ def check_same_tokenizer(corpora: Sequence[Corpus], tokenizer_hash: str, owner: 
 def _read_manifest(folder: Path) -> CorpusManifest:
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"{folder} is no corpus: it has no {MANIFEST}; make one with `entrenar prepare SOURCE --out {folder}`"
+        is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        remedy = (
+            f"make one with `entrenar prepare SOURCE --out {folder}`"
+            if is_free
+            else f"make one of it with `entrenar prepare {folder} --out corpora/{folder.stem or 'text'}`, and give that"
         )
+        raise DataError(f"{folder} is not a corpus: it has no {MANIFEST}; {remedy}")
     content = read_json(path)
     version = content.get("version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -143,7 +143,8 @@ def validation_batches(
     stream = corpus.stream(split)
     if len(stream) < 2:
         raise DataError(
-            f"corpus {corpus.folder} has no {split} split: it was prepared with val_fraction 0; prepare it with more"
+            f"corpus {corpus.folder} has no {split} split: it was prepared with val_fraction 0; prepare it again with "
+            "a larger --val-fraction"
         )
     windows = _Windows(corpus, stream, seq_len)
     total = -(-(len(stream) - 1) // seq_len)

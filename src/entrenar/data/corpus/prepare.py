@@ -5,9 +5,11 @@ encode a batch each (`tokenizers` releases the interpreter's lock) and turn its 
 written in the order of reading. So the corpus is the same, byte for byte, whatever the number of threads. What is in
 memory: a few batches, and 16 to 32 bytes a document to find duplicates.
 
-The split is decided by each document's own hash: independent of order, and the same in every corpus.
+The split is decided by each document's own hash: independent of order, and the same in every corpus. Where a small
+source would leave nothing held out, its document of the smallest hash is.
 """
 
+import math
 import os
 from array import array
 from collections import deque
@@ -32,18 +34,22 @@ from entrenar.data.corpus.corpus import (
     Split,
     TokenizerEntry,
     is_corpus,
+    sources_of,
 )
 from entrenar.data.corpus.dedup import SeenHashes, document_hash
 from entrenar.data.corpus.shards import ShardWriter
-from entrenar.data.corpus.sources import STDLIB, ReadLog, Source, SourceConfig, find_sources, read_documents
+from entrenar.data.corpus.sources import STDLIB, CorpusSource, ReadLog, SourceConfig, find_sources, read_documents
 from entrenar.data.tokenizer.tokenizer import Tokenizer
 from entrenar.data.tokenizer.train_bpe import train_bpe
 from entrenar.errors import DataError
 from entrenar.files import atomic_directory, atomic_write, sha256_file, write_json
 
 _BATCH_BYTES = 1 << 19
-_PIECES_OF_A_LONE_TEXT = 256
+_SMALLEST_PIECE_BYTES = 16
+_HELD_OUT_OF_A_LONE_TEXT = 4
 _LEAST_PIECE_BYTES = 1 << 10
+# A source of up to this size is hashed before it is encoded, to see whether anything would be held out.
+_HASHED_FIRST_BYTES = 64 << 20
 _HASH_SPAN = 1 << 64
 
 
@@ -51,22 +57,22 @@ class PrepareConfig(SourceConfig):
     """How a corpus is made."""
 
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the documents that is held out for validation."""
+    """Share of the documents held out for validation; 0 holds out none, and a run on the corpus measures nothing."""
     dedup: bool = True
-    """Drop documents that are equal to an earlier one."""
+    """Drop duplicate documents."""
     shard_tokens: int = Field(default=1 << 26, ge=1)
     """Tokens in a shard file."""
     threads: int | None = Field(default=None, ge=1)
-    """Threads that encode; all cores if not given."""
+    """Encoding threads; all cores if not given."""
     vocab_size: int = Field(default=8192, ge=1)
     """Vocabulary of the tokenizer that is trained when none is given."""
     tokenizer_sample_bytes: int = Field(default=32 << 20, ge=1)
-    """How much text of the training split a tokenizer is trained on, to within a document."""
+    """Bytes of training text that a new tokenizer is trained on, to within a document."""
 
 
 @dataclass
 class Progress:
-    """How far `prepare` is; `stage` is "tokenizer" or "encode". One object, updated in place."""
+    """Progress of `prepare`; `stage` is "tokenizer" or "encode". One object, updated in place."""
 
     stage: str
     total_files: int
@@ -84,63 +90,90 @@ def prepare(
     *,
     tokenizer: Tokenizer | str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
+    overwrite: bool = False,
 ) -> CorpusManifest:
     """Write the corpus of `sources` to folder `out`, whole or not at all; without a tokenizer, train one first.
 
-    Raises: DataError for sources or a tokenizer that cannot be used; FormatError for a damaged tokenizer file;
-    DiskFullError.
+    A corpus of the same sources is made again in place; `overwrite` also replaces one of other sources.
+
+    Raises: DataError for sources or a tokenizer that cannot be used, and for a folder that would be replaced;
+    FormatError for a damaged tokenizer file; DiskFullError.
     """
     config = config or PrepareConfig()
     out = Path(out)
     found = find_sources([str(source) for source in sources], config)
     config = _cut_a_lone_text(config, found)
-    _check_target(out, found)
+    _check_target(out, found, overwrite=overwrite)
     report = progress or (lambda _: None)
+    limit = _held_out_below(found, config)
     if tokenizer is None:
-        tokenizer = _train_tokenizer(found, config, report)
+        tokenizer = _train_tokenizer(found, config, limit, report)
     elif not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     with atomic_directory(out) as folder:
-        run = _Run(folder, config, tokenizer, _started("encode", found), report)
+        run = _Run(folder, config, tokenizer, limit, _started("encode", found), report)
         return run.write(found)
 
 
-def _cut_a_lone_text(config: PrepareConfig, sources: list[Source]) -> PrepareConfig:
-    """Cut a single text file into many documents unless told how: a corpus of one document has nothing to hold out."""
+def _cut_a_lone_text(config: PrepareConfig, sources: list[CorpusSource]) -> PrepareConfig:
+    """Cut a single text file into so many documents that a few are held out, unless the user says how to cut it."""
     files = [file for source in sources for file in source.files]
     is_lone_text = len(files) == 1 and files[0].kind == "text" and config.document_separator is None
-    if not is_lone_text or "max_document_bytes" in config.model_fields_set:
+    if not is_lone_text or config.val_fraction == 0 or "max_document_bytes" in config.model_fields_set:
         return config
-    piece = max(_LEAST_PIECE_BYTES, files[0].size_bytes // _PIECES_OF_A_LONE_TEXT)
+    size = files[0].size_bytes
+    pieces = math.ceil(_HELD_OUT_OF_A_LONE_TEXT / config.val_fraction)
+    piece = max(size // pieces, min(_LEAST_PIECE_BYTES, size // 4), _SMALLEST_PIECE_BYTES)
     return config.model_copy(update={"max_document_bytes": min(piece, config.max_document_bytes)})
 
 
-def is_held_out(digest: int, val_fraction: float) -> bool:
-    """Decide the split of a document by its hash."""
-    return digest < val_fraction * _HASH_SPAN
+def _held_out_below(sources: list[CorpusSource], config: PrepareConfig) -> int:
+    """Return the hash below which documents are held out, so that at least one is."""
+    limit = int(config.val_fraction * _HASH_SPAN)
+    files = [file for source in sources for file in source.files]
+    if limit == 0 or sum(file.size_bytes for file in files) > _HASHED_FIRST_BYTES:
+        return limit
+    digests: set[int] = set()
+    for file in files:
+        for text in read_documents(file, config, ReadLog()):
+            digest = document_hash(text.encode("utf-8"))
+            if digest < limit:
+                return limit
+            digests.add(digest)
+    return min(digests) + 1 if len(digests) > 1 else limit
 
 
-def _check_target(out: Path, sources: list[Source]) -> None:
-    """Refuse to replace a folder that is no corpus, or to write into a source."""
+def _check_target(out: Path, sources: list[CorpusSource], *, overwrite: bool) -> None:
+    """Refuse to replace a folder that is no corpus, or a corpus of other sources, and to write into a source."""
     if out.exists() and not is_corpus(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"{out} exists and is no corpus, so it is not replaced; name another folder (--out)")
+        raise DataError(f"{out} exists and is not a corpus, so it is not replaced; name another folder (--out)")
+    held = sources_of(out)
+    if not overwrite and held is not None and held != [source.name for source in sources]:
+        raise DataError(
+            f"{out} holds another corpus, made from {', '.join(held)}; replace it with --overwrite, or name another "
+            "folder (--out)"
+        )
     for source in sources:
         folder = Path(source.name).resolve()
         if source.name != STDLIB and (out.resolve() == folder or folder in out.resolve().parents):
             raise DataError(f"{out} lies in source {source.name}: the corpus would become its own source (--out)")
 
 
-def _started(stage: str, sources: list[Source]) -> Progress:
+def _started(stage: str, sources: list[CorpusSource]) -> Progress:
     files = [file for source in sources for file in source.files]
     return Progress(stage, len(files), sum(file.size_bytes for file in files))
 
 
-def _train_tokenizer(sources: list[Source], config: PrepareConfig, report: Callable[[Progress], None]) -> Tokenizer:
+def _train_tokenizer(
+    sources: list[CorpusSource], config: PrepareConfig, limit: int, report: Callable[[Progress], None]
+) -> Tokenizer:
     with _threads_of_tokenizers(config.threads or _cores()):
-        return train_bpe(_sample(sources, config, report), config.vocab_size)
+        return train_bpe(_sample(sources, config, limit, report), config.vocab_size)
 
 
-def _sample(sources: list[Source], config: PrepareConfig, report: Callable[[Progress], None]) -> Iterator[str]:
+def _sample(
+    sources: list[CorpusSource], config: PrepareConfig, limit: int, report: Callable[[Progress], None]
+) -> Iterator[str]:
     """Yield documents of the training split, chosen by their hash, up to the sample's size.
 
     Raises: DataError when there is none.
@@ -155,7 +188,7 @@ def _sample(sources: list[Source], config: PrepareConfig, report: Callable[[Prog
             digest = document_hash(data)
             # The low half of the hash chooses, the high half decides the split: two independent draws.
             chosen = (digest & 0xFFFFFFFF) < wanted * (1 << 32)
-            if not chosen or is_held_out(digest, config.val_fraction):
+            if not chosen or digest < limit:
                 continue
             yield text
             taken += len(data)
@@ -204,7 +237,9 @@ def _threads_of_tokenizers(threads: int) -> Iterator[None]:
 
 
 @dataclass
-class _Batch:
+class _Texts:
+    """Documents of one split that are encoded together."""
+
     split: Split
     texts: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -228,7 +263,7 @@ class _Encoder:
         table = [0 if index in tokenizer.special_ids else len(data) for index, data in enumerate(tokenizer.token_bytes)]
         self.token_bytes = np.array(table, dtype="<u4")
 
-    def __call__(self, batch: _Batch) -> tuple[np.ndarray[Any, np.dtype[Any]], int]:
+    def __call__(self, batch: _Texts) -> tuple[np.ndarray[Any, np.dtype[Any]], int]:
         """Return the ids, and how many documents they do not spell exactly."""
         # An array of C integers fills three times as fast from a list as a numpy array does.
         ids = array("I")
@@ -251,10 +286,12 @@ class _Run:
         folder: Path,
         config: PrepareConfig,
         tokenizer: Tokenizer,
+        limit: int,
         progress: Progress,
         report: Callable[[Progress], None],
     ) -> None:
-        self._folder, self._config, self._progress, self._report = folder, config, progress, report
+        self._folder, self._config, self._limit = folder, config, limit
+        self._progress, self._report = progress, report
         self._encoder = _Encoder(tokenizer)
         self._writers: dict[str, ShardWriter] = {
             split: ShardWriter(folder, split, config.shard_tokens) for split in ("train", "val")
@@ -264,10 +301,10 @@ class _Run:
         self._duplicates = 0
         self._lossy = 0
 
-    def write(self, sources: list[Source]) -> CorpusManifest:
+    def write(self, sources: list[CorpusSource]) -> CorpusManifest:
         """Encode everything and write the manifest last."""
         threads = self._config.threads or _cores()
-        running: deque[tuple[_Batch, Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]]] = deque()
+        running: deque[tuple[_Texts, Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]]] = deque()
         entries: list[SourceEntry] = []
         with _threads_of_tokenizers(1), ThreadPoolExecutor(threads) as pool:
             try:
@@ -285,10 +322,11 @@ class _Run:
         self._check_splits()
         return self._write_manifest(entries)
 
-    def _batches(self, sources: list[Source], entries: list[SourceEntry]) -> Iterator[_Batch]:
-        pending: dict[str, _Batch] = {"train": _Batch("train"), "val": _Batch("val")}
+    def _batches(self, sources: list[CorpusSource], entries: list[SourceEntry]) -> Iterator[_Texts]:
+        pending: dict[str, _Texts] = {"train": _Texts("train"), "val": _Texts("val")}
         for source in sources:
             self._log.begin_source()
+            self._log.skip_all(source.left_out)
             documents = 0
             for split, text, size in self._documents(source):
                 documents += 1
@@ -298,11 +336,11 @@ class _Run:
                 batch.total_bytes += size
                 if batch.total_bytes >= _BATCH_BYTES:
                     yield batch
-                    pending[split] = _Batch(batch.split)
+                    pending[split] = _Texts(batch.split)
             entries.append(self._source_entry(source, documents))
         yield from (batch for batch in pending.values() if batch.texts)
 
-    def _documents(self, source: Source) -> Iterator[tuple[Split, str, int]]:
+    def _documents(self, source: CorpusSource) -> Iterator[tuple[Split, str, int]]:
         """Yield (split, text, bytes) of every document that is kept; a duplicate yields nothing."""
         done_bytes = self._progress.bytes_read
         for file in source.files:
@@ -313,13 +351,13 @@ class _Run:
                 if self._config.dedup and not self._seen.add(digest):
                     self._duplicates += 1
                     continue
-                yield "val" if is_held_out(digest, self._config.val_fraction) else "train", text, len(data)
+                yield "val" if digest < self._limit else "train", text, len(data)
             done_bytes += file.size_bytes
             self._progress.bytes_read = done_bytes
             self._progress.files += 1
             self._report(self._progress)
 
-    def _finish(self, batch: _Batch, future: Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]) -> None:
+    def _finish(self, batch: _Texts, future: Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]) -> None:
         ids, lossy = future.result()
         writer = self._writers[batch.split]
         writer.write(ids)
@@ -330,7 +368,7 @@ class _Run:
         self._progress.tokens += len(ids)
         self._report(self._progress)
 
-    def _source_entry(self, source: Source, documents: int) -> SourceEntry:
+    def _source_entry(self, source: CorpusSource, documents: int) -> SourceEntry:
         size_bytes = sum(file.size_bytes for file in source.files)
         if documents == 0 and self._log.documents == 0:
             skipped = self._log.skipped_summary()
@@ -346,8 +384,8 @@ class _Run:
             empty = "train" if train.documents == 0 else "held-out"
             raise DataError(
                 f"the {empty} split is empty: {train.documents + val.documents} documents, val_fraction {fraction}; "
-                f"raise val_fraction, lower max_document_bytes ({self._config.max_document_bytes}, cuts documents), "
-                "name a document_separator, or set val_fraction to 0"
+                f"{'lower' if empty == 'train' else 'raise'} val_fraction, lower max_document_bytes "
+                f"({self._config.max_document_bytes}, cuts documents), name a document_separator, or add text"
             )
 
     def _write_manifest(self, entries: list[SourceEntry]) -> CorpusManifest:

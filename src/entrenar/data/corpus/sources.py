@@ -1,47 +1,48 @@
 """Find the files that a corpus is made of, and read documents out of them in constant memory.
 
-A document is what belongs together: a file, a part of a file between separators, or one row of a jsonl, JSON or
-parquet file. Files are visited in sorted order, so a corpus depends only on content. A file that the user named must
-be readable; inside a folder what is no text (binary, not UTF-8, too large, empty) is left out, counted and named.
+A document is what belongs together: a text file, a part of one between separators, or a row of a jsonl, JSON, csv,
+tsv or parquet file. Files are visited in sorted order, so a corpus depends on its content only. A file that the user
+named must be readable. In a folder, links are followed, and whatever gives no document (binary, not UTF-8, too large,
+empty, hidden, a row without text) is counted and named.
 """
 
 import fnmatch
 import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from entrenar.data.row import BadRow, Row, RowFaultError
+from entrenar.data.rows import format_of, read_rows
+from entrenar.data.table_rows import parquet_columns, parquet_rows
 from entrenar.errors import DataError
 
 STDLIB = "stdlib"
+_NEVER_READ = {"__pycache__", "node_modules"}
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
-_MAX_JSON_BYTES = 256 << 20
-_MAX_LINE_BYTES = 64 << 20
 _NAMES_KEPT = 20
-_ROW_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 
 
 class SourceConfig(BaseModel):
-    """How documents are read out of sources."""
+    """How documents are read from sources."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     text_field: str = "text"
-    """Field of a jsonl, JSON or parquet row that holds the document."""
+    """Field of a row (jsonl, JSON, csv, tsv or parquet) that holds the document."""
     document_separator: str | None = None
     """Text between two documents of a text file, such as <|endoftext|>; without it a file is one document."""
     include: tuple[str, ...] = ("*",)
     """File names to take from a folder, as patterns (*.py)."""
     max_file_bytes: int = Field(default=4 << 20, gt=0)
-    """Larger files of a folder are left out."""
+    """Larger text files of a folder are left out."""
     max_document_bytes: int = Field(default=1 << 20, ge=16)
     """Longer documents are cut at line starts into several."""
 
@@ -58,16 +59,17 @@ class SourceFile:
 
 
 @dataclass
-class Source:
-    """One source as the user named it, and its files."""
+class CorpusSource:
+    """One source as the user named it, its files, and (reason, name) of what is left out of a folder."""
 
     name: str
     files: list[SourceFile]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
 class ReadLog:
-    """What reading came across, of bounded size: counts, the first names, and one digest over all files of a source."""
+    """What reading met, in bounded size: counts, the first names, and one digest over all files of a source."""
 
     skipped_counts: dict[str, int] = field(default_factory=dict)
     skipped_names: dict[str, list[str]] = field(default_factory=dict)
@@ -87,8 +89,14 @@ class ReadLog:
         if len(names) < _NAMES_KEPT:
             names.append(name)
 
+    def skip_all(self, left_out: Iterable[tuple[str, str]]) -> Self:
+        """Note each (reason, name)."""
+        for reason, name in left_out:
+            self.skip(reason, name)
+        return self
+
     def add_file(self, name: str, digest: bytes) -> None:
-        """Take a file's SHA-256 into that of its source."""
+        """Add a file's SHA-256 to its source's digest."""
         self.source_digest.update(f"{name}\0{digest.hex()}\n".encode())
 
     def skipped_summary(self) -> str:
@@ -101,7 +109,7 @@ class ReadLog:
         return "; ".join(lines)
 
 
-def find_sources(names: list[str], config: SourceConfig) -> list[Source]:
+def find_sources(names: list[str], config: SourceConfig) -> list[CorpusSource]:
     """List the files of each source, sorted.
 
     Raises: DataError for a source that is missing or without files.
@@ -111,34 +119,66 @@ def find_sources(names: list[str], config: SourceConfig) -> list[Source]:
     return [_find_source(name, config) for name in names]
 
 
-def _find_source(name: str, config: SourceConfig) -> Source:
+def _find_source(name: str, config: SourceConfig) -> CorpusSource:
     path = Path(name)
     if name == STDLIB and not path.exists():
-        root = Path(sysconfig.get_path("stdlib"))
-        files = _walk(root, ("*.py",), _STDLIB_LEFT_OUT)
-    elif path.is_dir():
-        files = _walk(path, config.include, {"__pycache__", "node_modules"})
-    elif path.is_file():
-        kind = _ROW_FORMATS.get(path.suffix.lower(), "text")
-        return Source(name, [SourceFile(path, name, path.stat().st_size, kind, is_named=True)])
-    else:
-        raise DataError(f"source {name} does not exist; give a file, a folder, or {STDLIB!r}")
-    if not files:
-        raise DataError(f"source {name} has no file that matches {', '.join(config.include)}")
-    return Source(name, files)
+        return _walk(name, Path(sysconfig.get_path("stdlib")), ("*.py",), _STDLIB_LEFT_OUT)
+    if path.is_dir():
+        source = _walk(name, path, config.include, _NEVER_READ)
+        if not source.files:
+            left_out = ReadLog().skip_all(source.left_out).skipped_summary()
+            raise DataError(
+                f"source {name} has no file that matches {', '.join(config.include)}"
+                + (f"; left out: {left_out}" if left_out else "")
+            )
+        return source
+    if path.is_file():
+        return CorpusSource(name, [SourceFile(path, name, path.stat().st_size, _kind(path), is_named=True)])
+    raise DataError(f"source {name} does not exist; give a file, a folder, or {STDLIB!r}")
 
 
-def _walk(root: Path, include: tuple[str, ...], left_out: set[str]) -> list[SourceFile]:
-    found: list[SourceFile] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in left_out and not name.startswith(".")]
-        for name in names:
-            path = Path(folder) / name
-            wanted = any(fnmatch.fnmatch(name, pattern) for pattern in include)
-            if wanted and not name.startswith(".") and path.is_file() and not path.is_symlink():
-                relative = path.relative_to(root).as_posix()
-                found.append(SourceFile(path, relative, path.stat().st_size, "text", is_named=False))
-    return sorted(found, key=lambda file: file.name)
+def _kind(path: Path) -> str:
+    return "rows" if format_of(path) else "text"
+
+
+def _walk(name: str, root: Path, include: tuple[str, ...], never_read: set[str]) -> CorpusSource:
+    """Find the files of a folder, through links too, each file and folder once."""
+    source = CorpusSource(name, [])
+    seen = {os.path.realpath(root)}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        place = Path(folder)
+        subfolders[:] = sorted(sub for sub in subfolders if _enters(source, place / sub, root, never_read, seen))
+        for file in sorted(names):
+            path, relative = place / file, (place / file).relative_to(root).as_posix()
+            reason = _why_left_out(path, include, seen)
+            if reason:
+                source.left_out.append((reason, relative))
+            else:
+                seen.add(os.path.realpath(path))
+                source.files.append(SourceFile(path, relative, path.stat().st_size, _kind(path), is_named=False))
+    source.files.sort(key=lambda file: file.name)
+    return source
+
+
+def _enters(source: CorpusSource, folder: Path, root: Path, never_read: set[str], seen: set[str]) -> bool:
+    real, name = os.path.realpath(folder), folder.name
+    reason = "hidden" if name.startswith(".") else "never read" if name in never_read else ""
+    if not reason and real in seen:
+        reason = "linked to what is read already"
+    if reason:
+        source.left_out.append((reason, f"{folder.relative_to(root).as_posix()}/"))
+    seen.add(real)
+    return not reason
+
+
+def _why_left_out(path: Path, include: tuple[str, ...], seen: set[str]) -> str:
+    if path.name.startswith("."):
+        return "hidden"
+    if not any(fnmatch.fnmatch(path.name, pattern) for pattern in include):
+        return "not matched by include"
+    if not path.is_file():
+        return "broken links" if path.is_symlink() else "not regular files"
+    return "linked to what is read already" if os.path.realpath(path) in seen else ""
 
 
 def read_documents(file: SourceFile, config: SourceConfig, log: ReadLog) -> Iterator[str]:
@@ -147,14 +187,7 @@ def read_documents(file: SourceFile, config: SourceConfig, log: ReadLog) -> Iter
     Raises: DataError for a named file that cannot be read, naming file and place.
     """
     try:
-        if file.kind == "text":
-            documents = _text_documents(file, config, log)
-        elif file.kind == "jsonl":
-            documents = _jsonl_documents(file, config, log)
-        elif file.kind == "json":
-            documents = _json_documents(file, config, log)
-        else:
-            documents = _parquet_documents(file, config, log)
+        documents = (_text_documents if file.kind == "text" else _row_documents)(file, config, log)
         for document in documents:
             for part in _cut(document, config.max_document_bytes, log):
                 log.documents += 1
@@ -259,80 +292,47 @@ def _decode(data: bytes, file: SourceFile, offset: int) -> str:
         ) from error
 
 
-def _row_text(row: Any, config: SourceConfig, place: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a row must be a JSON object, got {type(row).__name__}")
-    if config.text_field not in row:
-        raise DataError(
-            f"{place}: no field {config.text_field!r}; the row has {', '.join(sorted(map(str, row))) or 'none'}"
-        )
-    text = row[config.text_field]
+def _row_documents(file: SourceFile, config: SourceConfig, log: ReadLog) -> Iterator[str]:
+    """Yield the text of each row; a row without one is an error in a named file, and is counted in a folder."""
+    with file.path.open("rb") as stream:
+        log.add_file(file.name, hashlib.file_digest(stream, "sha256").digest())
+    for row in _rows(file, config):
+        place = row.place
+        try:
+            if isinstance(row, BadRow):
+                raise RowFaultError(row.reason)
+            yield _row_text(row, config)
+        except RowFaultError as fault:
+            if file.is_named:
+                raise DataError(f"{place}: {fault}") from fault
+            is_rest = isinstance(row, BadRow) and row.ends_file
+            reason = "rest of a file that cannot be read" if is_rest else f"rows without text in {config.text_field!r}"
+            log.skip(reason, f"{file.name}:{place.rpartition(':')[2]}")
+
+
+def _rows(file: SourceFile, config: SourceConfig) -> Iterator[Row | BadRow]:
+    if format_of(file.path) != ".parquet":
+        return read_rows(file.path)
+    names = parquet_columns(file.path)
+    if config.text_field not in names:
+        reason = f"no column {config.text_field!r}; it has {', '.join(names)}"
+        return iter([BadRow(str(file.path), "shape", reason, None, ends_file=True)])
+    return parquet_rows(file.path, [config.text_field])
+
+
+def _row_text(row: Row, config: SourceConfig) -> str:
+    """Return the text of a row.
+
+    Raises: RowFaultError.
+    """
+    name, fields = config.text_field, row.fields
+    if name not in fields:
+        raise RowFaultError(f"no field {name!r}; the row has {', '.join(sorted(map(str, fields))) or 'none'}")
+    text = fields[name]
     if not isinstance(text, str):
-        raise DataError(f"{place}: field {config.text_field!r} must be text, got {type(text).__name__}")
+        raise RowFaultError(f"field {name!r} must be text, got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: field {config.text_field!r} holds a lone surrogate at position {error.start}"
-        ) from error
+        raise RowFaultError(f"field {name!r} holds a lone surrogate at position {error.start}") from error
     return text
-
-
-def _jsonl_documents(file: SourceFile, config: SourceConfig, log: ReadLog) -> Iterator[str]:
-    digest = hashlib.sha256()
-    with file.path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(_MAX_LINE_BYTES):
-            number += 1
-            digest.update(line)
-            place = f"{file.path}:{number}"
-            if len(line) == _MAX_LINE_BYTES:
-                raise DataError(f"{place}: the line is longer than {_MAX_LINE_BYTES} bytes")
-            if line.isspace():
-                continue
-            yield _row_text(_parse(line, place), config, place)
-    log.add_file(file.name, digest.digest())
-
-
-def _parse(data: bytes, place: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON: {error}") from error
-
-
-def _json_documents(file: SourceFile, config: SourceConfig, log: ReadLog) -> Iterator[str]:
-    if file.size_bytes > _MAX_JSON_BYTES:
-        raise DataError(
-            f"{file.path} has {file.size_bytes} bytes and must be read as a whole; "
-            "write it as one object a line (jq -c '.[]' FILE > FILE.jsonl)"
-        )
-    data = file.path.read_bytes()
-    log.add_file(file.name, hashlib.sha256(data).digest())
-    rows = _parse(data, str(file.path))
-    if not isinstance(rows, list):
-        raise DataError(f"{file.path}: must be a list of objects, got {type(rows).__name__}")
-    for index, row in enumerate(rows):
-        yield _row_text(row, config, f"{file.path}[{index}]")
-
-
-def _parquet_documents(file: SourceFile, config: SourceConfig, log: ReadLog) -> Iterator[str]:
-    try:
-        import pyarrow  # noqa: PLC0415 - an extra, needed here only
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise DataError(f"{file.path}: reading parquet needs pyarrow; pip install 'entrenar[parquet]'") from error
-    with file.path.open("rb") as stream:
-        log.add_file(file.name, hashlib.file_digest(stream, "sha256").digest())
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if config.text_field not in names:
-                raise DataError(f"{file.path}: no column {config.text_field!r}; it has {', '.join(names)}")
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[config.text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield _row_text({config.text_field: text}, config, f"{file.path}[{row}]")
-                    row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file.path} is not a readable parquet file: {error}") from error

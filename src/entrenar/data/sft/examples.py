@@ -45,7 +45,9 @@ class SftRows:
         not_trained: rows that mark themselves as not to be trained.
         duplicates: places of rows whose tokens were read before, each with the first place.
         unread: fields that the templates do not read, and in how many rows.
+        control: places of rows that spell control tokens as text, each with the first such token.
         num_rows: all rows.
+        files: the files that were read.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -56,6 +58,7 @@ class SftRows:
     unread: Counter[str] = field(default_factory=Counter)
     control: list[tuple[str, str]] = field(default_factory=list)
     num_rows: int = 0
+    files: tuple[Path, ...] = ()
 
     def notes(self, config: SftConfig) -> Iterator[str]:
         """Describe the rows, a line for each thing that a user should know."""
@@ -91,7 +94,7 @@ def read_examples(files: Sequence[Path], tokenizer: Tokenizer, config: SftConfig
 
     Raises: DataError for a file that cannot be read at all; ConfigError for a format the tokenizer does not have.
     """
-    rows = SftRows()
+    rows = SftRows(files=tuple(files))
     seen: dict[bytes, str] = {}
     reader = _Reader(tokenizer, config, rows)
     with reader.encoder:
@@ -220,7 +223,7 @@ def accept(rows: SftRows, config: SftConfig, quarantine: Path) -> list[Example]:
     if not rows.examples:
         reasons = Counter(row.kind for row in [*rows.bad, *rows.too_long, *rows.not_trained])
         found = ", ".join(f"{count} {kind}" for kind, count in reasons.items()) or "the files are empty"
-        raise DataError(f"no row of {', '.join(map(str, config.data))} can be trained on: {found}")
+        raise DataError(f"no row of {', '.join(map(str, rows.files))} can be used: {found}")
     return rows.examples
 
 
