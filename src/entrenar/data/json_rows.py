@@ -29,19 +29,7 @@ _TOO_LARGE = f"the row is larger than {MAX_ROW_BYTES:,} bytes"
 def line_rows(path: Path) -> Iterator[Row | BadRow]:
     """Yield the rows of a file with an object a line; a list, as some programs write into .jsonl, is read as one."""
     with opened(path) as stream:
-        if _first_letter(stream) == b"[":
-            yield from _values(path, stream)
-            return
-        number = 0
-        while line := stream.readline(MAX_ROW_BYTES + 1):
-            number += 1
-            place = f"{path}:{number}"
-            if len(line) > MAX_ROW_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_ROW_BYTES)
-                yield BadRow(place, "broken", _TOO_LARGE, None)
-            elif not line.isspace():
-                yield _line(place, line)
+        yield from (_values if stream.peek(1).lstrip()[:1] == b"[" else _lines)(path, stream)
 
 
 def value_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -50,8 +38,17 @@ def value_rows(path: Path) -> Iterator[Row | BadRow]:
         yield from _values(path, stream)
 
 
-def _first_letter(stream: RowStream) -> bytes:
-    return stream.peek(1).lstrip()[:1]
+def _lines(path: Path, stream: RowStream) -> Iterator[Row | BadRow]:
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        place = f"{path}:{number}"
+        if len(line) > MAX_ROW_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_ROW_BYTES)
+            yield BadRow(place, "broken", _TOO_LARGE, None)
+        elif not line.isspace():
+            yield _line(place, line)
 
 
 def _line(place: str, line: bytes) -> Row | BadRow:

@@ -17,36 +17,51 @@ def table_rows(path: Path, kind: str, columns: Sequence[str]) -> Iterator[Row | 
     """Yield the rows of a csv or tsv file under the names of its first line, or under `columns`."""
     # The package's own limit of 131,072 letters a cell is less than a long document has.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
-    delimiter = DELIMITERS[kind]
     with opened(path) as stream:
+        table = _Table(path, stream, DELIMITERS[kind], columns)
+        try:
+            yield from table.rows()
+        except csv.Error as error:
+            is_open = "unexpected end of data" in str(error)
+            reason = "a quotation mark opens in this row and is never closed" if is_open else str(error)
+            yield _end(path, table.lines_done + 1, reason)
+        except UnicodeDecodeError as error:
+            yield _end(path, table.lines_read + 1, not_utf8(error))
+        except RowFaultError as error:
+            yield _end(path, max(table.lines_done, 1), str(error))
+
+
+class _Table:
+    """Cells of a csv or tsv file; `lines_done` counts those of the rows before the one that is read."""
+
+    def __init__(self, path: Path, stream: RowStream, delimiter: str, columns: Sequence[str]) -> None:
+        self._path, self._delimiter, self._columns = path, delimiter, list(columns)
         lines = _lines(stream)
         # A tab-separated file has no quoting: a sentence may begin with a quotation mark.
-        reader = (
+        self._reader = (
             csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
             if delimiter == "\t"
             else csv.reader(lines, delimiter=delimiter, strict=True)
         )
-        names, before = list(columns), 0
-        try:
-            for cells in reader:
-                place, before = f"{path}:{before + 1}", reader.line_num
-                if not names:
-                    names = _checked_names(cells, delimiter)
-                elif columns and cells == list(columns):
-                    raise RowFaultError("the line repeats the names that columns gives; leave columns out")
-                elif len(cells) == len(names):
-                    yield Row(place, dict(zip(names, cells, strict=True)))
-                elif cells:
-                    reason = f"{len(cells)} cells where there are {len(names)} columns ({', '.join(names)})"
-                    yield BadRow(place, "broken", reason, cells)
-        except csv.Error as error:
-            is_open = "unexpected end of data" in str(error)
-            reason = "a quotation mark opens in this row and is never closed" if is_open else str(error)
-            yield _end(path, before + 1, reason)
-        except UnicodeDecodeError as error:
-            yield _end(path, reader.line_num + 1, not_utf8(error))
-        except RowFaultError as error:
-            yield _end(path, max(before, 1), str(error))
+        self.lines_done = 0
+
+    @property
+    def lines_read(self) -> int:
+        return self._reader.line_num
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        names = self._columns
+        for cells in self._reader:
+            place, self.lines_done = f"{self._path}:{self.lines_done + 1}", self._reader.line_num
+            if not names:
+                names = _checked_names(cells, self._delimiter)
+            elif self._columns and cells == self._columns:
+                raise RowFaultError("the line repeats the names that columns gives; leave columns out")
+            elif len(cells) == len(names):
+                yield Row(place, dict(zip(names, cells, strict=True)))
+            elif cells:
+                reason = f"{len(cells)} cells where there are {len(names)} columns ({', '.join(names)})"
+                yield BadRow(place, "broken", reason, cells)
 
 
 def _end(path: Path, line: int, reason: str) -> BadRow:

@@ -10,13 +10,10 @@ source would leave nothing held out, its document of the smallest hash is.
 """
 
 import math
-import os
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from entrenar.data.corpus.corpus import (
     sources_of,
 )
 from entrenar.data.corpus.dedup import SeenHashes, document_hash
+from entrenar.data.corpus.document_encoder import DocumentEncoder, Texts, cores, threads_of_tokenizers
 from entrenar.data.corpus.shards import ShardWriter
 from entrenar.data.corpus.sources import STDLIB, CorpusSource, ReadLog, SourceConfig, find_sources, read_documents
 from entrenar.data.tokenizer.tokenizer import Tokenizer
@@ -167,7 +165,7 @@ def _started(stage: str, sources: list[CorpusSource]) -> Progress:
 def _train_tokenizer(
     sources: list[CorpusSource], config: PrepareConfig, limit: int, report: Callable[[Progress], None]
 ) -> Tokenizer:
-    with _threads_of_tokenizers(config.threads or _cores()):
+    with threads_of_tokenizers(config.threads or cores()):
         return train_bpe(_sample(sources, config, limit, report), config.vocab_size)
 
 
@@ -212,72 +210,6 @@ def _why_no_sample(log: ReadLog, config: PrepareConfig) -> str:
     return f"files were left out: {skipped}" if skipped else "every source is empty"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _threads_of_tokenizers(threads: int) -> Iterator[None]:
-    """Keep `tokenizers` to one thread a call while ours call it, or while one is wanted.
-
-    Its pool cannot be resized once started, and used in a process that forks later it warns; the variable is its only
-    switch.
-    """
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    if threads == 1:
-        os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-
-@dataclass
-class _Texts:
-    """Documents of one split that are encoded together."""
-
-    split: Split
-    texts: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    total_bytes: int = 0
-
-
-class _Encoder:
-    """Encodes a batch into one array: BOS, tokens, EOS for each document."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
-        boundary = bos if bos is not None else eos
-        if boundary is None:
-            raise DataError(
-                "the tokenizer has neither a BOS nor an EOS token, so documents could not be told apart; "
-                "name one in its tokenizer_config.json (bos_token, eos_token)"
-            )
-        self.bos_id, self.eos_id = boundary, eos if eos is not None else boundary
-        self.tokenizer = tokenizer
-        self.dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        table = [0 if index in tokenizer.special_ids else len(data) for index, data in enumerate(tokenizer.token_bytes)]
-        self.token_bytes = np.array(table, dtype="<u4")
-
-    def __call__(self, batch: _Texts) -> tuple[np.ndarray[Any, np.dtype[Any]], int]:
-        """Return the ids, and how many documents they do not spell exactly."""
-        # An array of C integers fills three times as fast from a list as a numpy array does.
-        ids = array("I")
-        starts: list[int] = []
-        for encoded in self.tokenizer.encode_batch(batch.texts):
-            starts.append(len(ids))
-            ids.append(self.bos_id)
-            ids.extend(encoded)
-            ids.append(self.eos_id)
-        stored = np.frombuffer(ids, dtype=np.uintc).astype(self.dtype)
-        spelled = np.add.reduceat(self.token_bytes[stored], starts, dtype=np.int64) - int(self.tokenizer.adds_space)
-        return stored, int(np.count_nonzero(spelled != batch.sizes))
-
-
 class _Run:
     """One run of `prepare` into a folder."""
 
@@ -292,7 +224,7 @@ class _Run:
     ) -> None:
         self._folder, self._config, self._limit = folder, config, limit
         self._progress, self._report = progress, report
-        self._encoder = _Encoder(tokenizer)
+        self._encoder = DocumentEncoder(tokenizer)
         self._writers: dict[str, ShardWriter] = {
             split: ShardWriter(folder, split, config.shard_tokens) for split in ("train", "val")
         }
@@ -303,17 +235,11 @@ class _Run:
 
     def write(self, sources: list[CorpusSource]) -> CorpusManifest:
         """Encode everything and write the manifest last."""
-        threads = self._config.threads or _cores()
-        running: deque[tuple[_Texts, Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]]] = deque()
+        threads = self._config.threads or cores()
         entries: list[SourceEntry] = []
-        with _threads_of_tokenizers(1), ThreadPoolExecutor(threads) as pool:
+        with threads_of_tokenizers(1), ThreadPoolExecutor(threads) as pool:
             try:
-                for batch in self._batches(sources, entries):
-                    running.append((batch, pool.submit(self._encoder, batch)))
-                    if len(running) > 2 * threads:
-                        self._finish(*running.popleft())
-                while running:
-                    self._finish(*running.popleft())
+                self._encode(self._batches(sources, entries), pool, most=2 * threads)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -322,8 +248,18 @@ class _Run:
         self._check_splits()
         return self._write_manifest(entries)
 
-    def _batches(self, sources: list[CorpusSource], entries: list[SourceEntry]) -> Iterator[_Texts]:
-        pending: dict[str, _Texts] = {"train": _Texts("train"), "val": _Texts("val")}
+    def _encode(self, batches: Iterator[Texts], pool: ThreadPoolExecutor, *, most: int) -> None:
+        """Encode `batches` on the pool, `most` of them at a time, and write them in order."""
+        running: deque[tuple[Texts, Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]]] = deque()
+        for batch in batches:
+            running.append((batch, pool.submit(self._encoder, batch)))
+            if len(running) > most:
+                self._finish(*running.popleft())
+        while running:
+            self._finish(*running.popleft())
+
+    def _batches(self, sources: list[CorpusSource], entries: list[SourceEntry]) -> Iterator[Texts]:
+        pending: dict[str, Texts] = {"train": Texts("train"), "val": Texts("val")}
         for source in sources:
             self._log.begin_source()
             self._log.skip_all(source.left_out)
@@ -336,7 +272,7 @@ class _Run:
                 batch.total_bytes += size
                 if batch.total_bytes >= _BATCH_BYTES:
                     yield batch
-                    pending[split] = _Texts(batch.split)
+                    pending[split] = Texts(batch.split)
             entries.append(self._source_entry(source, documents))
         yield from (batch for batch in pending.values() if batch.texts)
 
@@ -357,7 +293,7 @@ class _Run:
             self._progress.files += 1
             self._report(self._progress)
 
-    def _finish(self, batch: _Texts, future: Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]) -> None:
+    def _finish(self, batch: Texts, future: Future[tuple[np.ndarray[Any, np.dtype[Any]], int]]) -> None:
         ids, lossy = future.result()
         writer = self._writers[batch.split]
         writer.write(ids)
