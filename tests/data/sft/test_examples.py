@@ -303,3 +303,20 @@ def test_names_that_a_table_lacks_are_explained(tokenizer, tmp_path):
     path.write_text("the cat,sat\nthe dog,ran\n")
     (fault,) = read_examples([path], tokenizer, config(path)).bad
     assert "the first line of a table names its columns: if it is a row" in fault.reason
+
+
+@pytest.mark.parametrize("levels", [100, 400, 990])
+def test_a_row_that_is_nested_too_deeply_is_a_bad_row(tokenizer, tmp_path, levels):
+    """However deep, it costs itself and no other, and is written to quarantine."""
+    deep = '{"a":' * levels + "1" + "}" * levels
+    talk = '"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
+    path = tmp_path / "deep.jsonl"
+    path.write_text(f'{{"tools": [{deep}], {talk}}}\n{{{talk}}}\n')
+    reader = with_template(tokenizer, "{{ tools }}{% for m in messages %}{{ m.content }};{% endfor %}")
+    chosen = config(path, bad_rows="quarantine", seq_len=4096)
+    rows = read_examples([path], reader, chosen)
+    assert len(rows.bad) + len(rows.examples) == 2
+    assert len(accept(rows, chosen, tmp_path / "quarantine.jsonl")) >= 1
+    if levels == 990:
+        assert rows.bad[0].kind == "broken"
+        assert str(rows.bad[0]).startswith(f"{path}:1: ")

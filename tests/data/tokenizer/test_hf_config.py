@@ -70,6 +70,7 @@ CONFIGS = {
     "file, pad": {**FAST, "pad_token": "[PAD]"},
     "file, pad as an object": {**FAST, "pad_token": {"__type": "AddedToken", "content": "[PAD]", **SPECIAL}},
     "file, extra": {**FAST, "additional_special_tokens": ["<|im|>", "[PAD]"]},
+    "file, extra by name": {**FAST, "extra_special_tokens": {"image_token": "<|im|>"}},
     "file, extra and pad": {**FAST, "pad_token": "[PAD]", "extra_special_tokens": ["<|im|>"]},
 }
 

@@ -112,6 +112,9 @@ def read_examples(files: Sequence[Path], tokenizer: Tokenizer, config: SftConfig
             except UnusableRowError as error:
                 rows.bad.append(BadRow(row.place, error.kind, f"{error}{_hint(row, error, config)}", row.fields))
                 continue
+            except RecursionError:
+                rows.bad.append(BadRow(row.place, "broken", "its lists and objects are nested too deeply", None))
+                continue
             first = seen.setdefault(hashlib.blake2b(example.ids.tobytes(), digest_size=16).digest(), row.place)
             if first != row.place:
                 rows.duplicates.append((row.place, first))

@@ -107,6 +107,7 @@ def _extra(config: Mapping[str, Any]) -> Iterator[str]:
     yield from (name for role, name in control_tokens(config).items() if role not in ("bos_token", "eos_token"))
     for field in _EXTRA:
         tokens = config.get(field)
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
         for token in tokens if isinstance(tokens, list) else []:
             name = token.get("content") if isinstance(token, dict) else token
             if isinstance(name, str) and name:
