@@ -72,11 +72,11 @@ class Built:
         self.spans.append(Span(number, parent, name, self.pid, self.pid, started, ended))
 
 
-def write(path: Path, *parts: Built, extra=()) -> Reader:
+def write(path: Path, *parts: Built, extra=(), floor_ns: int = 0) -> Reader:
     """Write the trace of one or more ranks; `extra` are anomalies."""
     writer = Writer(path)
     end = max(part.now_ns for part in parts)
-    writer.add_info(TraceInfo(("python", "train.py"), 7, 1000 * MS, 0, "ptrace", ended_ns=end, exit_code=0))
+    writer.add_info(TraceInfo(("python", "train.py"), 7, 1000 * MS, 0, "ptrace", floor_ns, end, 0))
     for part in parts:
         writer.add_process(Process(part.pid, None, "python train.py", 1000 * MS, end, 0, part.rank))
         writer.add_spans(part.spans)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from entrenar.trace.compare import as_json, compare, lines, ratio_interval
-from entrenar.trace.records import Metric
+from entrenar.trace.records import Frame, Metric, SystemCall
 
 from .build import MS, Built, write
 
@@ -77,6 +77,26 @@ def test_a_small_change_is_not_worth_a_line(compared):
     assert comparison.changes == []
     tiny = PHASES | {"mask": 0.01}
     assert compared(Built(tiny, noise=0.01), Built(tiny | {"mask": 0.02}, noise=0.01)).changes == []
+
+
+def test_a_difference_within_the_tracers_own_time_is_none(tmp_path):
+    """Where an empty call takes 20 µs, calls of 40 and of 55 µs are the same; of 40 and of 90 they are not."""
+
+    def program(call_us: float) -> Built:
+        built = Built({"forward": 1.0}, steps=1)
+        call = SystemCall("close", 1, 1, 1000 * MS, round(call_us * 1000), 0, stack=(Frame("main", "/a/app.py", 3),))
+        built.calls = [(call, None)] * 4000
+        return built
+
+    def told(call_us: float) -> set[str]:
+        with (
+            write(tmp_path / "one.sqlite", program(40), floor_ns=20_000) as before,
+            write(tmp_path / "other.sqlite", program(call_us), floor_ns=20_000) as after,
+        ):
+            return {change.name for change in compare(before, after).changes}
+
+    assert told(55) == set()
+    assert told(90) == {"close", "close in main (app.py)"}
 
 
 def test_a_busier_machine_is_told(compared):

@@ -3,7 +3,8 @@
 Spans have a duration each, so their medians are compared with an interval: the moving-block bootstrap (Kuensch 1989)
 draws whole stretches of neighboring spans, because a step resembles the one before it and single draws would call any
 drift a change. System calls are kept as counts and histograms: their medians are exact to 9 %, the width of a bin, and
-a change is told only if the count or the time moved by more than that and by more than chance.
+a change is told only if the count or the time moved by more than that, by more than chance, and by more than what an
+empty call takes under the tracer.
 
 A row is a change if its interval, at a level that is divided among all rows (Bonferroni), excludes equal times, the
 ratio is at least `LEAST_RATIO`, and the time in question at least `LEAST_SHARE` of a run. How often two runs of the
@@ -90,8 +91,9 @@ def compare(before: Reader, after: Reader, *, seed: int = 0) -> Comparison:
     level = _LEVEL / max(tests, 1)
     generator = random.Random(seed)  # noqa: S311 - draws of a bootstrap
     rows = [_span_change(name, first.get(name), second.get(name), level, generator) for name in names]
-    rows += [_call_change("call", name, *pair, level) for name, pair in sorted(calls.items())]
-    rows += [_call_change("line", name, *pair, level) for name, pair in sorted(lines.items())]
+    bounds = _Bounds(level, max(before.info().floor_ns, after.info().floor_ns))
+    rows += [_call_change("call", name, pair, bounds) for name, pair in sorted(calls.items())]
+    rows += [_call_change("line", name, pair, bounds) for name, pair in sorted(lines.items())]
     return Comparison(rows, max(_wall_ns(before), _wall_ns(after)), _machine(before, after))
 
 
@@ -195,16 +197,34 @@ def _grouped(tallies: Sequence[Iterable[Tally]], key: Any) -> Mapping[str, _Pair
     return groups
 
 
-def _call_change(kind: Kind, name: str, before: Sequence[Tally], after: Sequence[Tally], level: float) -> Change:
+@dataclass(frozen=True)
+class _Bounds:
+    """When calls differ: at which level, and by how much, in nanoseconds, at least.
+
+    What a call that does nothing takes under the tracer follows the machine's load, so that much is no change.
+    """
+
+    level: float
+    floor_ns: int
+
+
+def _call_change(kind: Kind, name: str, pair: _Pair, bounds: _Bounds) -> Change:
+    before, after = pair
     counts = [sum(tally.calls for tally in run) for run in (before, after)]
     totals = [sum(tally.total_ns for tally in run) for run in (before, after)]
     histograms = [merge([tally.histogram for tally in run]) for run in (before, after)]
     medians = [float(percentile(histogram, 0.5)) if histogram else None for histogram in histograms]
     ratio = medians[1] / max(medians[0], 1.0) if medians[0] is not None and medians[1] is not None else None
-    moved = ratio is not None and not 1 / _BIN_RATIO**2 < ratio < _BIN_RATIO**2
+    moved = (
+        medians[0] is not None
+        and medians[1] is not None
+        and abs(medians[1] - medians[0]) >= bounds.floor_ns
+        and max(medians[0], medians[1]) >= _BIN_RATIO**2 * min(medians[0], medians[1])
+        and _shifted(histograms[0], histograms[1], bounds.level)
+    )
     return Change(
         kind, name, medians[0], medians[1], counts[0], counts[1], totals[1] - totals[0], ratio, None, None,
-        _beyond_chance(counts, level) or (moved and _shifted(histograms[0], histograms[1], level)),
+        moved or _beyond_chance(counts, bounds.level),
     )  # fmt: skip
 
 
