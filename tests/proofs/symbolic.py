@@ -131,21 +131,26 @@ class Sym:
         self.array, self.symbols = np.asarray(array, dtype=object), symbols
 
     def of(self, array: Any) -> "Sym":
+        """Wrap an array of the same symbols."""
         return Sym(array, self.symbols)
 
     def each(self, function: Callable[[Any], Any]) -> "Sym":
+        """Apply a function to each expression."""
         return self.of(np.frompyfunc(function, 1, 1)(self.array)) if self.array.size else self
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes."""
         return self.array.shape
 
     @property
     def ndim(self) -> int:
+        """The number of dimensions."""
         return self.array.ndim
 
     @property
     def mT(self) -> "Sym":  # noqa: N802 - torch's name
+        """The last two dimensions swapped."""
         return self.of(np.swapaxes(self.array, -1, -2))
 
     def __len__(self) -> int:
@@ -198,85 +203,110 @@ class Sym:
         return self
 
     def to(self, *_: Any, **__: Any) -> "Sym":
+        """Return itself: all is exact, and on one device."""
         return self
 
     def numel(self) -> int:
+        """Count the expressions."""
         return self.array.size
 
     def stride(self, _: int) -> int:
+        """Return 1: layout has no meaning here."""
         return 1
 
     def sum(self, dim: int | None = None, *, keepdim: bool = False) -> "Sym":
+        """Add along a dimension."""
         return self.of(self.array.sum(axis=dim, keepdims=keepdim))
 
     def mean(self, dim: int, *, keepdim: bool = False) -> "Sym":
+        """Average along a dimension."""
         return self.sum(dim, keepdim=keepdim) / sp.Integer(self.shape[dim])
 
     def amax(self, dim: int, *, keepdim: bool = False) -> "Sym":
+        """Return a new symbol in place of each maximum: a proof must not rest on which it is."""
         return self.sum(dim, keepdim=keepdim).each(lambda _: self.symbols.shift())
 
     def masked_fill(self, mask: "Sym", value: float) -> "Sym":
+        """Put minus infinity where the mask is set."""
         assert value == -math.inf
         return self.of(np.where(mask.array.astype(bool), NEGATIVE_INFINITY, self.array))
 
     def reshape(self, *shape: Any) -> "Sym":
+        """Arrange in other sizes."""
         return self.of(self.array.reshape(*shape))
 
     view = reshape
 
     def flatten(self) -> "Sym":
+        """Arrange in one row."""
         return self.of(self.array.reshape(-1))
 
     def expand(self, *shape: Any) -> "Sym":
+        """Repeat along dimensions of size one."""
         wanted = sizes_of(shape)
         own = (1,) * (len(wanted) - self.ndim) + self.shape
         sizes = tuple(have if want == -1 else want for have, want in zip(own, wanted, strict=True))
         return self.of(np.broadcast_to(self.array, sizes))
 
     def transpose(self, first: int, second: int) -> "Sym":
+        """Swap two dimensions."""
         return self.of(np.swapaxes(self.array, first, second))
 
     def unsqueeze(self, dim: int) -> "Sym":
+        """Insert a dimension of size one."""
         return self.of(np.expand_dims(self.array, dim))
 
     def squeeze(self, dim: int) -> "Sym":
+        """Remove a dimension of size one."""
         return self.of(np.squeeze(self.array, dim))
 
     def tril(self, diagonal: int) -> "Sym":
+        """Keep what lies on and below a diagonal."""
         return self.of(np.tril(self.array.astype(bool), diagonal))
 
     def new_empty(self, *shape: Any, **_: Any) -> "Sym":
+        """Return memory that nobody wrote yet."""
         return unwritten(self.symbols, sizes_of(shape))
 
     def new_zeros(self, *shape: Any, **_: Any) -> "Sym":
+        """Return zeros."""
         return self.of(np.full(sizes_of(shape), sp.Integer(0), dtype=object))
 
     def new_full(self, shape: Any, value: int, **_: Any) -> "Sym":
+        """Return an array of one number."""
         return self.of(np.full(shape, sp.Integer(value), dtype=object))
 
     def copy_(self, other: "Sym") -> "Sym":
+        """Overwrite with another's expressions."""
         self.array[...] = other.array
         return self
 
     def mul_(self, other: Any) -> "Sym":
+        """Multiply in place."""
         return self.copy_(self * other)
 
     def add_(self, other: Any) -> "Sym":
+        """Add in place."""
         return self.copy_(self + other)
 
     def addmm_(self, a: "Sym", b: "Sym", *, alpha: Any = 1) -> "Sym":
+        """Add a scaled matrix product in place."""
         return self.copy_(self + (a @ b) * alpha)
 
     def addcmul_(self, a: "Sym", b: "Sym") -> "Sym":
+        """Add a product of elements in place."""
         return self.copy_(self + a * b)
 
     def exp_(self) -> "Sym":
+        """Exponentiate in place."""
         return self.copy_(self.each(self.symbols.exp))
 
     def gather(self, dim: int, places: "Sym") -> "Sym":
+        """Take the expressions at places along a dimension."""
         return self.of(np.take_along_axis(self.array, places.array.astype(int), dim))
 
     def scatter_add_(self, dim: int, places: "Sym", values: "Sym") -> "Sym":
+        """Add values at places of the last dimension."""
         assert dim == -1
         for row, columns in enumerate(places.array.astype(int)):
             for column, place in enumerate(columns):
