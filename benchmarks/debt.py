@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import lizard
+import numpy as np
 import radon.metrics
 import turns
-from scipy.stats import spearmanr
 
 from entrenar.quality import git
 from entrenar.quality.debt import measure, scoring
@@ -39,8 +39,14 @@ COSMETIC = re.compile(
 
 
 def correlation(one: list[float], other: list[float]) -> float:
-    """Return Spearman's coefficient."""
-    return round(float(spearmanr(one, other).statistic), 3)
+    """Return Spearman's coefficient: Pearson's of the ranks, equal values sharing theirs."""
+    return round(float(np.corrcoef(ranks(one), ranks(other))[0, 1]), 3)
+
+
+def ranks(values: list[float]) -> Any:
+    """Return the rank of each value."""
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") - 1) / 2
 
 
 def package_folder(name: str) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import debt_tables
 import quality_tables
 from headline import lines as headline_lines
 
@@ -286,6 +287,14 @@ def of_quality(name: str) -> str:
     return rows(header, lines) + note
 
 
+def of_debt(table: Callable[[dict[str, Any]], debt_tables.Table], place: Path) -> str:
+    """What the technical-debt score gives, and how it was measured itself."""
+    if not place.is_file():
+        return "not measured\n"
+    header, lines, note = table(json.loads(place.read_text(encoding="utf-8")))
+    return rows(header, lines) + note
+
+
 def tiers() -> str:
     measured = result("tiers")
     if measured is None:
@@ -372,6 +381,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "bit_budget": bit_budget, "qlora": qlora,
     "memory": memory, "test_data": test_data, "tiers": tiers,
     **{name: functools.partial(of_quality, name) for name in quality_tables.TABLES},
+    "debt": functools.partial(of_debt, debt_tables.repository, ROOT / ".pmat" / "tdg-baseline.json"),
+    "debt_fixes": functools.partial(of_debt, debt_tables.fixes, RESULTS / "debt.json"),
+    "debt_tools": functools.partial(of_debt, debt_tables.tools, RESULTS / "debt.json"),
+    "debt_time": functools.partial(of_debt, debt_tables.seconds, RESULTS / "debt.json"),
     "decode": decode, "load": load, "plan": plan,
 }  # fmt: skip
 
