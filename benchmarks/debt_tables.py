@@ -52,4 +52,6 @@ def seconds(measured: dict[str, Any]) -> Table:
         runs = [f"{run['cpu_s']:.1f} s ({run['wall_s']:.1f} s)" for run in (row["first"], row["again"])]
         lines.append([name, f"{row['lines']:,}", str(row["files"]), *runs])
     header = ["", "lines", "files", "first, processor (wall)", "again"]
-    return header, lines, f"\n{measured['cpu']}; {measured['date']}\n"
+    loads = sorted(row["load"] for row in measured.get("time", {}).values())
+    note = f"\n{measured['cpu']}; {measured['date']}; load of the machine {loads}, which lengthens wall times\n"
+    return header, lines, note

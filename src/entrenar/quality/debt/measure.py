@@ -81,7 +81,7 @@ def measure(contents: Mapping[str, bytes], names: Mapping[str, str], processes: 
     """
     keys = list(contents)
     if processes > 1 and len(keys) >= _MANY:
-        with ProcessPoolExecutor(processes, get_context("forkserver")) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             rows = list(pool.map(_parse, contents.values(), chunksize=_CHUNK))
     else:
         rows = [_parse(content) for content in contents.values()]
