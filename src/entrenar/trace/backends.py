@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +40,16 @@ class Watch:
 
     wanted: frozenset[str] | None = None
     with_stacks: bool = True
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to run. If `is_time` is given, system calls are seen only from the moment on that it says so."""
+
+    program: Path
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    is_time: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,23 +96,17 @@ def floor_ns() -> int:
     return round(median(call.duration_ns or 0 for call in calls)) if calls else 0
 
 
-def run(
-    backend: str,
-    program: Path,
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    watch: Watch,
-    on_calls: OnCalls,
-) -> Ended:
+def run(backend: str, start: Start, watch: Watch, on_calls: OnCalls) -> Ended:
     """Run a command to its end.
 
     Raises: MachineError if it cannot be executed.
     """
     if backend == "ptrace":
-        return _by_ptrace(lambda tracer: tracer.run(program, argv, environment), watch, on_calls)
+        run_it = Tracer.run if start.is_time is None else partial(Tracer.run_late, is_time=start.is_time)
+        return _by_ptrace(lambda tracer: run_it(tracer, start.program, start.argv, start.environment), watch, on_calls)
     if backend == "strace":
-        return _by_strace(program, argv, environment, watch, on_calls)
-    return _alone(program, argv, environment, on_calls)
+        return _by_strace(start, watch, on_calls)
+    return _alone(start, on_calls)
 
 
 def attach(pid: int, watch: Watch, on_calls: OnCalls) -> Ended:
@@ -131,9 +136,9 @@ def _by_ptrace(start: Callable[[Tracer], int | None], watch: Watch, on_calls: On
     return Ended(code, tuple(watcher.notes))
 
 
-def _alone(program: Path, argv: Sequence[str], environment: Mapping[str, str], on_calls: OnCalls) -> Ended:
-    with _own_child(program, argv, environment) as child:
-        process = Process(child.pid, None, " ".join(argv), time.monotonic_ns())
+def _alone(start: Start, on_calls: OnCalls) -> Ended:
+    with _own_child(start.program, start.argv, start.environment) as child:
+        process = Process(child.pid, None, " ".join(start.argv), time.monotonic_ns())
         code = None
         while code is None:
             with suppress(subprocess.TimeoutExpired):
@@ -143,17 +148,15 @@ def _alone(program: Path, argv: Sequence[str], environment: Mapping[str, str], o
     return Ended(code, ())
 
 
-def _by_strace(
-    program: Path, argv: Sequence[str], environment: Mapping[str, str], watch: Watch, on_calls: OnCalls
-) -> Ended:
+def _by_strace(start: Start, watch: Watch, on_calls: OnCalls) -> Ended:
     with tempfile.TemporaryDirectory(prefix="entrenar-strace-") as folder:
         output = Path(folder) / "calls"
         os.mkfifo(output)
         # Without waiting for a writer: there is none if strace fails.
         descriptor = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
-        words = strace.command([str(program), *argv[1:]], output, watch.wanted)
-        with _own_child(Path(words[0]), words, environment) as child:
-            process = Process(child.pid, None, " ".join(argv), time.monotonic_ns())
+        words = strace.command([str(start.program), *start.argv[1:]], output, watch.wanted)
+        with _own_child(Path(words[0]), words, start.environment) as child:
+            process = Process(child.pid, None, " ".join(start.argv), time.monotonic_ns())
             reader = strace.StraceReader()
             for lines in _batches(descriptor, child):
                 calls = list(reader.read(lines))

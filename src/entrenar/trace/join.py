@@ -81,7 +81,9 @@ class Join:
 
     def _apply(self, event: SpanEvent, dropped: set[int], joined: Joined) -> None:
         if event.kind == "start":
-            span = Span(event.span, event.parent, event.text, event.pid, event.tid, event.at_ns, None)
+            span = Span(
+                event.span, event.parent, event.text, event.pid, event.tid, event.at_ns, None, "unset", event.attributes
+            )
             self._open[span.id] = span
             if event.ends_with_parent:
                 self._dependent.add(span.id)
@@ -107,4 +109,8 @@ class Join:
             stack.remove(span)
         self._dependent.discard(span.id)
         if event.kind == "end":
-            joined.ended.append(replace(span, end_ns=event.at_ns, status=event.status, attributes=event.attributes))
+            joined.ended.append(
+                replace(
+                    span, end_ns=event.at_ns, status=event.status, attributes={**span.attributes, **event.attributes}
+                )
+            )

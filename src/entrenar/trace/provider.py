@@ -68,9 +68,7 @@ class _Tracer(api.NoOpTracer):
         """Begin a span under the current one."""
         del kind, record_exception, set_status_on_exception  # `use_span` heeds the last two
         parent = api.get_current_span(context).get_span_context()
-        span = RecordedSpan(self._provider, parent.span_id or self._provider.wants.parent, name, start_time)
-        if attributes:
-            span.set_attributes(attributes)
+        span = RecordedSpan(self._provider, parent.span_id or self._provider.wants.parent, name, start_time, attributes)
         for link in links or ():
             span.add_link(link.context, link.attributes)
         return span
@@ -79,12 +77,21 @@ class _Tracer(api.NoOpTracer):
 class RecordedSpan(api.Span):
     """A span of the API, in the recorder."""
 
-    def __init__(self, provider: Provider, parent: int, name: str, start_unix_ns: int | None = None) -> None:
+    def __init__(
+        self,
+        provider: Provider,
+        parent: int,
+        name: str,
+        start_unix_ns: int | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
         self._recorder = provider.recorder
         self._status = 0
         self._is_ended = False
         self._attributes: dict[str, Any] = {}
-        number = self._recorder.start(parent, name, None if start_unix_ns is None else _monotonic(start_unix_ns))
+        at = None if start_unix_ns is None else _monotonic(start_unix_ns)
+        # What is known at the start is written at the start: it is there while the span lasts, and if it never ends.
+        number = self._recorder.start(parent, name, at, attributes=attributes)
         self._context = api.SpanContext(provider.wants.trace_id, number, is_remote=False, trace_flags=_FLAGS)
 
     def end(self, end_time: int | None = None) -> None:

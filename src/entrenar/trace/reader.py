@@ -75,6 +75,11 @@ class Reader:
         row = self._db.execute("select * from span where id = ?", (signed(number),)).fetchone()
         return None if row is None else self._span(row)
 
+    def open_spans(self) -> list[Span]:
+        """Return the spans that have not ended, outermost first, the processes themselves left out."""
+        rows = self._db.execute("select * from span where end_ns is null order by start_ns")
+        return [span for span in map(self._span, rows) if not span.name.startswith("process: ")]
+
     def calls(self, *, span: int | None = None) -> Iterator[SystemCall]:
         """Yield the system calls that were kept, in the order they began; only those under `span` if it is given."""
         query = "select * from call where ?1 is null or span = ?1 order by start_ns"
@@ -105,6 +110,10 @@ class Reader:
             yield Anomaly(
                 operation, kind, at, duration, baseline, sigma, severity, pid, tid, unsigned(span), frame, path
             )
+
+    def last_anomalies(self, count: int) -> list[Anomaly]:
+        """Return the newest anomalies, newest last."""
+        return list(self.anomalies())[-count:]
 
     def metrics(self, *, name: str | None = None) -> Iterator[Metric]:
         """Yield readings in order of time; only those called `name` if it is given."""

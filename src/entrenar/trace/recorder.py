@@ -57,14 +57,23 @@ class Recorder:
         except OSError:
             self._map = None
 
-    def start(self, parent: int, name: str, at_ns: int | None = None, *, ends_with_parent: bool = False) -> int:
+    def start(
+        self,
+        parent: int,
+        name: str,
+        at_ns: int | None = None,
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        ends_with_parent: bool = False,
+    ) -> int:
         """Record that a span begins on this thread, now if `at_ns` is None; return its id. `parent` 0 is none.
 
         If nobody ends it, one that `ends_with_parent` ends with the span around it on its thread.
         """
         number = next(self._ids)
         now = time.monotonic_ns() if at_ns is None else at_ns
-        self._write(START, number, parent, now, int(ends_with_parent), name.encode())
+        text = f"{name}\0{json.dumps(attributes, default=str)}" if attributes else name
+        self._write(START, number, parent, now, int(ends_with_parent), text.encode())
         return number
 
     def end(

@@ -32,18 +32,19 @@ def hot_paths(profile: Profile, *, top: int = 10, with_source: bool = False) -> 
         f"Top {top} Hot Paths (by total time):",
     ]
     shown = profile.rows[:top]
-    width = max((len(_label(row, with_source=with_source)) for row in shown), default=0)
+    width = max((len(label(row, with_source=with_source)) for row in shown), default=0)
     for number, row in enumerate(shown, 1):
-        label = _label(row, with_source=with_source)
+        name = label(row, with_source=with_source)
         calls = f", {row.calls:,} syscalls" if row.calls or row.kind == "calls" else ""
         slow = f" ⚠️ SLOW I/O ({row.slow:,} over 1ms)" if row.slow else ""
-        lines.append(f"  {number:2d}. {label:<{width}} - {row.share:6.1%} ({duration(row.total_ns)}{calls}){slow}")
+        lines.append(f"  {number:2d}. {name:<{width}} - {row.share:6.1%} ({duration(row.total_ns)}{calls}){slow}")
     if not shown:
         lines.append("  nothing was seen")
     return lines
 
 
-def _label(row: HotPath, *, with_source: bool) -> str:
+def label(row: HotPath, *, with_source: bool) -> str:
+    """Write what a row is about: function and file, or the span."""
     if row.kind == "compute":
         return row.name if row.name.startswith("compute") else f"compute: {row.name}"
     if not row.file:

@@ -20,7 +20,7 @@ from entrenar.errors import EntrenarError
 from entrenar.trace.hot_paths import IDLE, IDLE_CALLS
 from entrenar.trace.join import Join, Joined
 from entrenar.trace.records import Anomaly, Mark, Metric, Process, Span, Status, SystemCall, TraceInfo
-from entrenar.trace.spool import Spool
+from entrenar.trace.spool import SpanEvent, Spool
 from entrenar.trace.store import Writer
 
 _HOLD_NS = 1_000_000
@@ -63,6 +63,7 @@ class Session:
         self.root_id = secrets.randbits(62) | 1
         self._process_ids: dict[tuple[int, int], int] = {}
         self._processes: Mapping[int, Process] = {}
+        self._has_spans = False
         self.notes: list[str] = []
         self.started_ns = time.monotonic_ns()
         self._info = TraceInfo(
@@ -99,16 +100,27 @@ class Session:
         return [process.pid for process in list(self._processes.values()) if process.ended_ns is None]
 
     @property
+    def info(self) -> TraceInfo:
+        """What the trace is about, as far as it is known."""
+        return self._info
+
+    def has_spans(self) -> bool:
+        """Return whether the program has recorded a span."""
+        return self._has_spans
+
+    @property
     def is_stored(self) -> bool:
         """Return whether the store has taken everything so far."""
         return self._writer is not None
 
-    def _drained(self) -> list:  # type: ignore[type-arg]
+    def _drained(self) -> list[SpanEvent]:
         try:
-            return self._spool.drain()
+            events = self._spool.drain()
         except OSError as error:
             self._note(f"spans are lost: {error}")
             return []
+        self._has_spans = self._has_spans or bool(events)
+        return events
 
     def _pass_on(self, batch: Joined) -> None:
         anomalies = [anomaly for observer in self._observers for anomaly in observer(batch)]
@@ -187,7 +199,7 @@ def program_name(words: Sequence[str]) -> str:
     rest = list(words[1:])
     for at, word in enumerate(rest):
         if word == "-m" and at + 1 < len(rest):
-            return rest[at + 1]
+            return " ".join(rest[at + 1 : at + 3])  # python -m entrenar train
         if word == "-c":
             return f"{program} -c"
         if not word.startswith("-"):

@@ -84,7 +84,11 @@ def _first_segment(folder: Path, name: str) -> int:
 
 def _event(kind: int, pid: int, tid: int, span: int, at_ns: int, parent: int, text: str, status: int) -> SpanEvent:
     if kind == START:
-        return SpanEvent("start", pid, tid, span, at_ns, parent or None, text, ends_with_parent=bool(status))
+        name, _, rest = text.partition("\0")
+        attributes = json.loads(rest) if rest else {}
+        return SpanEvent(
+            "start", pid, tid, span, at_ns, parent or None, name, attributes=attributes, ends_with_parent=bool(status)
+        )
     if kind == END:
         attributes = json.loads(text) if text else {}
         return SpanEvent("end", pid, tid, span, at_ns, status=STATUS[status], attributes=attributes)  # type: ignore[arg-type]

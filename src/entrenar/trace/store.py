@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from entrenar.errors import DiskFullError, MachineError
+from entrenar.files import explained_disk_errors
 from entrenar.trace.records import Anomaly, Frame, Mark, Metric, Process, Span, SystemCall, TraceInfo
 from entrenar.trace.schema import TABLES, VERSION, signed
 from entrenar.trace.tally import bin_of
@@ -69,9 +70,9 @@ class Writer:
         self._whole_stacks: dict[tuple[Frame, ...], int] = {(): 0}
         self._counts: dict[tuple[int, int, int], _Count] = {}
         self._changed: set[tuple[int, int, int]] = set()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with _explained(path):
+        with _explained(path), explained_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.executescript(f"pragma journal_mode=wal; pragma synchronous=normal; {TABLES}")
             self._db.execute("begin")

@@ -47,7 +47,9 @@ def run(tmp_path):
 
     def go(*flags, command=(sys.executable, str(script)), stdin="input\n"):
         argv = [sys.executable, "-m", "entrenar", "trace", "run", "--save", str(tmp_path / "t.sqlite"), *flags, "--"]
-        done = subprocess.run([*argv, *command], input=stdin, capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = subprocess.run(
+            [*argv, *command], input=stdin, capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
         return done, tmp_path / "t.sqlite"
 
     return go
@@ -101,6 +103,14 @@ def test_without_permission_the_program_runs_all_the_same(run):
     with Reader(trace) as reader:
         assert reader.count("call") == 0
         assert [span.attributes["process.exit.code"] for span in reader.spans()] == [3]
+
+
+@needs_ptrace
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(run):
+    """Exit code 3, the reason, and no output of the program."""
+    done, _ = run("--save", "/dev/null/t.sqlite")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "cannot write /dev/null/t.sqlite" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

@@ -189,3 +189,40 @@ def test_what_cannot_be_executed_is_named(tmp_path):
     script.chmod(0o755)
     with pytest.raises(MachineError, match=r"cannot run .*script: Exec format error; check its mode"):
         Tracer(CallWatcher(lambda _: None)).run(script, ["script"], {})
+
+
+def test_a_late_start_sees_nothing_before_its_time(tmp_path):
+    """Until the moment comes the program runs untraced; then its calls come with their lines, and its exit code."""
+    program = (
+        "import os, sys, time\n"
+        "os.getppid()\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "while not os.path.exists(sys.argv[2]): time.sleep(0.01)\n"
+        "os.getpgrp()\n"
+        "sys.exit(4)"
+    )
+    calls = []
+    watcher = CallWatcher(calls.extend)
+    tracer = Tracer(watcher)
+    hand_on = watcher.tick
+
+    def tick():
+        hand_on()
+        if calls:
+            (tmp_path / "go").touch()
+
+    watcher.tick = tick
+    argv = [PYTHON, "-c", program, str(tmp_path / "begun"), str(tmp_path / "go")]
+    code = tracer.run_late(Path(PYTHON), argv, dict(os.environ), is_time=(tmp_path / "begun").exists)
+    watcher.tick()
+    assert code == 4
+    assert [call.name for call in calls if call.name in ("getppid", "getpgrp", "execve")] == ["getpgrp"]
+    assert [call.stack[0].line for call in calls if call.name == "getpgrp"] == [5]
+    assert [process.exit_code for process in watcher.processes.values()] == [4]
+
+
+def test_a_program_that_ends_before_its_time_is_reported(tmp_path):
+    """No call, the right end."""
+    watcher = CallWatcher(lambda _: None)
+    argv = ["sh", "-c", "exit 9"]
+    assert Tracer(watcher).run_late(Path("/bin/sh"), argv, {}, is_time=lambda: False) == 9

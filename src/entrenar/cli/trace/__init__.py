@@ -11,6 +11,9 @@ _VERBS = {
     "clusters": "group the system calls of a trace by duration and size: its modes and outliers",
     "diff": "say what changed between two traces, beyond noise",
     "map": "say where generated code was written: source maps, notebooks, Cython, torch.compile",
+    "export": "write a trace for another viewer: perfetto, speedscope, otlp, flamegraph, pprof",
+    "live": "watch a trace in the terminal while it is made",
+    "view": "write a trace as one HTML page: timeline, flame graph, system calls",
     "run": "run a command and trace it: system calls with their Python lines, spans, anomalies",
     "report": "say what a trace shows: hot paths, system calls, what to do",
 }

@@ -12,11 +12,14 @@ from pathlib import Path
 
 from entrenar.cli.trace import generated
 from entrenar.cli.trace.observers import AnomalyLines, CallLines
+from entrenar.cli.trace.otlp import Export
 from entrenar.cli.trace.output import conclude, program_output_aside
 from entrenar.errors import ConfigError
 from entrenar.trace import backends, launch
 from entrenar.trace.anomaly import METHODS, Sensitivity
+from entrenar.trace.backends import Start
 from entrenar.trace.decisions import marks as decision_marks
+from entrenar.trace.otlp_exporter import PROTOCOLS
 from entrenar.trace.ptrace import numbers
 from entrenar.trace.session import Observer, Plan, Session, program_name
 from entrenar.trace.store import CALL_ROWS, IO_CALLS, Writer
@@ -32,6 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--pid", type=int, help="attach to a running process instead; Ctrl-C lets go of it")
     _add_calls(parser.add_argument_group("system calls"))
     _add_spans(parser.add_argument_group("spans"))
+    _add_otlp(parser.add_argument_group("OpenTelemetry"))
     _add_analysis(parser.add_argument_group("analysis"))
     generated.add(parser.add_argument_group("generated code"))
     _add_output(parser.add_argument_group("output"))
@@ -43,6 +47,10 @@ def _add_calls(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("-f", "--follow", action="store_true", help="follow threads and children: always done")
     group.add_argument("--backend", choices=backends.BACKENDS, default="auto", help="what sees the calls (auto)")
+    group.add_argument(
+        "--from-first-span", action="store_true",
+        help="see calls only from the program's first span on: the imports of torch alone make 50,000",
+    )  # fmt: skip
     group.add_argument("--no-stacks", action="store_true", help="do not read Python stacks: a third cheaper a call")
 
 
@@ -54,6 +62,16 @@ def _add_spans(group: argparse._ArgumentGroup) -> None:
         "--trace-compute-threshold", type=float, default=100.0, metavar="US",
         help="blocks shorter than this many µs are counted in their parent (100)",
     )  # fmt: skip
+
+
+def _add_otlp(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--otlp-endpoint", metavar="URL", help="send spans and slow calls to this collector as they come"
+    )
+    group.add_argument("--otlp-service-name", default="entrenar", metavar="NAME", help="as this service (entrenar)")
+    group.add_argument(
+        "--otlp-protocol", choices=PROTOCOLS, default="auto", help="by the port: 4318 is http, else grpc"
+    )
 
 
 def _add_analysis(group: argparse._ArgumentGroup) -> None:
@@ -115,9 +133,12 @@ def _traced(
     observers = _observers(parsed)
     maps = generated.maps(parsed)
     decisions = generated.decisions(parsed)
-    session = Session(plan, Writer(path, call_rows=parsed.max_calls), list(observers))
+    otlp = Export(parsed) if parsed.otlp_endpoint else None
+    session = Session(plan, Writer(path, call_rows=parsed.max_calls), [*observers, *([otlp.take] if otlp else [])])
     session.samplers.append(SystemMetrics(session.living))
     session.add_marks(decision_marks(decisions, at_ns=session.started_ns))
+    if otlp is not None:
+        otlp.begin(session)
     take = generated.at_origin(maps, session.take)
     wants = launch.Wants(session.folder, plan.trace_id, session.root_id, _groups(parsed), plan.shortest_ns)
     if program is None:
@@ -125,9 +146,14 @@ def _traced(
     else:
         environment = launch.environment(os.environ, program, wants)
         with program_output_aside(is_needed=parsed.format != "text" and parsed.output is None):
-            ended = backends.run(backend, program, command, environment, watch, take)
+            start = Start(program, command, environment, session.has_spans if parsed.from_first_span else None)
+            ended = backends.run(backend, start, watch, take)
     info = session.finish(ended.exit_code, (*((reason,) if reason else ()), *ended.notes))
+    if otlp is not None:
+        otlp.finish(session)
     conclude(parsed, path, observers, info.notes)
+    if otlp is not None:
+        otlp.conclude()
     return ended.exit_code
 
 

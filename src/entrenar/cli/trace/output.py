@@ -15,6 +15,7 @@ from entrenar.trace import anomaly_report, clusters, findings, report_json, repo
 from entrenar.trace.diagnosis import diagnose
 from entrenar.trace.hot_paths import Profile, call_graph, profile
 from entrenar.trace.reader import Reader
+from entrenar.trace.view import page
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def conclude(parsed: argparse.Namespace, path: Path, observers: Sequence[Any], n
         summary = profile(reader)
         analysis = _clusters(parsed, reader)
         if parsed.format == "text":
-            text = "\n".join(text_report(parsed, reader, summary))
+            text = "\n".join([*text_report(parsed, reader, summary), "", *findings.lines(diagnose(reader))])
             if detector is not None:
                 text += "\n\n" + anomaly_report.report(detector)
             if analysis is not None:
@@ -52,6 +53,8 @@ def conclude(parsed: argparse.Namespace, path: Path, observers: Sequence[Any], n
             if detector is not None:
                 values["anomalies"] = anomaly_report.as_json(detector)
             text = json.dumps(values, indent=1)
+        elif parsed.format == "html":
+            text = page(reader, findings.lines(diagnose(reader)))
         else:
             text = "\n".join(report_json.as_csv(reader))
     emit(text, parsed.output, to_error=parsed.format == "text")

@@ -21,6 +21,7 @@ _GROUP_STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 # What a shell, a supervisor or a scheduler sends to the process it started, which is the tracer.
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _TICK_S = 0.25
+_LATE_TICK_S = 0.02
 _DETACH_S = 2.0
 # How long the program's own end waits for that of its children: a helper that is about to end is seen whole.
 _LINGER_S = 0.2
@@ -93,6 +94,9 @@ class Tracer:
         os.close(go)
         with _Signals(self, is_owner=True):
             self._loop()
+        return self._concluded(program, failure)
+
+    def _concluded(self, program: Path, failure: int) -> int:
         errno = os.read(failure, 16)
         os.close(failure)
         if errno:
@@ -100,6 +104,34 @@ class Tracer:
         if self._exit_code is None:
             raise MachineError(f"the end of {program} was taken by another part of this process; trace alone")
         return self._exit_code
+
+    def run_late(
+        self, program: Path, argv: Sequence[str], environment: Mapping[str, str], *, is_time: Callable[[], bool]
+    ) -> int:
+        """Run a program like `run`, but see its calls only once `is_time` says so; until then it costs nothing.
+
+        Children that it started before are not traced. Raises: as `run`.
+        """
+        go, failure, pid = _forked(program, argv, environment)
+        os.write(go, b"x")
+        os.close(go)
+        self._main = pid
+        self._watcher.on_start(pid, None)
+        with _Signals(self, is_owner=True, period_s=0):
+            while self._exit_code is None and not is_time():
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self._exit_code = os.waitstatus_to_exitcode(status)
+                    self._watcher.on_end(pid, self._exit_code)
+                self._watcher.tick()
+                time.sleep(_LATE_TICK_S)
+        if self._exit_code is None:
+            self._has_begun = True
+            self._watcher.on_exec(pid)
+            self._seize_all(pid)
+            with _Signals(self, is_owner=True):
+                self._loop()
+        return self._concluded(program, failure)
 
     def attach(self, pid: int) -> int | None:
         """Trace a running process until it ends or a SIGINT or SIGTERM comes; return its exit code, None if it goes on.
@@ -109,16 +141,25 @@ class Tracer:
         self._main, self._has_begun = pid, True
         self._watcher.on_start(pid, None)
         self._watcher.on_exec(pid)
-        seized: set[int] = set()
-        while new := {int(name) for name in os.listdir(f"/proc/{pid}/task")} - seized:
-            for tid in new:
-                libc.seize(tid)
-                self._pids[tid] = pid
-                libc.interrupt(tid)
-            seized |= new
+        self._seize_all(pid)
         with _Signals(self, is_owner=False):
             self._loop()
         return self._exit_code
+
+    def _seize_all(self, pid: int) -> None:
+        """Seize the threads of a process, and those that they start meanwhile."""
+        seized: set[int] = set()
+        while new := {int(name) for name in os.listdir(f"/proc/{pid}/task")} - seized:
+            for tid in sorted(new, key=lambda tid: tid != pid):
+                try:
+                    libc.seize(tid)
+                except OSError:
+                    if tid == pid:
+                        raise
+                    continue  # it ended, or came to us as the child of a thread that we had
+                self._pids[tid] = pid
+                libc.interrupt(tid)
+            seized |= new
 
     def stop(self) -> None:
         """Let go of everything, and end the loop."""
@@ -262,7 +303,8 @@ class Tracer:
 class _Signals:
     """Keep the terminal's signals for the program, pass on what a supervisor sends, and tick by a timer."""
 
-    def __init__(self, tracer: Tracer, *, is_owner: bool) -> None:
+    def __init__(self, tracer: Tracer, *, is_owner: bool, period_s: float = _TICK_S) -> None:
+        self._period_s = period_s
         self._handlers: dict[int, Any] = {signal.SIGALRM: lambda *_: tracer.alarm()}
         if is_owner:
             # The terminal sends these to the program as well; only the program decides what they mean.
@@ -273,7 +315,7 @@ class _Signals:
 
     def __enter__(self) -> None:
         self._before = {number: signal.signal(number, handler) for number, handler in self._handlers.items()}
-        signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
+        signal.setitimer(signal.ITIMER_REAL, self._period_s, self._period_s)
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)

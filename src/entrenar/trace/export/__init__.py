@@ -1,0 +1,1 @@
+"""A trace in the forms that other viewers read: one file a form, each a function from a reader to text or bytes."""
