@@ -119,25 +119,30 @@ class OtlpExport:
     def _run(self) -> None:
         self._note(is_up=self._send(()))
         failures = 0
-        while not self._is_closing.is_set() or self._queue:
+        while self._queue or not self._is_closing.is_set():
             self._wake.wait(0 if self._is_closing.is_set() else _BATCH_S)
             self._wake.clear()
-            while self._queue:
-                with self._lock:
-                    batch = [self._queue.popleft() for _ in range(min(_BATCH_SPANS, len(self._queue)))]
-                is_up = self._send(batch)
-                self._note(is_up=is_up)
-                if not is_up:
-                    failures += 1
-                    with self._lock:
-                        self._queue.extendleft(reversed(batch))
-                    break
+            if self._send_queue():
                 failures = 0
-                self.sent += len(batch)
-            if self._is_closing.is_set() and failures:
+                continue
+            if self._is_closing.is_set():
                 return
-            if failures:
-                time.sleep(min(0.1 * 2**failures, _BATCH_S))
+            failures += 1
+            time.sleep(min(0.1 * 2**failures, _BATCH_S))
+
+    def _send_queue(self) -> bool:
+        """Send what is queued, batch by batch; return whether the collector took it all."""
+        while self._queue:
+            with self._lock:
+                batch = [self._queue.popleft() for _ in range(min(_BATCH_SPANS, len(self._queue)))]
+            is_up = self._send(batch)
+            self._note(is_up=is_up)
+            if not is_up:
+                with self._lock:
+                    self._queue.extendleft(reversed(batch))
+                return False
+            self.sent += len(batch)
+        return True
 
     def _note(self, *, is_up: bool) -> None:
         if is_up != self.is_connected:

@@ -151,15 +151,18 @@ class Tracer:
         seized: set[int] = set()
         while new := {int(name) for name in os.listdir(f"/proc/{pid}/task")} - seized:
             for tid in sorted(new, key=lambda tid: tid != pid):
-                try:
-                    libc.seize(tid)
-                except OSError:
-                    if tid == pid:
-                        raise
-                    continue  # it ended, or came to us as the child of a thread that we had
-                self._pids[tid] = pid
-                libc.interrupt(tid)
+                self._seize(tid, pid)
             seized |= new
+
+    def _seize(self, tid: int, pid: int) -> None:
+        try:
+            libc.seize(tid)
+        except OSError:
+            if tid == pid:
+                raise
+            return  # it ended, or came to us as the child of a thread that we had
+        self._pids[tid] = pid
+        libc.interrupt(tid)
 
     def stop(self) -> None:
         """Let go of everything, and end the loop."""
