@@ -52,3 +52,31 @@ def test_a_model_without_template_says_so(talker, tmp_path, capsys):
     Tokenizer(dict(tokenizer.content), {**tokenizer.config, "chat_template": None}).save(tmp_path)
     assert main(["chat", str(tmp_path)]) == 2
     assert "has no chat_template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "-1"], "--temperature: Input should be greater than or equal to 0"),
+        (["--seed", str(2**70)], "--seed: Input should be less than"),
+        (["--template", "nowhere.jinja"], "--template must be a text file with a chat template, got nowhere.jinja"),
+        (["--eos", "<|no such token|>"], "an end token must be a token's name or an id below 287"),
+    ],
+)
+def test_faulty_options_are_refused(talker, capsys, words, message):
+    """Each is exit code 2 and a sentence."""
+    assert main(["chat", str(talker[0]), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_does_not_end_the_chat(talker, tmp_path, monkeypatch, capsys):
+    """The terminal goes on after a sentence."""
+    refusing = tmp_path / "template.jinja"
+    refusing.write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("/system x\nhi\n/system\nhi\n"))
+    assert main(["chat", str(talker[0]), "--template", str(refusing), "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "no system; say it another way, or start over" in captured.err
+    assert captured.out.count("\n") >= 1

@@ -164,7 +164,7 @@ def test_a_file_without_tokenizer_says_how_it_gets_one(folder, tmp_path, capsys)
     capsys.readouterr()
     assert main(["generate", str(lone), "--prompt", "one"]) == 2
     remedy = f"convert {lone} DIR --to hf --tokenizer FILE"
-    assert f"comes without a tokenizer; give it one: entrenar {remedy}" in capsys.readouterr().err
+    assert f"comes without a tokenizer; add one: entrenar {remedy}" in capsys.readouterr().err
     mended = tmp_path / "mended"
     words = remedy.replace("DIR", str(mended)).replace("FILE", str(folder / "tokenizer.json")).split()
     assert main(words) == 0

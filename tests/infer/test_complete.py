@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrenar.data import Tokenizer
-from entrenar.infer import Completion, GenerateConfig, TextTokenizer, complete, stream
+from entrenar.errors import ConfigError
+from entrenar.infer import Completion, GenerateConfig, TextTokenizer, complete, named_tokens, stream
 from entrenar.infer.complete import StopFilter
 from entrenar.model import Llama, LlamaConfig
 
@@ -28,9 +29,13 @@ class Pieces:
 
     add_bos = True
     bos_id = 0
+    special_ids = frozenset({0})
 
     def __init__(self, *pieces: bytes) -> None:
         self.table = [b"", *pieces]
+
+    def id_of(self, token: str, /) -> int | None:
+        return {"<first>": 0}.get(token)
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         ids = [self.table.index(text.encode())] if text else []
@@ -108,6 +113,24 @@ def test_rows_of_a_batch_end_each_in_its_way() -> None:
     ]
     (cut,) = complete(model, tokenizer, [""], greedy(50, eos_token_ids=()))
     assert cut == Completion("abcde", (1, 2, 3, 4, 5), "context")
+
+
+def test_a_stop_that_names_a_control_token_ends_at_its_id() -> None:
+    """A control token never shows up in the text, so its id is what stops; it is no end token of the model."""
+    tokenizer = Pieces(b"a", b"b", b"c")
+    model = counting_model(4)  # after the last piece it writes token 0 again
+    (completion,) = complete(model, tokenizer, ["a"], greedy(9, stop=("<first>",)))
+    assert completion == Completion("bc", (2, 3), "stop")
+    assert list(stream(model, tokenizer, "a", greedy(9, stop=("<first>",)))) == ["b", "c"]
+
+
+def test_end_tokens_are_named_or_numbered() -> None:
+    """A name wins over a number; what is neither is refused."""
+    tokenizer = Pieces(b"a", b"b")
+    assert named_tokens(tokenizer, ["<first>", "2"], 3) == (0, 2)
+    for word in ("nothing", "3", "-1", ""):
+        with pytest.raises(ConfigError, match=rf"a token's name or an id below 3, got '{word}'"):
+            named_tokens(tokenizer, [word], 3)
 
 
 def test_the_projects_tokenizer_fits() -> None:

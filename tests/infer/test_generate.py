@@ -145,7 +145,7 @@ def test_gradients_can_be_taken_between_steps() -> None:
     ("prompts", "message"),
     [
         ([], r"^generate needs at least one prompt, got none$"),
-        ([[1], []], r"^a prompt needs at least one token, got none in prompt 1; begin it with bos$"),
+        ([[1], []], r"^a prompt needs at least one token, got none in prompt 1; start it with bos$"),
         (
             [[1] * 40],
             r"^a prompt must be shorter than the model's context of 40 tokens, got 40 tokens in prompt 0; sho",
@@ -172,7 +172,10 @@ def test_damaged_weights_write_nothing() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stop": ("a", "")}, "stop must hold no empty text, because it would end every text at once; remove it"),
+        (
+            {"stop": ("a", "")},
+            "stop must not contain the empty text, which would end every generation",
+        ),
         ({"temperature": -1}, "greater than or equal to 0"),
         ({"top_p": 0}, "greater than 0"),
         ({"top_k": 0}, "greater than 0"),

@@ -18,8 +18,8 @@ from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.data import Tokenizer
 from entrenar.data.sft.chat_template import ChatTemplate
-from entrenar.errors import DataError
-from entrenar.infer import ChatSession, GenerateConfig
+from entrenar.errors import ConfigError, DataError, FormatError
+from entrenar.infer import ChatConfig, ChatSession, named_tokens
 
 _COMMANDS = "/reset starts over, /system TEXT starts over with an instruction, /quit quits"
 
@@ -29,13 +29,14 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
+    config = flags.from_fields(parsed, ChatConfig)
+    template = None if parsed.template is None else _template(parsed.template)
     model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
-    if parsed.template is not None:
-        content = {**tokenizer.config, "chat_template": parsed.template.read_text("utf-8")}
-        tokenizer = Tokenizer(dict(tokenizer.content), content)
-    config = GenerateConfig(
-        max_new_tokens=parsed.max_new_tokens, temperature=parsed.temperature, top_p=parsed.top_p, seed=parsed.seed
-    )
+    if template is not None:
+        tokenizer = Tokenizer(dict(tokenizer.content), {**tokenizer.config, "chat_template": template})
+    if parsed.eos is not None:
+        ends = named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
+        config = config.model_copy(update={"eos_token_ids": ends})
     with ChatTemplate(tokenizer) as chat:
         conversation = ChatSession(model, tokenizer, chat, config)
         conversation.reset(parsed.system)
@@ -43,6 +44,13 @@ def run(words: Sequence[str]) -> int:
             print(_COMMANDS)
         _talk(conversation)
     return 0
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--template must be a text file with a chat template, got {path}: {error}") from error
 
 
 def _talk(conversation: ChatSession) -> None:
@@ -72,8 +80,8 @@ def _say(conversation: ChatSession, line: str) -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
-    except DataError as error:
-        print(error, file=sys.stderr)
+    except (DataError, FormatError) as error:
+        print(f"{error}; say it another way, or start over with /reset or /system", file=sys.stderr)
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -81,16 +89,9 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("model", type=Path, help="a run, a model folder, a .gguf or a .bin")
     arguments.add_argument("--system", help="instruction to start with")
     arguments.add_argument("--template", type=Path, help="file with a chat template to use instead of the model's")
-    arguments.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
     arguments.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)"
+        "--eos", nargs="+", metavar="TOKEN", help="names or ids of the tokens that end an answer (default: the model's)"
     )
-    arguments.add_argument(
-        "--top-p",
-        type=float,
-        default=0.9,
-        help="choose among the fewest tokens that reach this probability (default: 0.9)",
-    )
-    arguments.add_argument("--seed", type=int, default=0, help="seed of the random choices (default: 0)")
     arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
+    flags.add_field_flags(arguments, ChatConfig, leave_out=("eos_token_ids",))
     return arguments

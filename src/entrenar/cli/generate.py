@@ -12,7 +12,7 @@ import torch
 
 from entrenar import recipe
 from entrenar.cli import flags
-from entrenar.infer import GenerateConfig, stream_rows
+from entrenar.infer import GenerateConfig, named_tokens, stream_rows
 
 _OWN = ("eos_token_ids",)
 _TOGETHER = 16
@@ -25,6 +25,9 @@ def run(words: Sequence[str]) -> int:
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
+    if parsed.eos is not None:
+        ends = named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
+        config = config.model_copy(update={"eos_token_ids": ends})
     prompts = parsed.prompt or [sys.stdin.read()]
     for start in range(0, len(prompts), _TOGETHER):
         some = prompts[start : start + _TOGETHER]
@@ -53,6 +56,9 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, a .gguf or a .bin")
     arguments.add_argument(
         "--prompt", nargs="+", help="one or more prompts, continued together (default: standard input)"
+    )
+    arguments.add_argument(
+        "--eos", nargs="+", metavar="TOKEN", help="names or ids of the tokens that end the text (default: the model's)"
     )
     arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
     flags.add_field_flags(arguments, GenerateConfig, leave_out=_OWN)

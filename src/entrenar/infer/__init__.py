@@ -1,12 +1,13 @@
 """Use a trained model: generate text, chat, and measure it on text."""
 
-from entrenar.infer.chat import ChatSession
-from entrenar.infer.complete import Completion, TextTokenizer, complete, stream, stream_rows
+from entrenar.infer.chat import ChatConfig, ChatSession
+from entrenar.infer.complete import Completion, TextTokenizer, complete, named_tokens, stream, stream_rows
 from entrenar.infer.evaluate import Evaluation, evaluate
 from entrenar.infer.generate import GenerateConfig, generate
 from entrenar.infer.task import Question, TaskConfig, accuracy, exact_match, token_hits, write_answers
 
 __all__ = [
+    "ChatConfig",
     "ChatSession",
     "Completion",
     "Evaluation",
@@ -19,6 +20,7 @@ __all__ = [
     "evaluate",
     "exact_match",
     "generate",
+    "named_tokens",
     "stream",
     "stream_rows",
     "token_hits",

@@ -3,12 +3,28 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from pydantic import Field
 
 from entrenar.data import Tokenizer
 from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import DataError, EntrenarError
+from entrenar.infer.complete import GrowingText, with_stop_tokens
 from entrenar.infer.generate import GenerateConfig, generate
 from entrenar.model import Llama
+
+# End-of-turn tokens of published chat models whose configs name another end token.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
+
+
+class ChatConfig(GenerateConfig):
+    """How the tokens of an answer are chosen, and when the answer stops."""
+
+    max_new_tokens: int = Field(default=512, gt=0)
+    """Most tokens of an answer."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Below 1 favors likely tokens, above 1 evens them out; 0 always takes the most likely token."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Choose among the fewest tokens whose probabilities reach this sum."""
 
 
 class ChatSession:
@@ -16,7 +32,7 @@ class ChatSession:
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, chat: ChatTemplate, config: GenerateConfig) -> None:
         self._model, self._tokenizer, self._chat = model, tokenizer, chat
-        self._config = config
+        self._config = with_stop_tokens(model.config, tokenizer, self._with_turn_ends(config))
         self._generator = torch.Generator().manual_seed(config.seed)
         self._system: str | None = None
         self.messages: list[dict[str, str]] = []
@@ -34,27 +50,28 @@ class ChatSession:
     def answer(self, text: str, forgot: Callable[[], None]) -> Iterator[str]:
         """Yield the model's answer to `text` in pieces; call `forgot` for each exchange that no longer fits.
 
+        After an error the text is dropped from the conversation, which can go on.
+
         Raises:
-            DataError: the text spells a control token, or does not fit by itself; it is dropped from the conversation.
-            FormatError: the chat template refuses the messages; the text is dropped too.
+            DataError: the text spells a control token, or does not fit by itself.
+            FormatError: the chat template refuses the messages.
+            NonFiniteError: the model's weights are damaged.
         """
-        before = len(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:
             ids = self._ids_that_fit(forgot)
-        except EntrenarError:
-            del self.messages[before:]
-            raise
-        stream = self._tokenizer.decode_stream(ids)
-        ends = self._ends()
-        said: list[str] = []
-        for (token,) in generate(self._model, [ids], self._config, self._generator):
-            if token is None or token in ends:
-                break
-            said.append(stream.push(token))
+            growing = GrowingText(self._model.config, self._tokenizer, ids, self._config)
+            said: list[str] = []
+            for (token,) in generate(self._model, [ids], self._config, self._generator):
+                said.append(growing.push(token))
+                yield said[-1]
+                if growing.finish is not None:
+                    break
+            said.append(growing.close())
             yield said[-1]
-        said.append(stream.finish())
-        yield said[-1]
+        except EntrenarError:
+            self.messages.pop()
+            raise
         self.messages.append({"role": "assistant", "content": "".join(said).strip()})
 
     def _ids_that_fit(self, forgot: Callable[[], None]) -> list[int]:
@@ -72,9 +89,10 @@ class ChatSession:
             del self.messages[first : first + 2]
             forgot()
 
-    def _ends(self) -> frozenset[int]:
-        """Return the tokens that end a turn: the config's, the tokenizer's, and those that chat models commonly use."""
-        names = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
-        found = {self._tokenizer.id_of(name) for name in names} | {self._tokenizer.eos_id}
-        own = self._config.eos_token_ids or self._model.config.eos_token_ids
-        return frozenset(index for index in found if index is not None) | frozenset(own)
+    def _with_turn_ends(self, config: GenerateConfig) -> GenerateConfig:
+        """Add the tokens that end a turn to the model's end tokens, unless the user set them."""
+        if config.eos_token_ids is not None:
+            return config
+        found = {self._tokenizer.id_of(name) for name in _TURN_ENDS} | {self._tokenizer.eos_id}
+        ends = {index for index in found if index is not None} | set(self._model.config.eos_token_ids)
+        return config.model_copy(update={"eos_token_ids": tuple(sorted(ends))})

@@ -4,12 +4,13 @@ A token may end in the middle of a character, and a stop text in the middle of a
 final: bytes by the tokenizer's decode stream, the start of a possible stop text here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
+from entrenar.errors import ConfigError
 from entrenar.infer.generate import GenerateConfig, end_tokens, generate, room
 from entrenar.model import Llama, LlamaConfig
 
@@ -35,6 +36,15 @@ class TextTokenizer(Protocol):
         ...
 
     bos_id: int | None
+
+    @property
+    def special_ids(self) -> Collection[int]:
+        """The ids of the control tokens, which decode to nothing."""
+        ...
+
+    def id_of(self, token: str, /) -> int | None:
+        """Return the id of a token by its name."""
+        ...
 
     def encode(self, text: str, *, bos: bool) -> list[int]:
         """Return the tokens of a text."""
@@ -96,7 +106,7 @@ class StopFilter:
         return max(lengths, default=0)
 
 
-class _Row:
+class GrowingText:
     """The growing text of one prompt."""
 
     def __init__(
@@ -104,6 +114,7 @@ class _Row:
     ) -> None:
         self._decoder = tokenizer.decode_stream(prompt_ids)
         self._filter = StopFilter(config.stop)
+        self._stops = stop_tokens(tokenizer, config)
         self._ends = end_tokens(model_config, config)
         is_cut = room(model_config, len(prompt_ids), config.max_new_tokens) < config.max_new_tokens
         self._when_full: Finish = "context" if is_cut else "length"
@@ -114,8 +125,8 @@ class _Row:
         """Return the text that became final."""
         if self.finish is not None or token is None:
             return ""
-        if token in self._ends:
-            self.finish = "eos"
+        if token in self._stops or token in self._ends:
+            self.finish = "stop" if token in self._stops else "eos"
             return self._filter.finish()
         self.token_ids.append(token)
         text = self._filter.push(self._decoder.push(token))
@@ -131,6 +142,38 @@ class _Row:
         return self._filter.finish()
 
 
+def stop_tokens(tokenizer: TextTokenizer, config: GenerateConfig) -> frozenset[int]:
+    """Return the control tokens among the stop texts, which would never show up in the decoded text."""
+    found = (tokenizer.id_of(stop) for stop in config.stop)
+    return frozenset(index for index in found if index is not None and index in tokenizer.special_ids)
+
+
+def with_stop_tokens(model_config: LlamaConfig, tokenizer: TextTokenizer, config: GenerateConfig) -> GenerateConfig:
+    """Let generation end at the control tokens among the stop texts, too."""
+    ends = end_tokens(model_config, config) | stop_tokens(tokenizer, config)
+    return config.model_copy(update={"eos_token_ids": tuple(sorted(ends))})
+
+
+def named_tokens(tokenizer: TextTokenizer, words: Sequence[str], vocab_size: int) -> tuple[int, ...]:
+    """Return the ids of tokens given by their names or ids.
+
+    Raises:
+        ConfigError: there is no such token.
+    """
+    ids = []
+    for word in words:
+        index = tokenizer.id_of(word)
+        if index is None and word.isdecimal():
+            index = int(word)
+        if index is None or index >= vocab_size:
+            raise ConfigError(
+                f"an end token must be a token's name or an id below {vocab_size}, got {word!r}; "
+                "tokenizer.json lists the names"
+            )
+        ids.append(index)
+    return tuple(ids)
+
+
 def complete(
     model: Llama,
     tokenizer: TextTokenizer,
@@ -140,7 +183,8 @@ def complete(
 ) -> list[Completion]:
     """Continue each prompt."""
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    rows = [_Row(model.config, tokenizer, ids, config) for ids in prompt_ids]
+    config = with_stop_tokens(model.config, tokenizer, config)
+    rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]
     pieces = list(_pieces(generate(model, prompt_ids, config, generator), rows))
     return [
         Completion("".join(texts), tuple(row.token_ids), row.finish or "length")
@@ -170,11 +214,12 @@ def stream_rows(
 ) -> Iterator[list[str]]:
     """Yield at each step the piece of text, possibly empty, that became final for each prompt."""
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    rows = [_Row(model.config, tokenizer, ids, config) for ids in prompt_ids]
+    config = with_stop_tokens(model.config, tokenizer, config)
+    rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]
     return _pieces(generate(model, prompt_ids, config, generator), rows)
 
 
-def _pieces(steps: Iterable[list[int | None]], rows: Sequence[_Row]) -> Iterator[list[str]]:
+def _pieces(steps: Iterable[list[int | None]], rows: Sequence[GrowingText]) -> Iterator[list[str]]:
     """Yield at each step the text of each row that became final; stop when all rows have ended."""
     for tokens in steps:
         yield [row.push(token) for row, token in zip(rows, tokens, strict=True)]
