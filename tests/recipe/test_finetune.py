@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from entrenar import recipe
 from entrenar.config_file import load_finetune_config, to_toml
-from entrenar.data import train_bpe
+from entrenar.data import Tokenizer, train_bpe
+from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import CheckpointError, ConfigError, DataError
 from entrenar.files import sha256_file
+from entrenar.infer import ChatConfig, ChatSession
 from entrenar.interop import load_model
 from entrenar.model import Llama, LlamaConfig
 from entrenar.peft import fingerprint, plain_state, quantized_projections
@@ -84,7 +86,8 @@ def test_fine_tuning_learns_the_held_out_task(base, data, tmp_path, method):
     if method == "lora":
         assert any("% fewer" in line for line in said)
         assert sorted(file.name for file in report.folder.iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors", "base.json",
+            "adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json",
+            "tokenizer_config.json",
         ]  # fmt: skip
         kept = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if ".adapters." not in name}
         assert kept.keys() == original.keys()
@@ -332,3 +335,31 @@ def test_no_held_out_rows_no_held_out_figures(base, data, tmp_path):
     report = recipe.finetune(config_for(base, data, tmp_path, sft__eval_fraction="0", train__max_steps="2"))
     assert report.before is None
     assert report.after is None
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_template_that_was_trained_is_saved(method, base, tmp_path):
+    """Over a base without a chat template the run's folder has the one its rows were written by, and chat works."""
+    small, own = recipe.open_model(base)
+    model = Llama(small.config.model_copy(update={"max_seq_len": 512}))
+    model.init_weights(torch.Generator().manual_seed(0))
+    recipe.write_model_folder(tmp_path / "roomy", model, dict(model.named_parameters()), own)
+    rows = [{"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w}]} for w in WORDS] * 2
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = {"method": method, "train__max_steps": "1", "sft__seq_len": "512"}
+    recipe.finetune(config_for(tmp_path / "roomy", tmp_path / "rows.json", tmp_path, **flags))
+    model, tokenizer = recipe.open_model(tmp_path / "trial")
+    with ChatTemplate(tokenizer) as chat:
+        session = ChatSession(model, tokenizer, chat, ChatConfig(max_new_tokens=4))
+        assert list(session.answer("hello", lambda: None))
+        text = chat.render([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    assert "### Instruction:\nhello\n\n### Response:\n" in text
+    assert Tokenizer.load(base).chat_template is None
+
+
+def test_no_template_is_saved_for_rows_that_are_no_chat(base, tmp_path):
+    """Completions are asked for as they are, so a template would ask in words that were never trained."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a {n}", "completion": " b"}) + "\n" for n in range(40)))
+    recipe.finetune(config_for(base, rows, tmp_path, train__max_steps="1"))
+    assert recipe.open_model(tmp_path / "trial")[1].chat_template is None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
-from entrenar.data import Batch, Example, SftLoader, SftState, Tokenizer, total_tokens
+from entrenar.data import Batch, Example, SftLoader, SftState, Tokenizer, tokenizer_to_train, total_tokens
 from entrenar.errors import ConfigError
 from entrenar.interop import load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
@@ -93,6 +93,8 @@ def finetune(
         for stale in config.run_dir.glob(f"*{QUARANTINE_FILE}"):
             stale.unlink()
     rows = read_rows(config, tokenizer, observer)
+    if any(example.is_chat for example in rows.train):
+        tokenizer = tokenizer_to_train(tokenizer, config.sft.prompt_format)
     bits = None if started.is_resumed else config.quantize.bits
     rounded = None if bits is None else round_base(config, bits, model, tokenizer, observer)
     open_run_folder(started, kept=QUARANTINE_FILE)
@@ -224,7 +226,12 @@ def _writer(config: FinetuneConfig, parts: _Parts) -> Callable[[Path, Mapping[st
     base = parts.base
     if base is None:
         return lambda folder, weights: write_model_folder(folder, parts.model, weights, parts.tokenizer)
-    return lambda folder, _: write_adapter(folder, parts.model, config.lora, base)
+
+    def write(folder: Path, _: Mapping[str, Tensor]) -> None:
+        write_adapter(folder, parts.model, config.lora, base)
+        parts.tokenizer.save(folder)
+
+    return write
 
 
 def _reader(parts: _Parts) -> Callable[[Path], Mapping[str, Tensor]]:

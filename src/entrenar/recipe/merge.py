@@ -70,6 +70,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path, options: MergeOptions) -
         raise ConfigError(f"{out} exists already; give --overwrite or another folder")
     model, tokenizer = open_model(base, dtype=options.dtype)
     folder = model_folder(adapter)
+    if (folder / "tokenizer.json").is_file():  # with the chat template that the adapter was trained with
+        tokenizer = Tokenizer.load(folder)
     load_adapter(folder, model, is_other_base_allowed=options.is_other_base_allowed)
     trained_over, is_quantized = read_base(folder), next(quantized_projections(model), None) is not None
     probe = _probe(model, tokenizer, options.probe, options.probe_tokens)

@@ -71,7 +71,9 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
     dtype = dtype or identity.plain_dtype
     model = load_model(base, dtype=dtype, quantize=identity.is_quantized, held=identity.held)
     use_adapter(folder, model)
-    return model, Tokenizer.load(base)
+    # A fine-tuning run saves the chat template that it trained with beside the adapter.
+    has_own = (folder / "tokenizer.json").is_file()
+    return model, Tokenizer.load(folder if has_own else base)
 
 
 def evaluate_model(path: Path, corpus: Path, *, batch_size: int, seq_len: int | None = None) -> Evaluation:

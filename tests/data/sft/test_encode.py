@@ -44,13 +44,14 @@ def parts(tokenizer, fields, prompt_format="auto", train_on="answers", templates
 
 
 def test_only_the_answers_are_trained(tokenizer):
-    """`answers` marks every assistant turn with its end token, `last` the last one, `all` all but the first token."""
+    """`answers` marks every assistant turn with its end token, `last` the last one, `all` every token."""
     eos, bos = tokenizer.name_of(tokenizer.eos_id), tokenizer.name_of(tokenizer.bos_id)
     text, trained = parts(tokenizer, TALK)
-    assert text.startswith(bos + "### Instruction:\nthe cat")
+    assert text.startswith(f"{bos}Below is an instruction")
+    assert "request.\n\n### Instruction:\nthe cat\n\n### Response:\nsat" in text
     assert trained == ["sat" + eos, "ran under" + eos]
     assert parts(tokenizer, TALK, train_on="last")[1] == ["ran under" + eos]
-    assert bos + "".join(parts(tokenizer, TALK, train_on="all")[1]) == text
+    assert parts(tokenizer, TALK, train_on="all")[1] == [text]
 
 
 def test_a_chat_template_decides_the_text(tokenizer):
@@ -141,13 +142,15 @@ def test_a_template_that_rewrites_the_past_can_train_the_last_turn(tokenizer):
 
 
 def test_a_message_cannot_forge_a_turn(tokenizer):
-    """Text that spells a control token is refused under a template, and stays text without one."""
+    """Text that spells a control token is refused in a chat, and stays text in a completion."""
     eos = tokenizer.name_of(tokenizer.eos_id)
     forged = {"messages": [{"role": "user", "content": f"x{eos}"}, {"role": "assistant", "content": "y"}]}
     with pytest.raises(UnusableRowError, match="message 0 spells the control token"):
         parts(with_template(tokenizer, CHATML), forged)
+    with pytest.raises(UnusableRowError, match="message 0 spells the control token"):
+        parts(tokenizer, forged)
     with Encoder(tokenizer, "auto", "answers") as encoder:
-        ids = encoder.encode(read_shape(forged, None), "").ids
+        ids = encoder.encode(read_shape({"prompt": f"x{eos}", "completion": "y"}, None), "").ids
     assert np.count_nonzero(ids == tokenizer.eos_id) == 1
 
 

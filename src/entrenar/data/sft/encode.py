@@ -1,12 +1,13 @@
 """Turn conversations into tokens, and mark the tokens that the model is trained to say.
 
-A chat is rendered by the tokenizer's template and encoded as one text, the text that generation and every later turn
-see. The answers are found in the text (`answer_spans`), and a token is trained if it holds a character of one. So the
-ids are those of Hugging Face's `apply_chat_template`, whatever the tokenizer does at the edges of a turn.
+A chat is rendered by the tokenizer's template (Alpaca's if it has none) and encoded as one text, the text that
+generation and every later turn see. The answers are found in the text (`answer_spans`), and a token is trained if it
+holds a character of one. So the ids are those of Hugging Face's `apply_chat_template`, whatever the tokenizer does at
+the edges of a turn.
 
-Without a template, a row is written as segments, prompt and answer in turn, and each segment is encoded by itself, as
-generation encodes a prompt: in one text, the last letters of a prompt could merge with the first of the answer into a
-token that no prompt ends in.
+A completion, and every row in the plain format, is written as segments, prompt and answer in turn. Each segment is
+encoded by itself, as generation encodes a prompt: in one text, the last letters of a prompt could merge with the first
+of the answer into a token that no prompt ends in.
 """
 
 import re
@@ -18,6 +19,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from entrenar.data.sft.alpaca import has_inputs, marking_answers, tokenizer_to_train
 from entrenar.data.sft.answer_spans import AnswerSpans
 from entrenar.data.sft.chat_template import ChatTemplate, Span, TemplateStoppedError
 from entrenar.data.sft.settings import PromptFormat, TrainOn
@@ -25,12 +27,6 @@ from entrenar.data.sft.turns import Conversation, Turn, UnusableRowError
 from entrenar.data.tokenizer.tokenizer import Tokenizer
 from entrenar.errors import ConfigError, DataError
 
-# Stanford Alpaca's prompts (Taori et al. 2023).
-_ALPACA = (
-    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-_PAIRED = ", paired with an input that provides further context"
 _HEADINGS = {"user": "### Instruction:\n{}\n\n", "tool": "### Tool:\n{}\n\n", "system": "{}\n\n"}
 _ANSWER_HEADING = "### Response:\n"
 _ANCHOR = "\n"
@@ -41,11 +37,17 @@ _READS_PARTS = re.compile(r"content\s+is\s+(?:not\s+)?(?:string|iterable|sequenc
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens; `is_trained` marks those that the model learns to say. `place` is file:line."""
+    """A row as tokens; `is_trained` marks those that the model learns to say.
+
+    Attributes:
+        place: file:line.
+        is_chat: whether a chat template wrote it.
+    """
 
     place: str
     ids: NDArray[np.int32]
     is_trained: NDArray[np.bool_]
+    is_chat: bool = False
 
     @property
     def num_inputs(self) -> int:
@@ -80,15 +82,13 @@ class Encoder:
 
         Raises: ConfigError for the format chat without a chat template.
         """
-        has_template = bool(tokenizer.chat_templates)
-        if prompt_format == "chat" and not has_template:
+        if prompt_format == "chat" and not tokenizer.chat_templates:
             raise ConfigError("sft.prompt_format = chat needs a tokenizer with a chat_template; this one has none")
+        tokenizer = marking_answers(tokenizer_to_train(tokenizer, prompt_format))
         self._tokenizer = tokenizer
-        self._format: PromptFormat = (
-            ("chat" if has_template else "alpaca") if prompt_format == "auto" else prompt_format
-        )
         self._train_on = train_on
-        self._chat = ChatTemplate(tokenizer, today=today) if self._format == "chat" else None
+        self._has_inputs = has_inputs(tokenizer)
+        self._chat = None if prompt_format == "plain" else ChatTemplate(tokenizer, today=today)
         self._anchor = tokenizer.encode(_ANCHOR) if tokenizer.adds_space else []
 
     def __enter__(self) -> Self:
@@ -105,7 +105,8 @@ class Encoder:
             UnusableRowError: this row cannot be trained on.
             TemplateStoppedError: the chat template takes too long, for this row and so for the next.
         """
-        if self._chat is not None and conversation.shape in _CHAT_SHAPES:
+        is_chat = self._chat is not None and conversation.shape in _CHAT_SHAPES
+        if self._chat is not None and is_chat:
             try:
                 ids, marks = self._chat_ids(self._chat, conversation)
             except TemplateStoppedError as error:
@@ -114,7 +115,7 @@ class Encoder:
             ids, marks = self._segment_ids(list(self._segments(conversation)))
         if len(ids) < 2 or not marks[1:].any():
             raise UnusableRowError("masked", "no token would be trained")
-        return Example(place, np.array(ids, dtype=np.int32), marks)
+        return Example(place, np.array(ids, dtype=np.int32), marks, is_chat)
 
     def template_of(self, conversation: Conversation) -> str | None:
         """Return the chat template that will write a conversation, None if none will."""
@@ -123,7 +124,7 @@ class Encoder:
         return self._chat.source(has_tools=conversation.tools is not None)
 
     def _chat_ids(self, chat: ChatTemplate, conversation: Conversation) -> tuple[list[int], NDArray[np.bool_]]:
-        turns = _joined(conversation.turns)
+        turns = conversation.turns if self._has_inputs else _joined(conversation.turns)
         has_parts = _READS_PARTS.search(chat.source(has_tools=conversation.tools is not None)) is not None
         messages = [turn.as_message(has_parts=has_parts) for turn in turns]
         try:
@@ -168,9 +169,6 @@ class Encoder:
         turns = conversation.turns
         if conversation.shape == "text":
             yield Segment(turns[0].content, is_answer=True, ends=True)
-        elif conversation.shape == "instruction" and self._format == "alpaca":
-            yield Segment(_alpaca(turns), is_answer=False, ends=False)
-            yield Segment(turns[-1].content, is_answer=True, ends=True)
         else:
             yield from _plain_segments(conversation)
 
@@ -193,15 +191,6 @@ def _joined(turns: Sequence[Turn]) -> list[Turn]:
         else:
             joined.append(turn)
     return joined
-
-
-def _alpaca(turns: Sequence[Turn]) -> str:
-    given = turns[1].content if turns[1].role == "input" else ""
-    return _ALPACA.format(
-        paired=_PAIRED if given else "",
-        instruction=turns[0].content,
-        input=f"### Input:\n{given}\n\n" if given else "",
-    )
 
 
 def _plain_segments(conversation: Conversation) -> Iterator[Segment]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def _take(rows: SftRows, example: Example, row: Row, config: SftConfig) -> None:
         end = config.seq_len + 1
         if not example.is_trained[1:end].any():
             raise UnusableRowError("masked", f"{reason}; the cut leaves nothing of the answer")
-        rows.examples.append(Example(example.place, example.ids[:end], example.is_trained[:end]))
+        rows.examples.append(replace(example, ids=example.ids[:end], is_trained=example.is_trained[:end]))
 
 
 def grouped(bad: Sequence[BadRow], *, has_kind: bool = False) -> list[str]:
