@@ -5,7 +5,6 @@ from entrenar.data.corpus.corpus import Corpus, CorpusManifest, check_same_token
 from entrenar.data.corpus.loader import Loader, validation_batches
 from entrenar.data.corpus.prepare import PrepareConfig, Progress, prepare
 from entrenar.data.settings import DataConfig
-from entrenar.data.sft.alpaca import tokenizer_to_train
 from entrenar.data.sft.encode import Example
 from entrenar.data.sft.examples import SftRows, accept, grouped, read_examples, split, total_tokens, write_quarantine
 from entrenar.data.sft.loader import SftLoader, SftState, held_out_batches
@@ -37,7 +36,6 @@ __all__ = [
     "prepare",
     "read_examples",
     "split",
-    "tokenizer_to_train",
     "total_tokens",
     "train_bpe",
     "validation_batches",

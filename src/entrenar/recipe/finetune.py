@@ -17,7 +17,8 @@ from torch import Tensor
 
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
-from entrenar.data import Batch, Example, SftLoader, SftState, Tokenizer, tokenizer_to_train, total_tokens
+from entrenar.data import Batch, Example, SftLoader, SftState, Tokenizer, total_tokens
+from entrenar.data.sft.alpaca import tokenizer_to_train
 from entrenar.errors import ConfigError
 from entrenar.interop import load_model
 from entrenar.interop.hf_peft import BaseIdentity, identify_base
