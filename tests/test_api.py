@@ -52,7 +52,7 @@ def test_a_model_is_fine_tuned_planned_and_converted(trained, corpus, tmp_path):
     rows.write_text('{"prompt": "Line 1", "completion": " says hello"}\n' * 12)
     options = {"model": trained.run_dir, "data": [rows], "max_steps": 2, "threads": 1, "sft.seq_len": 32,
                "eval_fraction": 0.2, "prompt_format": "plain"}  # fmt: skip
-    tuned = entrenar.finetune(runs_dir=tmp_path / "runs", method="lora", r=2, **options)
+    tuned = entrenar.finetune(runs_dir=tmp_path / "runs", method="lora", rank=2, **options)
     assert (tuned.folder / "adapter_model.safetensors").is_file()
     report = entrenar.convert(trained.run_dir, tmp_path / "model.gguf", "gguf", dtype="f32")
     assert report["kl"] < 1e-6
