@@ -21,6 +21,7 @@ in two where one phase is slower by a stated ratio.
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -255,6 +256,7 @@ def clustered(rounds: int) -> dict[str, Any]:
 
 
 def planted(modes: Any, sizes: Any, seed: int) -> tuple[list[Any], list[int]]:
+    """Draw events around the centers of modes, and return them with the mode of each."""
     import math
     import random
 
@@ -272,29 +274,32 @@ def planted(modes: Any, sizes: Any, seed: int) -> tuple[list[Any], list[int]]:
 
 def differences(rounds: int) -> dict[str, Any]:
     """Compare traces that were written by hand: one program twice, and one whose backward is slower."""
+    rows = []
+    noises = ((0.05, 0.0), (0.05, 0.7), (0.15, 0.7), (0.15, 0.9))
+    with tempfile.TemporaryDirectory() as folder:
+        for (deviation, correlation), ratio in itertools.product(noises, (1.0, 1.1, 1.3)):
+            found = [changed(Path(folder), ratio, deviation, correlation, number) for number in range(rounds)]
+            expected = {"backward", "step"} if ratio > 1 else set()
+            row = {
+                "deviation": deviation, "autocorrelation": correlation, "ratio": ratio, "runs": rounds,
+                "backward_told": sum("backward" in names for names in found) / rounds,
+                "something_else_told": sum(bool(names - expected) for names in found) / rounds,
+            }  # fmt: skip
+            print(row, file=sys.stderr, flush=True)
+            rows.append(row)
+    return {"steps": 200, "rows": rows}
+
+
+def changed(folder: Path, ratio: float, deviation: float, correlation: float, number: int) -> set[str]:
+    """Write two traces, the second with a slower backward, and return which spans the comparison names."""
     from entrenar.trace.compare import compare
     from entrenar.trace.reader import Reader
 
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for deviation, correlation in ((0.05, 0.0), (0.05, 0.7), (0.15, 0.7), (0.15, 0.9)):
-            for ratio in (1.0, 1.1, 1.3):
-                told = false = 0
-                for number in range(rounds):
-                    paths = [Path(folder) / f"{which}.sqlite" for which in ("before", "after")]
-                    for path, slower, seed in ((paths[0], 1.0, 2 * number), (paths[1], ratio, 2 * number + 1)):
-                        write_steps(path, slower, deviation, correlation, seed)
-                    with Reader(paths[0]) as before, Reader(paths[1]) as after:
-                        names = {change.name for change in compare(before, after).changes}
-                    told += "backward" in names
-                    false += bool(names - {"backward", "step"}) if ratio > 1 else bool(names)
-                row = {
-                    "deviation": deviation, "autocorrelation": correlation, "ratio": ratio, "runs": rounds,
-                    "backward_told": told / rounds, "something_else_told": false / rounds,
-                }  # fmt: skip
-                print(row, file=sys.stderr, flush=True)
-                rows.append(row)
-    return {"steps": 200, "rows": rows}
+    paths = [folder / f"{which}.sqlite" for which in ("before", "after")]
+    for path, slower, seed in ((paths[0], 1.0, 2 * number), (paths[1], ratio, 2 * number + 1)):
+        write_steps(path, slower, deviation, correlation, seed)
+    with Reader(paths[0]) as before, Reader(paths[1]) as after:
+        return {change.name for change in compare(before, after).changes}
 
 
 def write_steps(path: Path, slower: float, deviation: float, correlation: float, seed: int) -> None:
@@ -339,6 +344,7 @@ def cost(events: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure one part and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["injected", "clean", "clusters", "diff", "cost", "loop"])
     parser.add_argument("--folder")
