@@ -122,22 +122,25 @@ def anomaly_json(anomaly: Anomaly) -> dict[str, Any]:
 class Quiet:
     """Lets one anomaly of each operation through per second, so that a broken disk does not flood the terminal.
 
-    A shift always passes. What was held back is told with the next one that passes; the report counts everything.
+    A shift always passes, and so does one that took more than twice as long as the last that passed. What was held back
+    is told with the next line; the report counts everything.
     """
 
     def __init__(self, interval_ns: int = 1_000_000_000) -> None:
         self._interval_ns = interval_ns
-        self._last: dict[str, int] = {}
+        self._last: dict[str, Anomaly] = {}
         self._held: dict[str, int] = {}
 
     def line(self, anomaly: Anomaly, *, short: bool = False) -> str | None:
         """Return the line to print, None to print nothing."""
         name = anomaly.operation
-        last_ns = self._last.get(name)
-        if anomaly.kind == "point" and last_ns is not None and anomaly.at_ns - last_ns < self._interval_ns:
+        last = self._last.get(name)
+        is_soon = last is not None and anomaly.at_ns - last.at_ns < self._interval_ns
+        is_worse = last is not None and anomaly.duration_ns > 2 * last.duration_ns
+        if anomaly.kind == "point" and is_soon and not is_worse:
             self._held[name] = self._held.get(name, 0) + 1
             return None
-        self._last[name] = anomaly.at_ns
+        self._last[name] = anomaly
         held = self._held.pop(name, 0)
         more = f"  (and {held} of {name} since the last line)" if held else ""
         return line(anomaly, short=short) + more
