@@ -17,7 +17,7 @@ BASE ?= origin/main
 
 .PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
   tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-smoke mutation-llama fuzz fuzz-smoke chaos proofs \
-  certificates certificates-check property-power property-10k \
+  certificates certificates-check property-power property-10k profile-llama profile-llama-otlp profile-llama-anomaly \
   hooks hooks-run gates gates-selftest roadmap gate-p1 gate-p2 gate-p3 gate-p4
 
 help: ## list the targets
@@ -54,6 +54,24 @@ finetune-demo: $(VENV)/.base ## teach a model of Python code to write docstrings
 	  '$(BIN)/entrenar data show corpora/docstrings/train.jsonl --model runs/stdlib   what it was trained on, in color' \
 	  '$(BIN)/entrenar merge runs/stdlib runs/docstrings merged   one model of base and adapter' \
 	  'docs/finetune.md   your own rows, LoRA, and the cache of frozen layers'
+
+# Twenty steps of the model of Python code, traced from its first span on. --backend ptrace: no tracer, no profile.
+PROFILE = $(BIN)/entrenar trace run --backend ptrace --from-first-span --trace-compute --save traces/$@.sqlite
+PROFILED = -- $(BIN)/entrenar train --config configs/stdlib.toml --name profile --max-steps 20 --overwrite
+OTLP_ENDPOINT ?= http://localhost:4317
+
+corpora/stdlib/manifest.json: | $(VENV)/.test
+	$(BIN)/entrenar prepare stdlib --out corpora/stdlib --vocab-size 4096 --if-missing
+
+profile-llama: $(VENV)/.test corpora/stdlib/manifest.json ## trace a training run: hot paths with their lines, then one HTML page
+	$(PROFILE) --function-time --stats-extended $(PROFILED)
+	$(BIN)/entrenar trace view traces/$@.sqlite
+
+profile-llama-otlp: $(VENV)/.test corpora/stdlib/manifest.json ## send the trace to OTLP_ENDPOINT; docker-compose-jaeger.yml starts a collector
+	$(PROFILE) --otlp-endpoint $(OTLP_ENDPOINT) --otlp-service-name llama-training $(PROFILED)
+
+profile-llama-anomaly: $(VENV)/.test corpora/stdlib/manifest.json ## say what is slow as it happens, then cluster the calls
+	$(PROFILE) --anomaly-realtime --anomaly-threshold 3.0 --ml-anomaly --ml-compare $(PROFILED)
 
 test: $(VENV)/.test ## run the tests, and record which lines and branches they reach
 	@$(BIN)/coverage erase

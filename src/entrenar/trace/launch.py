@@ -90,6 +90,6 @@ def _has_our_packages(program: Path) -> bool:
 
     The API of another one would fail to load it, so that one is not told of it.
     """
-    if program.parent != Path(sys.prefix) / "bin":
+    if program.absolute().parent != Path(sys.prefix) / "bin":
         return False
     return bool(entry_points(group="opentelemetry_tracer_provider", name=_PROVIDER_NAME))
