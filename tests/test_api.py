@@ -49,7 +49,7 @@ def test_a_run_is_trained_loaded_measured_and_generates(trained, corpus):
 def test_a_model_is_fine_tuned_planned_and_converted(trained, corpus, tmp_path):
     """The other three names."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "Line 1", "completion": " says hello"}\n' * 12)
+    rows.write_text("".join(f'{{"prompt": "Line {n}", "completion": " says hello"}}\n' for n in range(40)))
     options = {"model": trained.run_dir, "data": [rows], "max_steps": 2, "threads": 1, "sft.seq_len": 32,
                "eval_fraction": 0.2, "prompt_format": "plain"}  # fmt: skip
     tuned = entrenar.finetune(runs_dir=tmp_path / "runs", method="lora", rank=2, **options)

@@ -125,7 +125,8 @@ def convert(
     Raises:
         GateFailed: the file is not what it should be; ConfigError, FormatError, DiskFullError.
     """
-    opened = converting.open_source(Path(source))
+    path = Path(source)
+    opened = converting.open_source(recipe.model_folder(path) if (path / "checkpoints").is_dir() else path)
     wanted = converting.Target(Path(target), to, dtype, can_overwrite=overwrite)
     return converting.convert(opened, wanted).metrics
 
