@@ -64,7 +64,7 @@ BUGS: dict[str, tuple[str, str, str, str]] = {
         "[batch.split(self.rows)[0] for batch in batches]",
         "tests/train/test_step.py::test_out_of_memory_halves_the_pieces_and_keeps_the_gradient"),
     "ranks share rows": (
-        "data.corpus.loader", "slice(rank * rows, (rank + 1) * rows)", "slice(0, rows)",
+        "data.corpus.loader", "rows_of_rank(batch_size, rank, world_size)", "slice(0, batch_size // world_size)",
         "tests/data/corpus/test_loader.py::test_ranks_share_one_global_batch"),
     "position forgotten": (
         "data.corpus.loader", "self._start = start or LoaderState(", "self._start = LoaderState(",

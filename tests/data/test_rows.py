@@ -4,6 +4,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from entrenar.data.row import BadRow, Row
 from entrenar.data.rows import read_rows
@@ -178,3 +180,20 @@ def test_files_of_no_use_are_refused(tmp_path):
         read_rows(tmp_path / "no.txt")
     with pytest.raises(DataError, match="columns names those of csv and tsv files"):
         read_rows(write(tmp_path, "a.jsonl", ""), ("a",))
+
+
+PIECES = st.sampled_from(
+    [b"{", b"}", b"[", b"]", b'"', b",", b":", b"\n", b"\r\n", b"\t", b" ", b'{"a": 1}', b'"a"', b"1", b"null", b"\xff",
+     b"\xef\xbb\xbf", b"\x00", b"\\u", b"\\", b"a,b", b'{"data": [', b"\xc3\xa9", b"1e999", b"NaN"]
+)  # fmt: skip
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.lists(PIECES, max_size=12).map(b"".join) | st.binary(max_size=30), packed=st.booleans())
+def test_any_bytes_are_rows_or_faults_with_a_place(tmp_path, data, packed):
+    """Whatever a file holds, nothing but rows and faults comes out, and only the last fault may end the file."""
+    for kind in (".jsonl", ".json", ".csv", ".tsv"):
+        path = write(tmp_path, f"a{kind}{'.gz' if packed else ''}", gzip.compress(data) if packed else data)
+        rows = list(read_rows(path))
+        assert all(row.place.startswith(f"{path}:") for row in rows)
+        assert not any(row.ends_file for row in rows[:-1] if isinstance(row, BadRow))

@@ -54,7 +54,7 @@ class _Table:
         for cells in self._reader:
             place, self.lines_done = f"{self._path}:{self.lines_done + 1}", self._reader.line_num
             if not names:
-                names = _checked_names(cells, self._delimiter)
+                names = _checked_names(cells, self._delimiter) if cells else []
             elif self._columns and cells == self._columns:
                 raise RowFaultError("the line repeats the names that columns gives; leave columns out")
             elif len(cells) == len(names):

@@ -1,6 +1,8 @@
 """Every key of a message is used, refused by name, or named by the user."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from entrenar.data.sft.shapes import RejectedRowError, read_shape
 from entrenar.data.sft.turns import Turn, UnusableRowError, read_turn
@@ -42,7 +44,8 @@ def test_messages_of_every_spelling_are_read(message, turn):
     ("changes", "is_trained"),
     [
         ({"weight": 0}, False), ({"weight": 0.0}, False), ({"weight": 1}, True), ({"weight": "0"}, False),
-        ({"train": False}, False), ({"loss": False}, False), ({"label": False}, False), ({"masked": True}, False),
+        ({"train": False}, False), ({"loss": False}, False), ({"trainable": False}, False), ({"loss_mask": 0}, False),
+        ({"label": False}, False), ({"masked": True}, False),
         ({"masked": False}, True), ({"train": "True"}, True), ({"loss": None}, True),
         ({"weight": 0, "masked": True}, False),
     ],
@@ -105,8 +108,8 @@ def test_system_tools_documents_and_history_become_the_conversation():
         ("system", "Count"), ("user", "One?"), ("assistant", "One"), ("user", "And now?\n\nx"), ("assistant", "Three"),
     ]  # fmt: skip
     tools = [{"name": "add"}]
-    for given in (tools, '[{"name": "add"}]'):
-        found = read_context({"tools": given, "documents": [{"title": "t"}]})
+    for spelled in (tools, '[{"name": "add"}]'):
+        found = read_context({"tools": spelled, "documents": [{"title": "t"}]})
         assert (found.tools, found.documents) == (({"name": "add"},), ({"title": "t"},))
     assert read_context({"tools": [], "system": " "}).turns == read_shape({"messages": [HI, HELLO]}, None).turns
     for wrong, message in (
@@ -139,3 +142,26 @@ def test_rows_that_are_not_to_be_trained_are_told_apart(row, message):
     with pytest.raises(RejectedRowError, match=message):
         read_shape(row, None)
     read_shape({"prompt": "a", "completion": "b", "label": True}, None)
+
+
+NAMES = st.sampled_from(
+    ["messages", "conversations", "role", "from", "content", "value", "user", "assistant", "gpt", "tool_calls", "tools",
+     "weight", "label", "masked", "system", "history", "instruction", "output", "prompt", "completion", "text", "name",
+     "type", "function", "arguments", "function_call"]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.text(max_size=3) | NAMES | st.just("a\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(row=st.dictionaries(NAMES, VALUES, max_size=4))
+def test_any_row_is_a_conversation_or_says_why_not(row):
+    """No value of any field, and no nesting, gives another error than the row's own."""
+    try:
+        conversation = read_shape(row, None)
+    except (UnusableRowError, RejectedRowError):
+        return
+    assert any(turn.role == "assistant" for turn in conversation.turns)

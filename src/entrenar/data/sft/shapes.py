@@ -6,8 +6,8 @@ completion     {"prompt": …, "completion": …}, or any fields put into the us
 text           {"text": …}
 
 The fields of each shape are a closed set, so that nothing of a row is dropped in silence. Every shape may carry
-`weight`, `train`, `loss`, `label` (Kahneman-Tversky rows: false is an answer to avoid) or `masked`; messages and
-instructions also `system`, `tools` and `documents`, and instructions the `history` before them.
+one of `TRAINED_KEYS`, such as `weight`, `train`, `masked` or `label` (in Kahneman-Tversky rows, false is an answer to
+avoid); messages and instructions also `system`, `tools` and `documents`, and instructions the `history` before them.
 """
 
 from collections.abc import Mapping, Sequence

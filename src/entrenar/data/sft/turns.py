@@ -33,7 +33,15 @@ _OTHER_NAMES = {
     "observation": "tool",
     "tool_response": "tool",
 }
-TRAINED_KEYS = {"weight": True, "train": True, "loss": True, "label": True, "masked": False}
+TRAINED_KEYS = {
+    "weight": True,
+    "train": True,
+    "trainable": True,
+    "loss": True,
+    "loss_mask": True,
+    "label": True,
+    "masked": False,
+}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _GIVEN = ("name", "tool_call_id", *REASONING)
 _KEYS = frozenset({"role", "from", "content", "value", "tool_calls", "function_call", *_GIVEN, *TRAINED_KEYS})
@@ -100,7 +108,7 @@ def present(fields: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[str,
 
 
 def is_trained(fields: Mapping[str, Any], place: str) -> bool | None:
-    """Return what `weight`, `train`, `loss`, `label` or `masked` says; None if none of them is there.
+    """Return what the row or message says by one of `TRAINED_KEYS`; None if none of them is there.
 
     Raises: UnusableRowError for a value that is neither true nor false, and for two that contradict each other.
     """
