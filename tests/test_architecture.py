@@ -93,7 +93,6 @@ TESTED_BY = {
     "train.keeper": "train/test_loop.py",
     "train.process": "test_config.py",
     "train.progress": "train/test_loop.py",
-    "train.signals": "train/test_loop.py",
     "train.task": "train/test_loop.py",
 }
 

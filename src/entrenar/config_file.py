@@ -9,6 +9,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -73,10 +74,16 @@ def _with_own_defaults(values: dict[str, Any], _: Mapping[str, str]) -> None:
 
 
 def _with_preset(values: dict[str, Any], flags: Mapping[str, str]) -> None:
-    """Put the fields of [model] over those of the preset."""
+    """Put the fields of [model] over those of the preset, or over those that go with its width."""
     preset, own = flags.get("preset", values.get("preset")), values.get("model", {})
-    if isinstance(preset, str) and preset in get_args(PresetName) and isinstance(own, dict):
+    if not isinstance(own, dict):
+        return
+    width = flags.get("model.hidden_size", own.get("hidden_size"))
+    if isinstance(preset, str) and preset in get_args(PresetName):
         values["model"] = LlamaConfig.preset(preset).model_dump(exclude_unset=True) | own
+    elif preset is None and width is not None:
+        with suppress(ValueError):  # validating the model reports a width that is none
+            values["model"] = LlamaConfig.of_width(int(width)).model_dump(exclude_unset=True) | own
 
 
 def _settle_length(values: dict[str, Any], flags: Mapping[str, str], default_epochs: int) -> None:

@@ -39,14 +39,14 @@ def test_what_does_not_fit_is_made_to_fit(capsys):
     _, out, _ = plan(capsys, "--json", "--batch-size", "64", "--memory", "64GB")
     whole = json.loads(out)["peak_bytes"]
     limit = int(0.8 * whole)
-    code, out, _ = plan(capsys, "--json", "--batch-size", "64", "--memory", str(limit))
+    code, out, _ = plan(capsys, "--json", "--batch-size", "64", "--memory", f"{limit}B")
     report = json.loads(out)
     assert (code, report["fits"], report["advice"]["fits"]) == (1, False, True)
     changes = report["advice"]["changes"]
     assert changes[-1]["peak_bytes"] <= limit < report["peak_bytes"]
     words = [word for key, value in report["advice"]["flags"].items()
              for word in (f"--{key.rpartition('.')[2].replace('_', '-')}", value)]  # fmt: skip
-    code, out, _ = plan(capsys, "--json", "--batch-size", "64", *words, "--memory", str(int(1.05 * limit)))
+    code, out, _ = plan(capsys, "--json", "--batch-size", "64", *words, "--memory", f"{int(1.05 * limit)}B")
     assert (code, json.loads(out)["fits"]) == (0, True)
 
 
@@ -61,7 +61,7 @@ def test_an_impossible_machine_is_told_the_least(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--memory", "lots"], "memory must be an amount above 0 such as 6GB or 512MiB, got 'lots'"),
+        (["--memory", "lots"], "memory must be an amount above 0 with its unit, such as 6GB or 512MiB, got 'lots'"),
         (["--batch-size", "0", "--lr", "-1"], "data.batch_size"),
         (["--no-such-flag", "1"], "--no-such-flag is not a flag of entrenar plan"),
     ],

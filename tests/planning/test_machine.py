@@ -14,17 +14,17 @@ from entrenar.train.oom import return_freed_memory
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("6GB", 6e9), ("512 MiB", 2**29), ("1.5g", 1.5e9), ("24GiB", 24 * 2**30), ("1000", 1e3)],
+    [("6GB", 6e9), ("512 MiB", 2**29), ("1.5g", 1.5e9), ("24GiB", 24 * 2**30), ("1000b", 1e3)],
 )
 def test_amounts_of_memory_are_read_with_their_units(text, size):
     """Powers of ten and of two are told apart."""
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "six", "6 apples", "-1GB", "0", "GB", "9" * 400])
+@pytest.mark.parametrize("text", ["", "six", "6 apples", "-1GB", "0", "GB", "9" * 400, "6"])
 def test_what_is_no_amount_is_refused(text):
     """The message says what an amount looks like."""
-    message = f"^memory must be an amount above 0 such as 6GB or 512MiB, got {re.escape(repr(text))}$"
+    message = f"^memory must be an amount above 0 with its unit, such as 6GB or 512MiB, got {re.escape(repr(text))}$"
     with pytest.raises(ConfigError, match=message):
         parse_bytes(text)
 

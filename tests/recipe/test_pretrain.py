@@ -17,10 +17,10 @@ from entrenar.cli.main import main
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.data import Corpus, PrepareConfig, prepare
-from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError
+from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError, OutOfMemoryError
 from entrenar.files import sha256_file
 from entrenar.infer import evaluate
-from entrenar.planning import machine
+from entrenar.planning import MemoryLimit, machine
 from entrenar.recipe import pretrain
 from entrenar.train import latest_good
 
@@ -334,6 +334,26 @@ def test_the_command_line_trains_evaluates_and_writes(corpus, tmp_path, capsys):
     ]
     assert main(written) == 0
     assert capsys.readouterr().out.startswith("def value")
+
+
+def test_a_run_that_names_no_model_gets_a_small_one(corpus, tmp_path):
+    """Vocabulary and width follow from the corpus, are recorded, and a resume without them takes the recorded ones."""
+    flags = {"data.corpus": json.dumps([str(corpus)]), "runs_dir": str(tmp_path), "train.max_steps": "1",
+             "data.seq_len": "32", "data.batch_size": "2", "train.eval_every": "0"}  # fmt: skip
+    report = recipe.train(load_config(None, flags))
+    model = load_config(tmp_path / "run" / "config.toml").model
+    assert (model.vocab_size, model.hidden_size) == (Corpus.open(corpus).tokenizer().vocab_size, 64)
+    assert report.outcome.step == 1
+    again = recipe.train(load_config(None, flags | {"train.max_steps": "2"}), resume=True)
+    assert again.outcome.step == 2
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(corpus, tmp_path, monkeypatch):
+    """The run's folder is not made, and no weight is allocated."""
+    monkeypatch.setattr("entrenar.planning.sizing.memory_limit", lambda: MemoryLimit(10**5, "this test"))
+    with pytest.raises(OutOfMemoryError, match=r"takes at least .* GB .* but this test is 0\.0 GB"):
+        recipe.train(config_for(corpus, tmp_path))
+    assert not (tmp_path / "trial").exists()
 
 
 def test_more_time_counts_from_the_checkpoint(corpus, tmp_path):

@@ -92,6 +92,6 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--eos", nargs="+", metavar="TOKEN", help="names or ids of the tokens that end an answer (default: the model's)"
     )
-    arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
+    arguments.add_argument("--threads", type=flags.thread_count, help="CPU threads")
     flags.add_field_flags(arguments, ChatConfig, leave_out=("eos_token_ids",))
     return arguments

@@ -19,7 +19,7 @@ def run(words: Sequence[str]) -> int:
     arguments.add_argument("--corpus", type=Path, required=True, help="a corpus prepared with the model's tokenizer")
     arguments.add_argument("--batch-size", type=flags.positive, default=8, help="windows at once (default: 8)")
     arguments.add_argument("--seq-len", type=flags.positive, help="tokens in a window (default: the model's context)")
-    arguments.add_argument("--threads", type=flags.positive, help="CPU threads")
+    arguments.add_argument("--threads", type=flags.thread_count, help="CPU threads")
     arguments.add_argument("--json", action="store_true", help="print JSON")
     parsed = flags.parse(arguments, words)
     if parsed.threads:

@@ -8,11 +8,13 @@ from types import NoneType
 from typing import Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from entrenar.config import RunConfig, options
 from entrenar.config_file import elsewhere, load_config
 from entrenar.errors import ConfigError
 
+_LARGEST, _MOST_DIGITS, _MOST_THREADS = 2**31 - 1, 20, 1024
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -92,8 +94,15 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
 
 def positive(text: str) -> int:
     """Read a whole number >= 1, as the type of a flag."""
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:_MOST_DIGITS]) <= _LARGEST:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """Read a number of threads, as the type of a flag."""
+    if positive(text) > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST_THREADS}, got {text!r}")
     return int(text)
 
 
@@ -103,6 +112,9 @@ def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.
     Raises:
         ConfigError: flags that do not exist, each with the nearest one.
     """
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+            raise ConfigError(f"{word[:-3]} needs a value, got '--'")
     parsed, unknown = arguments.parse_known_args(list(words))
     if unknown:
         flags = [word for word in unknown if word.startswith("-")] or unknown
@@ -144,6 +156,11 @@ def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], 
             )
 
 
+def _reason(fault: ErrorDetails) -> str:
+    own = fault.get("ctx", {}).get("error")
+    return str(own) if own is not None else f"{fault['msg']}, got {fault['input']!r:.100}"
+
+
 def from_fields(parsed: argparse.Namespace, model: type[ModelT]) -> ModelT:
     """Build the config model from the flags of `add_field_flags`.
 
@@ -154,7 +171,7 @@ def from_fields(parsed: argparse.Namespace, model: type[ModelT]) -> ModelT:
         return model.model_validate(given)
     except ValidationError as error:
         faults = [
-            f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}, got {fault['input']!r}"
+            "".join(f"--{str(part).replace('_', '-')}: " for part in fault["loc"][:1]) + _reason(fault)
             for fault in error.errors()
         ]
         raise ConfigError("\n".join(faults)) from error

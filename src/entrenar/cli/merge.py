@@ -59,7 +59,7 @@ def _arguments() -> argparse.ArgumentParser:
     arguments.add_argument("--probe-tokens", type=int, default=256, help="tokens to compare on (default: 256)")
     arguments.add_argument("--other-base", action="store_true", help="merge although the adapter names another base")
     arguments.add_argument("--overwrite", action="store_true", help="replace OUT")
-    arguments.add_argument("--threads", type=int, help="CPU threads")
+    arguments.add_argument("--threads", type=flags.thread_count, help="CPU threads")
     return arguments
 
 

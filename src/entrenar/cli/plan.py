@@ -24,6 +24,7 @@ from entrenar.planning import (
     memory_limit,
     parse_bytes,
     plan_run,
+    sized_for_corpus,
     status_bytes,
 )
 from entrenar.recipe import model_folder
@@ -122,8 +123,9 @@ def _kind(words: Sequence[str]) -> type[RunConfig] | type[FinetuneConfig]:
 
 
 def _read(kind: type[BaseModel], file: Path | None, given: Mapping[str, str], changed: Mapping[str, str]) -> AnyConfig:
-    read = load_finetune_config if kind is FinetuneConfig else load_config
-    return read(file, {**given, **changed})
+    if kind is FinetuneConfig:
+        return load_finetune_config(file, {**given, **changed})
+    return sized_for_corpus(load_config(file, {**given, **changed}))
 
 
 def _show(change: Change, is_json: bool) -> None:  # noqa: FBT001 - a callback's last word

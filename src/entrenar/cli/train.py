@@ -14,7 +14,7 @@ from entrenar.cli.progress import TrainingView, conclusion
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.infer import Evaluation
-from entrenar.planning import plan_run
+from entrenar.planning import plan_run, sized_for_corpus
 from entrenar.runs import RunFolder
 
 
@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
     config = _config(parsed.config, given, is_resuming=parsed.resume)
     if parsed.dry_run:
         return _dry_run(config, parsed)
-    planned = plan_run(config) if parsed.plan else None
+    planned = plan_run(sized_for_corpus(config)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
     inspect_code = code_inspector(parsed.quality_gate)
@@ -62,6 +62,7 @@ def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> R
 
 
 def _dry_run(config: RunConfig, parsed: argparse.Namespace) -> int:
+    config = sized_for_corpus(config)
     model = config.model
     tokens = config.data.batch_size * config.data.seq_len * config.train.grad_accum_steps
     print(f"run          {config.run_dir}")

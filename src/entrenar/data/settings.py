@@ -12,7 +12,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    corpus: tuple[Path, ...] = (Path("corpora/stdlib"),)
+    corpus: tuple[Path, ...] = Field(default=(Path("corpora/stdlib"),), min_length=1)
     """Prepared corpora to train on, folders made by `entrenar prepare`."""
     weights: tuple[float, ...] | None = None
     """How often each corpus is drawn from; by its number of tokens when not given."""

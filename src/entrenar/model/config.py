@@ -16,6 +16,7 @@ from entrenar.errors import ConfigError
 from entrenar.model import hf_config
 
 Checkpointing = Literal["none", "selective", "full"]
+_WIDE = 256
 PresetName = Literal["tiny", "124m", "1b", "7b", "llama3-8b"]
 
 _OPTIONS_OF_SCALING = {
@@ -183,6 +184,25 @@ class LlamaConfig(BaseModel):
         if name not in _PRESETS:
             raise ConfigError(f"model preset must be one of {', '.join(get_args(PresetName))}, got {name!r}")
         return cls(**{**_PRESETS[name], **changes})
+
+    @classmethod
+    def of_width(cls, width: int, **changes: Any) -> "LlamaConfig":
+        """Return an architecture of this width with the usual proportions, with `changes` over it.
+
+        Heads are 32 to 64 wide, the MLP 8/3 of the width, and there is a layer for each 64 of it.
+
+        Raises:
+            ValueError: a model cannot have this width.
+        """
+        head_width = 32 if width < _WIDE else 64
+        usual = {
+            "hidden_size": width,
+            "num_layers": max(2, width // 64),
+            "num_heads": width // head_width if width > 0 and width % head_width == 0 else 1,
+            "intermediate_size": max(8, -(-8 * width // 3 // 32) * 32),
+            "tie_word_embeddings": True,
+        }
+        return cls(**{**usual, **changes})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":

@@ -13,6 +13,7 @@ from entrenar.planning.machine import (
 )
 from entrenar.planning.rehearsal import Rehearsal, Scene, rehearse, take_step
 from entrenar.planning.run_plan import RunPlan, plan_run
+from entrenar.planning.sizing import check_room, sized, sized_for_corpus
 from entrenar.planning.step_plan import StepPlan, plan_step
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Scene",
     "StepPlan",
     "advise",
+    "check_room",
     "measure_rates",
     "memory_limit",
     "parse_bytes",
@@ -33,6 +35,8 @@ __all__ = [
     "plan_step",
     "rehearse",
     "settle_compute_dtype",
+    "sized",
+    "sized_for_corpus",
     "status_bytes",
     "take_step",
 ]

@@ -34,19 +34,19 @@ class MemoryLimit:
 
 
 def parse_bytes(text: str) -> int:
-    """Read an amount of memory such as 6GB, 512 MiB or 24g; without a unit it is bytes.
+    """Read an amount of memory with its unit, such as 6GB, 512 MiB or 24g.
 
     Raises:
         ConfigError: it is no such amount.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)\s*", text.lower())
     size = 0
     if found is not None:
         units = _BINARY_UNITS if found[3] else _UNITS
         wanted = float(found[1]) * units[found[2] or ""]
         size = int(wanted) if math.isfinite(wanted) else 0
     if size <= 0:
-        raise ConfigError(f"memory must be an amount above 0 such as 6GB or 512MiB, got {text!r}")
+        raise ConfigError(f"memory must be an amount above 0 with its unit, such as 6GB or 512MiB, got {text!r}")
     return size
 
 

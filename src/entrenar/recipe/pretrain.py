@@ -6,7 +6,7 @@ Each part knows nothing of the others; this page is where they meet, in the orde
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.data import (
+    Batch,
     Corpus,
     Loader,
     LoaderState,
@@ -27,7 +28,8 @@ from entrenar.errors import DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model
 from entrenar.interop.assemble import give_storage
-from entrenar.model import Llama, batch_loss
+from entrenar.model import Llama, LlamaConfig, batch_loss
+from entrenar.planning import check_room, memory_limit, sized
 from entrenar.recipe.models import write_model_folder
 from entrenar.recipe.start import (
     Mode,
@@ -84,21 +86,8 @@ def train(
         observer.on_stage("Held-out loss before training" if held_out.is_there else _NOTHING_HELD_OUT)
         before = held_out.measure() if held_out.is_there else None
         observer.on_look(model, ready.tokenizer)
-
-    def evaluate() -> dict[str, float]:
-        return {**figures_of(held_out.measure()), **observer.on_look(model, ready.tokenizer)}
-
     put_into_training(model, config.train)
-    task = Task(
-        module=model,
-        batches=iter(ready.loader),
-        loss=batch_loss(model, started.device, is_compiled=config.train.compile),
-        write_model=lambda folder, weights: write_model_folder(folder, model, weights, ready.tokenizer),
-        read_model=lambda folder: dict(load_model(folder).named_parameters()),
-        evaluate=evaluate if held_out.is_there else None,
-        micro_batches_per_epoch=max(1, round(ready.loader.batches_per_epoch)),
-    )
-    outcome = carry_out(started, task, observer)
+    outcome = carry_out(started, _task(ready, model, held_out, observer), observer)
     return TrainReport(outcome, config.run_dir, before, held_out.after(outcome))
 
 
@@ -129,12 +118,35 @@ class _Ready:
     loader: Loader
 
 
+def _task(ready: _Ready, model: Llama, held_out: "_HeldOut", observer: Observer) -> Task[Batch]:
+    """Put together what the training loop is handed."""
+    started = ready.started
+
+    def evaluate() -> dict[str, float]:
+        return {**figures_of(held_out.measure()), **observer.on_look(model, ready.tokenizer)}
+
+    return Task(
+        module=model,
+        batches=iter(ready.loader),
+        loss=batch_loss(model, started.device, is_compiled=started.config.train.compile),
+        write_model=lambda folder, weights: write_model_folder(folder, model, weights, ready.tokenizer),
+        read_model=lambda folder: dict(load_model(folder).named_parameters()),
+        evaluate=evaluate if held_out.is_there else None,
+        micro_batches_per_epoch=max(1, round(ready.loader.batches_per_epoch)),
+    )
+
+
 def _ready(config: RunConfig, mode: Mode, observer: Observer) -> _Ready:
     started = start(config, mode)
+    if started.is_resumed:
+        started = replace(started, config=_with_recorded_model(started))
     check_unchanged(started)
-    config = started.config
-    corpora = open_corpora(config, observer)
+    corpora = open_corpora(started.config, observer)
     tokenizer = corpora[0].tokenizer()
+    if not started.is_resumed:
+        started = replace(started, config=_sized(started.config, corpora, tokenizer.vocab_size))
+    config = started.config
+    check_room(config)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"the corpus' tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {config.model.vocab_size}; "
@@ -146,6 +158,20 @@ def _ready(config: RunConfig, mode: Mode, observer: Observer) -> _Ready:
             "prepare them with more (--val-fraction), or leave early_stop_patience out"
         )
     return _Ready(started, corpora, tokenizer, _loader(started, corpora))
+
+
+def _with_recorded_model(started: Start[RunConfig]) -> RunConfig:
+    """Take the fields of [model] that the config leaves open from the checkpoint, where they were settled."""
+    config = started.config
+    if started.checkpoint is None or config.preset is not None:
+        return config
+    own = config.model.model_dump(mode="json", exclude_unset=True)
+    return config.model_copy(update={"model": LlamaConfig(**(started.checkpoint.state["config"]["model"] | own))})
+
+
+def _sized(config: RunConfig, corpora: list[Corpus], vocab_size: int) -> RunConfig:
+    tokens = sum(corpus.manifest.splits["train"].tokens for corpus in corpora)
+    return sized(config, vocab_size=vocab_size, tokens=tokens, room_bytes=memory_limit().size_bytes)
 
 
 def _is_to_be_prepared(config: RunConfig) -> bool:
@@ -161,7 +187,8 @@ def open_corpora(config: RunConfig, observer: Observer) -> list[Corpus]:
     first = config.data.corpus[0]
     if _is_to_be_prepared(config):
         observer.on_stage(f"Preparing {first} from {', '.join(config.data.sources)}")
-        options = PrepareConfig(vocab_size=config.model.vocab_size)
+        is_given = config.preset is not None or "vocab_size" in config.model.model_fields_set
+        options = PrepareConfig(vocab_size=config.model.vocab_size) if is_given else PrepareConfig()
         prepare(config.data.sources, first, options, tokenizer=config.data.tokenizer, progress=observer.on_prepare)
     observer.on_stage("Checking the corpus")
     return [Corpus.open(folder) for folder in config.data.corpus]
@@ -196,7 +223,7 @@ def _loader(started: Start[RunConfig], corpora: list[Corpus]) -> Loader:
 
 
 class _HeldOut:
-    """Measures the model on the held-out text, and remembers what it found last."""
+    """Measures the model on the held-out text of `corpora`, those that have some, and remembers the last figures."""
 
     def __init__(self, config: RunConfig, model: Llama, corpora: list[Corpus]) -> None:
         self._config, self._model = config, model

@@ -52,7 +52,7 @@ class QuickstartConfig(BaseModel):
     """Where runs are kept."""
     corpora_dir: Path = Path("corpora")
     """Where corpora are kept."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; by default torch decides."""
     seed: int = Field(default=0, ge=0, lt=_NEW_SEED)
     """Seed of the stories, the weights and the order of the data."""

@@ -59,7 +59,7 @@ class TrainConfig(BaseModel):
     freed_memory: Literal["keep", "return"] = Field(default="keep", json_schema_extra=CHANGEABLE)
     """Keep the memory that a step frees for the next step, or return it, for a lower peak and slower steps;
     `offload = disk` implies the latter."""
-    threads: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
+    threads: int | None = Field(default=None, ge=1, le=1024, json_schema_extra=CHANGEABLE)
     """CPU threads per operation; by default torch decides."""
 
     @property

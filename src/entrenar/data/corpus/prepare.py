@@ -60,7 +60,7 @@ class PrepareConfig(SourceConfig):
     """Drop duplicate documents."""
     shard_tokens: int = Field(default=1 << 26, ge=1)
     """Tokens in a shard file."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """Encoding threads; all cores if not given."""
     vocab_size: int = Field(default=8192, ge=1)
     """Vocabulary of the tokenizer that is trained when none is given."""
