@@ -82,24 +82,35 @@ def test_fine_tuning_learns_the_held_out_task(base, data, tmp_path, method):
     assert report.after.held_out.loss < 0.34 * report.before.held_out.loss
     assert report.after.token_accuracy > report.before.token_accuracy + 0.3
     model, _ = recipe.open_model(report.folder)
+    {"lora": check_lora, "qlora": check_qlora, "full": check_full}[method](base, model, report.folder, said)
+
+
+def check_lora(base, model, folder, said):
+    """The base is bit for bit what it was, and the folder an adapter's."""
+    assert any("% fewer" in line for line in said)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
     original = dict(load_model(base).named_parameters())
-    if method == "lora":
-        assert any("% fewer" in line for line in said)
-        assert sorted(file.name for file in report.folder.iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors", "base.json", "tokenizer.json",
-            "tokenizer_config.json",
-        ]  # fmt: skip
-        kept = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if ".adapters." not in name}
-        assert kept.keys() == original.keys()
-        assert all(torch.equal(kept[name], original[name]) for name in original)
-    elif method == "qlora":
-        assert any("weights in 21 matrices of nf4" in line for line in said)
-        base_model = load_model(base, quantize=True)
-        assert fingerprint(plain_state(base_model)) == json.loads((report.folder / "base.json").read_text())["sha256"]
-        assert len(list(quantized_projections(model))) == 21
-    else:
-        assert any(line.startswith("trained: all") for line in said)
-        assert not torch.equal(dict(model.named_parameters())["model.norm.weight"], original["model.norm.weight"])
+    kept = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if ".adapters." not in name}
+    assert kept.keys() == original.keys()
+    assert all(torch.equal(kept[name], original[name]) for name in original)
+
+
+def check_qlora(base, model, folder, said):
+    """The quantized base is the one that the adapter names."""
+    assert any("weights in 21 matrices of nf4" in line for line in said)
+    base_model = load_model(base, quantize=True)
+    assert fingerprint(plain_state(base_model)) == json.loads((folder / "base.json").read_text())["sha256"]
+    assert len(list(quantized_projections(model))) == 21
+
+
+def check_full(base, model, folder, said):
+    """All weights were trained."""
+    assert any(line.startswith("trained: all") for line in said)
+    original = dict(load_model(base).named_parameters())
+    assert not torch.equal(dict(model.named_parameters())["model.norm.weight"], original["model.norm.weight"])
 
 
 @pytest.mark.parametrize(
