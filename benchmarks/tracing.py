@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ from entrenar.trace.reader import Reader
 from entrenar.trace.recorder import Recorder
 from entrenar.trace.spool import Spool
 
-SPANS = 20_000
-CALLS = 3_000
+SPANS = 5_000
+CALLS = 6_000
 LINES = Path(__file__).parents[1] / "tests" / "trace" / "programs" / "lines.py"
 LOOP = f"import os\nfd = os.open('/etc/hostname', 0)\nfor at in range({CALLS}): os.pread(fd, 64, 0)"
 
@@ -127,20 +126,23 @@ def attribution(folder: Path) -> dict[str, int]:
     return {"planted": len(planted), "right": right}
 
 
-def memory(folder: Path) -> dict[str, float]:
-    """MiB that the recorder and its reader hold after a million spans, read as they come."""
+def memory(folder: Path, spans: int) -> dict[str, float]:
+    """MiB that the recorder and its reader hold after a tenth of the spans and after all, read as they come."""
     folder.mkdir()
     recorder, spool = Recorder(folder), Spool(folder)
-    tracemalloc.start()
     held = {}
-    for number in range(1_000_001):
+    for number in range(1, spans + 1):
         recorder.end(recorder.start(0, "x"))
-        if number % 5_000 == 0:
+        if number % 2_000 == 0:
             spool.drain()
-        if number in (100_000, 1_000_000):
-            held[f"after_{number}"] = tracemalloc.get_traced_memory()[0] / 2**20
-    tracemalloc.stop()
+        if number in (spans // 10, spans):
+            held[f"after_{number}"] = resident_mib()
     return held | {"lost": recorder.dropped}
+
+
+def resident_mib() -> float:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def bytes_per_step(path: Path) -> dict[str, float]:
@@ -155,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tracing.json")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-spans", type=int, default=1_000_000)
     parser.add_argument("--trace", type=Path, help="a trace of a training run, for the bytes of a step")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -167,7 +170,7 @@ def main() -> None:
             "machine": {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(),
                         "kernel": platform.release(), "processor": processor()},
             "least": least, "rounds": rounds, "attribution": attribution(folder / "a"),
-            "memory_mib": memory(folder / "m"),
+            "memory_mib": memory(folder / "m", parsed.memory_spans),
         }  # fmt: skip
     if parsed.trace:
         result["training_run"] = bytes_per_step(parsed.trace)

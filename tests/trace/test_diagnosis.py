@@ -3,7 +3,7 @@
 import pytest
 
 from entrenar.trace.diagnosis import diagnose
-from entrenar.trace.findings import as_json, lines
+from entrenar.trace.findings import Finding, as_json, lines
 from entrenar.trace.records import Anomaly, Frame, Metric, Span, SystemCall
 
 from .build import MS, Built, write
@@ -178,3 +178,12 @@ def test_json_has_the_same(found):
     assert row["kind"] == "data"
     assert row["spans"] == [f"{span:016x}" for span in findings[0].spans]
     assert row["share"] == pytest.approx(findings[0].share, abs=1e-4)
+
+
+def test_a_person_is_told_the_first_findings_and_how_many_more_there_are():
+    """A machine that is busy all the time gives a hundred; JSON has them all."""
+    many = [Finding("slow", f"finding {number}", (), "look", 0.1) for number in range(20)]
+    text = lines(many)
+    assert sum("finding " in line for line in text) == 8
+    assert text[-1] == "  12 more findings, each of less weight: --format json lists them"
+    assert len(as_json(many)) == 20

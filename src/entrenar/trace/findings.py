@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# A person reads the first few; a machine that is busy all the time gives a hundred.
+_TOLD = 8
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -25,12 +28,14 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     if not findings:
         return ["Diagnosis: nothing stands out"]
     text = ["Diagnosis:"]
-    for number, finding in enumerate(findings, 1):
+    for number, finding in enumerate(findings[:_TOLD], 1):
         text.append(f"  {number}. {finding.title}")
         text += [f"       {evidence}" for evidence in finding.evidence]
         if finding.spans:
             text.append(f"       open: {', '.join(f'span {span:016x}' for span in finding.spans)}")
         text.append(f"     -> {finding.next_step}")
+    if len(findings) > _TOLD:
+        text.append(f"  {len(findings) - _TOLD} more findings, each of less weight: --format json lists them")
     return text
 
 
