@@ -339,13 +339,13 @@ def check_base(folder: Path, model: Llama) -> None:
 
     Raises:
         FormatError: the hashes differ in the dtype that is recorded. They say nothing if this one's is narrower, for
-            then its numbers are no longer those of its file, or if only one of the two is in few bits.
+            then its numbers are no longer those of its file, or if only one of the two is quantized.
     """
     recorded = read_base(folder)
     if recorded is None or torch.promote_types(model.dtype, recorded.plain_dtype) != model.dtype:
         return
     own = identify_base(model, dtype=recorded.plain_dtype)
-    if recorded.dtype == own.dtype and recorded.sha256 != own.sha256:
+    if recorded.is_quantized == own.is_quantized and recorded.sha256 != own.sha256:
         raise FormatError(
             f"{folder} was trained on another base: {recorded.name or 'unnamed'} with sha256 {recorded.sha256[:12]}…, "
             f"this one has {own.sha256[:12]}…; load it onto its own base, or merge --other-base"
