@@ -5,7 +5,7 @@
 - accuracy: the share of prompts whose own answer is the most likely of all answers in the file, for tasks with labels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -61,13 +61,15 @@ def write_answers(
     answers: list[str] = []
     for first in range(0, len(prompts), rows):
         some = prompts[first : first + rows]
-        written: list[list[int]] = [[] for _ in some]
-        for step in generate(model, some, config):
-            for row, token in zip(written, step, strict=True):
-                if token is not None and token not in ends:
-                    row.append(token)
+        steps = list(generate(model, some, config))
+        written = [_until_end((step[row] for step in steps), ends) for row in range(len(some))]
         answers += [_text_after(tokenizer, prompt, ids) for prompt, ids in zip(some, written, strict=True)]
     return answers
+
+
+def _until_end(tokens: Iterable[int | None], ends: Collection[int]) -> list[int]:
+    """Return a row's tokens without the one that ends it and the gaps after."""
+    return [token for token in tokens if token is not None and token not in ends]
 
 
 def _text_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:

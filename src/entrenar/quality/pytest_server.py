@@ -58,19 +58,24 @@ def _answer(listening: socket.socket) -> None:
     with connection:
         message, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
         if os.fork() == 0:
-            status = _PYTEST_NOT_RUN
-            try:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-                status = _pytest(message.decode().split("\0"))
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                connection.send(struct.pack("i", status))
-                os._exit(status)
+            _run_here(connection, message.decode().split("\0"), streams)
         for stream in streams:
             os.close(stream)
+
+
+def _run_here(connection: socket.socket, arguments: Sequence[str], streams: Sequence[int]) -> None:
+    """Run pytest on the streams of whoever asked, send the exit code, and end this process."""
+    status = _PYTEST_NOT_RUN
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        status = _pytest(arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send(struct.pack("i", status))
+        os._exit(status)
 
 
 def ask(arguments: Sequence[str]) -> int:

@@ -171,13 +171,17 @@ def open_run_folder(started: Start[ConfigT], kept: str = "") -> None:
     config = started.config
     with explained_disk_errors(config.run_dir):
         if started.mode.overwrite and config.run_dir.is_dir():
-            for old in config.run_dir.iterdir():
-                if old.is_dir() and not old.is_symlink():
-                    shutil.rmtree(old)
-                elif not kept or not old.name.endswith(kept):
-                    old.unlink()
+            _clear(config.run_dir, kept)
         config.run_dir.mkdir(parents=True, exist_ok=True)
     atomic_write(RunFolder(config.run_dir).config, to_toml(config))
+
+
+def _clear(run_dir: Path, kept: str) -> None:
+    for old in run_dir.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif not kept or not old.name.endswith(kept):
+            old.unlink()
 
 
 def put_into_training(model: Llama, config: TrainConfig) -> None:

@@ -11,7 +11,7 @@ standard version 3 (ECMA-426), sections included. `generated_code` reads what co
 import bisect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -155,19 +155,23 @@ def merged(maps: Iterable[tuple[str, SourceMap]]) -> SourceMap:
     whole = SourceMap()
     for name, part in maps:
         for generated, entries in part.lines.items():
-            known = dict(whole.lines.get(generated, []))
-            for line, origin in entries:
-                if known.get(line, origin) != origin:
-                    raise FormatError(
-                        f"two source maps must agree on a line: {name} says {origin} for {generated}:{line}, an "
-                        f"earlier one {known[line]}; pass the map of the newer build only"
-                    )
-                whole.add(generated, line, origin)
+            _add_lines(whole, name, generated, entries)
         whole.functions.update(part.functions)
         whole.twins.update(part.twins)
         whole.language = part.language
     _refuse_circles(whole)
     return whole
+
+
+def _add_lines(whole: SourceMap, name: str, generated: str, entries: Sequence[tuple[int, Origin | None]]) -> None:
+    known = dict(whole.lines.get(generated, []))
+    for line, origin in entries:
+        if known.get(line, origin) != origin:
+            raise FormatError(
+                f"two source maps must agree on a line: {name} says {origin} for {generated}:{line}, an "
+                f"earlier one {known[line]}; pass the map of the newer build only"
+            )
+        whole.add(generated, line, origin)
 
 
 def _refuse_circles(maps: SourceMap) -> None:

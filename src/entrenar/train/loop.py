@@ -114,14 +114,19 @@ class _Training:
         reason = self.begin()
         with self.phases.run(self.world.rank):
             while reason is None:
-                with self.phases.step(self.progress.step + 1, self.progress.epoch) as span:
-                    before = self.progress.counters.targets
-                    record, reason = self.take_step(self.gather(), stop)
-                    if record is not None:
-                        describe_step(span, record, record.targets - before)
-                        reason = self.conclude_step(record, reason)
+                reason = self._step(stop)
             self.finish(reason)
         return reason
+
+    def _step(self, stop: StopSignals) -> Reason | None:
+        """Take a step inside its span; return why the run ends here, if it does."""
+        with self.phases.step(self.progress.step + 1, self.progress.epoch) as span:
+            before = self.progress.counters.targets
+            record, reason = self.take_step(self.gather(), stop)
+            if record is None:
+                return reason
+            describe_step(span, record, record.targets - before)
+            return self.conclude_step(record, reason)
 
     def begin(self) -> Reason | None:
         """Clean up after a crash and take over the checkpoint to resume from; return why there is nothing left to do.

@@ -85,17 +85,16 @@ def is_excluded(name: str, patterns: Iterable[str]) -> bool:
 def _python_files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
-    elif not path.is_dir():
+        return
+    if not path.is_dir():
         raise DataError(f"{path} must be a Python file or a folder of them, and does not exist")
-    else:
-        for item in sorted(path.iterdir()):
-            if item.is_symlink() or item.name.startswith("."):
-                continue
-            if item.is_dir():
-                if item.name not in _SKIPPED_FOLDERS and not (item / "pyvenv.cfg").exists():
-                    yield from _python_files(item)
-            elif item.suffix == ".py":
-                yield item
+    for item in sorted(path.iterdir()):
+        if item.is_symlink() or item.name.startswith("."):
+            continue
+        if item.is_dir() and item.name not in _SKIPPED_FOLDERS and not (item / "pyvenv.cfg").exists():
+            yield from _python_files(item)
+        elif item.is_file() and item.suffix == ".py":
+            yield item
 
 
 def decode(content: bytes) -> str:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,15 +181,20 @@ def _work(
                 command, cwd=project.root, env=environment, stdout=subprocess.PIPE, stderr=sink, text=True
             )
             with worker:
-                for line in worker.stdout or ():
-                    record = json.loads(line)
-                    if record["kind"] == "mutant":
-                        yield record
-                    else:
-                        _demand_sound(component, record)
+                yield from _records(component, worker.stdout or ())
         if worker.returncode:
             tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
             raise GateFailed(f"{component.name}: the tests could not be run (exit {worker.returncode}):\n{tail}")
+
+
+def _records(component: Component, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield a worker's verdicts; check what it says of the tests themselves."""
+    for line in lines:
+        record = json.loads(line)
+        if record["kind"] == "mutant":
+            yield record
+        else:
+            _demand_sound(component, record)
 
 
 def _demand_sound(component: Component, record: dict[str, Any]) -> None:

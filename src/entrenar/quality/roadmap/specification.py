@@ -99,11 +99,12 @@ def _phase(heading: str, nodes: list[SyntaxTreeNode]) -> Phase:
         if node.type == "paragraph":
             text = node.children[0].content
             label = _LABEL.match(text)
-            if label:
-                target = _target(phase, label[1])
-                said = " ".join(text[label.end() :].split())
-                if target is not None and said:
-                    target.append(said)
+            if label is None:
+                continue
+            target = _target(phase, label[1])
+            said = " ".join(text[label.end() :].split())
+            if target is not None and said:
+                target.append(said)
         elif node.type in ("bullet_list", "ordered_list") and target is not None:
             target += _items(node)
     return phase

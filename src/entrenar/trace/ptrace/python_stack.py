@@ -171,9 +171,7 @@ def line_table(table: bytes, line: int) -> list[int]:
         if kind in (13, 14):
             difference, at = _signed_varint(table, at)
             line += difference
-            if kind == 14:  # the long form: end line and two columns follow
-                for _ in range(3):
-                    _, at = _varint(table, at)
+            at = _after_long_form(table, at) if kind == 14 else at
         elif 10 <= kind <= 12:
             line += kind - 10
             at += 2
@@ -181,6 +179,13 @@ def line_table(table: bytes, line: int) -> list[int]:
             at += 1
         lines += [0 if kind == 15 else line] * ((head & 7) + 1)
     return lines
+
+
+def _after_long_form(table: bytes, at: int) -> int:
+    """Step over the end line and the two columns of an entry of the long form."""
+    for _ in range(3):
+        _, at = _varint(table, at)
+    return at
 
 
 def _varint(table: bytes, at: int) -> tuple[int, int]:
