@@ -280,7 +280,7 @@ class _Reader:
 
     def version_3(self, content: dict[str, Any]) -> SourceMap:
         """Read the standard format, with or without sections."""
-        name = content.get("file") or self.path.name.removesuffix(".map")
+        name = self.field(content, "file", str) if content.get("file") else self.path.name.removesuffix(".map")
         maps = SourceMap("source")
         if "sections" in content:
             for index, section in enumerate(self.field(content, "sections", list)):
@@ -293,7 +293,7 @@ class _Reader:
         return maps
 
     def _mappings(self, maps: SourceMap, name: str, content: dict[str, Any], first: int, place: str) -> None:
-        root = content.get("sourceRoot") or ""
+        root = self.field(content, "sourceRoot", str, place) if content.get("sourceRoot") else ""
         root = root if not root or root.endswith("/") else f"{root}/"
         sources = self.field(content, "sources", list, place)
         generated = self.generated_file(name)
