@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,24 @@ def test_prompts_continued_together_get_the_text_that_each_gets_alone(folder, ca
     assert written(folder, capsys, *prompts) == "\n".join(
         f"--- {number} ---\n{alone[prompt]}" for number, prompt in enumerate(prompts, 1)
     )
+
+
+def test_control_tokens_in_a_prompt_are_text_unless_asked_for(folder, monkeypatch, capsys):
+    """The note names the token; --allow-special reads it, and adds no second token at the start."""
+    prompts = []
+
+    def generate(_model, ids, *_):
+        prompts.extend(ids)
+        return iter(())
+
+    monkeypatch.setattr(sys.modules["entrenar.infer.complete"], "generate", generate)
+    tokenizer, words = Tokenizer.load(folder), ["generate", str(folder), "--prompt", "<|bos|>one"]
+    assert main(words) == 0
+    assert "the prompt spells <|bos|>, read as plain text; --allow-special reads" in capsys.readouterr().err
+    assert main([*words, "--allow-special"]) == 0
+    assert "read as plain text" not in capsys.readouterr().err
+    assert prompts == [tokenizer.encode("<|bos|>one", bos=True), tokenizer.encode("one", bos=True)]
+    assert prompts[0] != prompts[1]
 
 
 def test_prompts_are_read_by_the_model_at_once(folder, monkeypatch, capsys):

@@ -37,7 +37,7 @@ class Pieces:
     def id_of(self, token: str, /) -> int | None:
         return {"<first>": 0}.get(token)
 
-    def encode(self, text: str, *, bos: bool) -> list[int]:
+    def encode(self, text: str, *, bos: bool, allow_special: bool = False) -> list[int]:  # noqa: ARG002
         ids = [self.table.index(text.encode())] if text else []
         return [0, *ids] if bos else ids
 

@@ -12,9 +12,10 @@ import torch
 
 from entrenar import recipe
 from entrenar.cli import flags
+from entrenar.data import Tokenizer
 from entrenar.infer import GenerateConfig, named_tokens, stream_rows
 
-_OWN = ("eos_token_ids",)
+_OWN = ("eos_token_ids", "allow_special")
 _TOGETHER = 16
 
 
@@ -29,12 +30,24 @@ def run(words: Sequence[str]) -> int:
         ends = named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
         config = config.model_copy(update={"eos_token_ids": ends})
     prompts = parsed.prompt or [sys.stdin.read()]
+    if parsed.allow_special:
+        config = config.model_copy(update={"allow_special": True})
+    else:
+        _note_control_tokens(prompts, tokenizer)
     for start in range(0, len(prompts), _TOGETHER):
         some = prompts[start : start + _TOGETHER]
         steps = stream_rows(model, tokenizer, some, config)
         titles = [f"--- {start + row} ---\n" if len(prompts) > 1 else "" for row in range(1, len(some) + 1)]
         _write(steps, [title + prompt for title, prompt in zip(titles, some, strict=True)], is_first=start == 0)
     return 0
+
+
+def _note_control_tokens(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Say on standard error that a prompt spells control tokens, which stay plain text."""
+    names = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
+    found = next((name for prompt in prompts for name in names if name in prompt), None)
+    if found is not None:
+        print(f"note: the prompt spells {found}, read as plain text; --allow-special reads the token", file=sys.stderr)
 
 
 def _write(steps: Iterable[list[str]], prompts: Sequence[str], *, is_first: bool) -> None:
@@ -59,6 +72,9 @@ def _arguments() -> argparse.ArgumentParser:
     )
     arguments.add_argument(
         "--eos", nargs="+", metavar="TOKEN", help="names or ids of the tokens that end the text (default: the model's)"
+    )
+    arguments.add_argument(
+        "--allow-special", action="store_true", help="read control tokens that a prompt spells, such as <s>, as tokens"
     )
     arguments.add_argument("--threads", type=flags.thread_count, help="CPU threads")
     flags.add_field_flags(arguments, GenerateConfig, leave_out=_OWN)

@@ -46,7 +46,7 @@ class TextTokenizer(Protocol):
         """Return the id of a token by its name."""
         ...
 
-    def encode(self, text: str, *, bos: bool) -> list[int]:
+    def encode(self, text: str, *, bos: bool, allow_special: bool) -> list[int]:
         """Return the tokens of a text."""
         ...
 
@@ -182,7 +182,7 @@ def complete(
     generator: torch.Generator | None = None,
 ) -> list[Completion]:
     """Continue each prompt."""
-    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     config = with_stop_tokens(model.config, tokenizer, config)
     rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]
     pieces = list(_pieces(generate(model, prompt_ids, config, generator), rows))
@@ -213,7 +213,7 @@ def stream_rows(
     generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
     """Yield at each step the piece of text, possibly empty, that became final for each prompt."""
-    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     config = with_stop_tokens(model.config, tokenizer, config)
     rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]
     return _pieces(generate(model, prompt_ids, config, generator), rows)
@@ -228,8 +228,10 @@ def _pieces(steps: Iterable[list[int | None]], rows: Sequence[GrowingText]) -> I
     yield [row.close() for row in rows]
 
 
-def _encode(tokenizer: TextTokenizer, prompt: str) -> list[int]:
-    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+def _encode(tokenizer: TextTokenizer, prompt: str, config: GenerateConfig) -> list[int]:
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos, allow_special=config.allow_special)
+    if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2:
+        return ids[1:]  # the prompt spells the token that is added
     if not ids and tokenizer.bos_id is not None:
         return [tokenizer.bos_id]
     return ids

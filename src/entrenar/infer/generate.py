@@ -39,6 +39,8 @@ class GenerateConfig(BaseModel):
     """Seed of the random choices: the same seed writes the same text."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of its result."""
+    allow_special: bool = False
+    """Read names of control tokens in a prompt, such as <s>, as those tokens; otherwise they are plain text."""
     eos_token_ids: tuple[int, ...] | None = None
     """Tokens that end the generation; the model's own when not given."""
 
