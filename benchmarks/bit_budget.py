@@ -21,7 +21,8 @@ from torch import Tensor
 
 from entrenar.data import Tokenizer
 from entrenar.interop import load_model
-from entrenar.interop.convert import Source, Target, convert, open_source
+from entrenar.interop.convert import Target, convert
+from entrenar.interop.source import Source, open_source
 from entrenar.model import Llama
 from entrenar.ops import fastest_compute_dtype
 from entrenar.peft import LoraConfig, find_targets, from_base

@@ -25,6 +25,7 @@ from entrenar.data import Tokenizer
 from entrenar.errors import ConfigError
 from entrenar.infer import Evaluation, GenerateConfig, complete
 from entrenar.interop import convert as converting
+from entrenar.interop.source import open_source
 from entrenar.model import Llama, LlamaConfig
 from entrenar.planning import RunPlan, plan_run
 from entrenar.recipe import FinetuneReport, Observer, TrainReport
@@ -126,7 +127,7 @@ def convert(
         GateFailed: the file is not what it should be; ConfigError, FormatError, DiskFullError.
     """
     path = Path(source)
-    opened = converting.open_source(recipe.model_folder(path) if (path / "checkpoints").is_dir() else path)
+    opened = open_source(recipe.model_folder(path) if (path / "checkpoints").is_dir() else path)
     wanted = converting.Target(Path(target), to, dtype, can_overwrite=overwrite)
     return converting.convert(opened, wanted).metrics
 

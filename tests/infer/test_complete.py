@@ -37,6 +37,10 @@ class Pieces:
     def id_of(self, token: str, /) -> int | None:
         return {"<first>": 0}.get(token)
 
+    @property
+    def vocab_size(self) -> int:
+        return len(self.table)
+
     def encode(self, text: str, *, bos: bool, allow_special: bool = False) -> list[int]:  # noqa: ARG002
         ids = [self.table.index(text.encode())] if text else []
         return [0, *ids] if bos else ids

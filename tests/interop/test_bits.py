@@ -12,9 +12,10 @@ from entrenar.cli.main import main
 from entrenar.data import train_bpe
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.interop import bits, hf, quantized_layout
-from entrenar.interop.convert import Source, Target, convert, open_source
+from entrenar.interop.convert import Target, convert
 from entrenar.interop.proof import bounds
-from entrenar.interop.proof.readback import read_hf_folder
+from entrenar.interop.proof.read_hf import read_hf_folder
+from entrenar.interop.source import Source, open_source
 from entrenar.ops import NfBitsWeight
 from entrenar.peft import LoraConfig, QuantizeConfig, find_targets, quantized_projections, widen
 from entrenar.peft.layers import leading_factors
@@ -100,7 +101,7 @@ def test_the_numpy_reader_agrees_with_the_weights_in_use(folder, source):
     """Bits, scales and tops, read without torch, are the numbers that the model multiplies by."""
     model = hf.load_model(folder)
     widen(model)
-    written = read_hf_folder(folder, source.model.config)
+    written = read_hf_folder(folder)
     for name, weight in model.named_parameters():
         torch.testing.assert_close(torch.from_numpy(written.weight(name)[:]), weight.detach(), rtol=1e-6, atol=0)
 

@@ -14,8 +14,9 @@ from entrenar.cli.main import main
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.interop import convert as convert_module
 from entrenar.interop import hf, hf_files
-from entrenar.interop.convert import Source, Target, convert, open_source
-from entrenar.interop.proof.readback import read_hf_folder
+from entrenar.interop.convert import Target, convert
+from entrenar.interop.proof.read_hf import read_hf_folder
+from entrenar.interop.source import Source, open_source
 from entrenar.ops import dequantize_nf4
 from entrenar.peft import quantized_projections, widen
 
@@ -151,7 +152,7 @@ def test_a_folder_in_shards_opens(tmp_path, make_model):
 def test_the_independent_reader_finds_the_same_numbers(folder):
     """A reading in numpy of codes and scales equals the one that the model computes with."""
     model = hf.load_model(folder)
-    read = read_hf_folder(folder, model.config)
+    read = read_hf_folder(folder)
     for name, module in quantized_projections(model):
         rows = read.weight(f"{name}.weight")
         assert rows.shape == module.shape

@@ -13,9 +13,11 @@ from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.files import read_json, write_json
 from entrenar.interop import convert as convert_module
 from entrenar.interop import gguf, llama2c
-from entrenar.interop.convert import Source, Target, Threshold, convert, detect, open_source
+from entrenar.interop.convert import Target, Threshold, convert
 from entrenar.interop.proof.numpy_llama import logits as numpy_logits
+from entrenar.interop.proof.read_hf import read_hf_folder
 from entrenar.interop.rotary_rows import half_split, interleaved
+from entrenar.interop.source import Source, detect, open_source
 from entrenar.model import RopeScaling
 
 pytest.importorskip("gguf")
@@ -199,21 +201,21 @@ def test_weights_out_of_the_bounds_of_rounding_are_found(tmp_path, stories, monk
 
 def test_missing_and_misshapen_tensors_are_found(tmp_path, stories, monkeypatch):
     """By name."""
-    honest = convert_module._read_back
+    honest = read_hf_folder
 
-    def without(place, kind, model):
-        found = honest(place, kind, model)
+    def without(place):
+        found = honest(place)
         return dataclasses.replace(found, names=found.names - {"model.norm.weight"})
 
-    monkeypatch.setattr(convert_module, "_read_back", without)
+    monkeypatch.setattr(convert_module, "READERS", {"hf": without})
     with pytest.raises(GateFailed, match=r"^the file has other tensors than the model, model\.norm\.weight first"):
         convert(stories, target(tmp_path, "hf"))
 
-    def transposed(place, kind, model):
-        found = honest(place, kind, model)
+    def transposed(place):
+        found = honest(place)
         return dataclasses.replace(found, weight=lambda name: found.weight(name)[:].T)
 
-    monkeypatch.setattr(convert_module, "_read_back", transposed)
+    monkeypatch.setattr(convert_module, "READERS", {"hf": transposed})
     with pytest.raises(
         GateFailed, match=r"^model\.embed_tokens\.weight is \(64, 512\) in the file, \(512, 64\) in the"
     ):
@@ -312,7 +314,7 @@ def test_the_numpy_forward_reproduces_the_reference(tmp_path, shared_data):
     reference = np.load(shared_data / "models/stories260K_hf/reference_logits.npz")
     source = open_source(shared_data / "models/stories260K_hf")
     convert(source, target(tmp_path, "hf"))
-    read = convert_module.readback.read_hf_folder(tmp_path / "hf", source.model.config)
+    read = read_hf_folder(tmp_path / "hf")
     found = numpy_logits(read.weight, read.shape, reference["prompt_ids"].reshape(1, -1))
     assert np.abs(found - reference["logits_numpy_fp64"].reshape(found.shape)).max() < 1e-6
 

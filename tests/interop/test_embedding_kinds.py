@@ -14,8 +14,9 @@ from entrenar.cli.main import main
 from entrenar.errors import ConfigError, DataError, FormatError, GateFailed
 from entrenar.interop import convert as convert_module
 from entrenar.interop import hf
-from entrenar.interop.convert import Source, Target, convert, open_source
+from entrenar.interop.convert import Target, convert
 from entrenar.interop.hf_peft import identify_base
+from entrenar.interop.source import Source, open_source
 from entrenar.ops import Int8Weight, Nf4Weight, quantize_int8, quantize_nf4
 from entrenar.peft import QuantizeConfig, kinds_held, widen
 

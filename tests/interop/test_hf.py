@@ -105,13 +105,19 @@ def test_a_folder_loads_in_the_dtype_asked_for(tmp_path, generator, stored, want
         assert torch.equal(tensor, weights[name].to(wanted)), name
 
 
-def test_a_file_of_mixed_dtypes_loads_in_the_widest(tmp_path, generator):
-    """A bfloat16 file whose norms are float32 becomes a float32 model: one dtype a model."""
+def test_norms_wider_than_the_matrices_stay_so(tmp_path, generator):
+    """A bfloat16 file whose norms are float32 loads as it is stored; asked for, one dtype is given to all."""
     weights = {
         name: tensor if "norm" in name else tensor.bfloat16()
         for name, tensor in tiny_model(generator).state_dict().items()
     }
     save_model(tmp_path, LlamaConfig(**TINY), weights)
+    for name, tensor in load_model(tmp_path).state_dict().items():
+        assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+    loaded = load_model(tmp_path, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].float()
+    save_model(tmp_path, LlamaConfig(**TINY), weights)  # matrices of two dtypes take the wider one
     assert {tensor.dtype for tensor in load_model(tmp_path).state_dict().values()} == {torch.float32}
 
 
@@ -121,7 +127,11 @@ def test_saving_again_leaves_no_weights_of_the_first_time(tmp_path, generator):
     second = tiny_model(generator)
     save_model(tmp_path, first.config, first.state_dict(), max_shard_bytes=20_000)
     save_model(tmp_path, second.config, second.state_dict())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert torch.equal(load_model(tmp_path).model.norm.weight, second.model.norm.weight)
     save_model(tmp_path, first.config, first.state_dict(), max_shard_bytes=20_000)
     assert not (tmp_path / "model.safetensors").exists()

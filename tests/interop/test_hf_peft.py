@@ -317,13 +317,17 @@ def test_base_hash_ignores_adapters() -> None:
         ({"r": 0}, r"describes no adapter: rank: .*greater than 0$"),
         ({"r": None}, r"describes no adapter: rank: "),
         ({"r": 4}, r"q_proj.lora_A.weight has shape \(3, 16\), the model asks for \(4, 16\)"),
-        ({"r": 64}, r"another base: rank must be <= 16"),
-        ({"target_modules": ["c_attn"]}, r"another base: target_modules: no projection is named 'c_attn'"),
+        ({"r": 64}, r"adapter_config.json: rank must be <= 16"),
+        ({"target_modules": ["c_attn"]}, r"adapter_config.json: target_modules: no projection is named 'c_attn'"),
         (
             {"modules_to_save": ["score"]},
-            r"another base: modules_to_save: no module outside the layers is named 'score'",
+            r"adapter_config.json: modules_to_save: no module outside the layers is named 'score'",
         ),
         ({"use_dora": True}, r"lora_magnitude_vector is missing"),
+        ({"rank_pattern": {"k_proj": 4}}, r"adapter_config.json: rank_pattern: 'k_proj' matches no target module"),
+        ({"alpha_pattern": {"x.*": 4}}, r"adapter_config.json: alpha_pattern: 'x\.\*' matches no target module"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"json: target_modules: lm_head cannot take a low-rank adapter"),
+        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices = \[1, 2\] changes what the adapter computes"),
     ],
 )
 def test_config_that_is_not_computed_here_is_refused(folder: Path, changes: dict[str, object], message: str) -> None:
@@ -334,6 +338,24 @@ def test_config_that_is_not_computed_here_is_refused(folder: Path, changes: dict
     with pytest.raises(FormatError, match=message):
         load_adapter(folder, model)
     assert adapter_names(model) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (3, r"trained over a vocabulary of \d+ tokens \(lm_head is resized\), the base has \d+; .*--add-tokens"),
+        (0, r"holds base_model.model.lm_head.weight, which its config names neither in target_modules nor in modules_"),
+    ],
+)
+def test_an_embedding_that_peft_saved_unasked_is_named(folder: Path, rows: int, message: str) -> None:
+    """A resized vocabulary is the base's matter, not another base; weights that no config names are not passed over."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] = torch.zeros(UNTIED.vocab_size + rows, UNTIED.hidden_size)
+    save_file(tensors, path)
+    with pytest.raises(FormatError, match=message) as raised:
+        load_adapter(folder, our_base(UNTIED))
+    assert "another base" not in str(raised.value)
 
 
 def test_damaged_folder_is_refused(folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import get_args
 from entrenar import recipe
 from entrenar.cli import flags
 from entrenar.errors import ConfigError
-from entrenar.interop.convert import Target, Threshold, check_target, convert, open_source
+from entrenar.interop.convert import Target, Threshold, check_target, convert
 from entrenar.interop.proof.bounds import Format
+from entrenar.interop.source import open_source
 from entrenar.peft import QuantizeConfig
 from entrenar.peft.quantize_config import Kind
 from entrenar.recipe.bit_budget import round_to_budget

@@ -62,7 +62,8 @@ class ChatSession:
             ids = self._ids_that_fit(forgot)
             growing = GrowingText(self._model.config, self._tokenizer, ids, self._config)
             said: list[str] = []
-            for (token,) in generate(self._model, [ids], self._config, self._generator):
+            steps = generate(self._model, [ids], self._config, self._generator, num_tokens=self._tokenizer.vocab_size)
+            for (token,) in steps:
                 said.append(growing.push(token))
                 yield said[-1]
                 if growing.finish is not None:

@@ -46,6 +46,11 @@ class TextTokenizer(Protocol):
         """Return the id of a token by its name."""
         ...
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that have a text."""
+        ...
+
     def encode(self, text: str, *, bos: bool, allow_special: bool) -> list[int]:
         """Return the tokens of a text."""
         ...
@@ -185,7 +190,7 @@ def complete(
     prompt_ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     config = with_stop_tokens(model.config, tokenizer, config)
     rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]
-    pieces = list(_pieces(generate(model, prompt_ids, config, generator), rows))
+    pieces = list(_pieces(generate(model, prompt_ids, config, generator, num_tokens=tokenizer.vocab_size), rows))
     return [
         Completion("".join(texts), tuple(row.token_ids), row.finish or "length")
         for row, texts in zip(rows, zip(*pieces, strict=True), strict=True)
@@ -216,7 +221,7 @@ def stream_rows(
     prompt_ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     config = with_stop_tokens(model.config, tokenizer, config)
     rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]
-    return _pieces(generate(model, prompt_ids, config, generator), rows)
+    return _pieces(generate(model, prompt_ids, config, generator, num_tokens=tokenizer.vocab_size), rows)
 
 
 def _pieces(steps: Iterable[list[int | None]], rows: Sequence[GrowingText]) -> Iterator[list[str]]:

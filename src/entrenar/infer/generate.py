@@ -58,10 +58,13 @@ def generate(
     prompt_ids: Sequence[Sequence[int]],
     config: GenerateConfig,
     generator: torch.Generator | None = None,
+    *,
+    num_tokens: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each prompt, step by step; None for a row that has ended.
 
-    The token that ends a row is yielded. `generator` takes the place of the config's seed.
+    The token that ends a row is yielded. `generator` takes the place of the config's seed. Ids from `num_tokens` on,
+    the rows of a padded vocabulary that no tokenizer knows, are never chosen.
 
     Raises:
         DataError: a prompt is empty, longer than the context, or holds a token that the model does not have.
@@ -69,7 +72,7 @@ def generate(
     _check_prompts(prompt_ids, model.config)
     if generator is None:
         generator = torch.Generator().manual_seed(config.seed)
-    return _steps(model, prompt_ids, config, generator)
+    return _steps(model, prompt_ids, _Chooser(config, prompt_ids, model.config.vocab_size, generator, num_tokens))
 
 
 def room(config: LlamaConfig, num_prompt_tokens: int, max_new_tokens: int) -> int:
@@ -101,16 +104,14 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> Non
             )
 
 
-def _steps(
-    model: Llama, prompts: Sequence[Sequence[int]], config: GenerateConfig, generator: torch.Generator
-) -> Iterator[list[int | None]]:
+def _steps(model: Llama, prompts: Sequence[Sequence[int]], choose: "_Chooser") -> Iterator[list[int | None]]:
+    config = choose.config
     rooms = [room(model.config, len(prompt), config.max_new_tokens) for prompt in prompts]
     num_steps, longest = max(rooms), max(map(len, prompts))
     device = model.device
     padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     cache = _cache(model, prompts, longest + num_steps, device)
     ends = end_tokens(model.config, config)
-    choose = _Chooser(config, prompts, model.config.vocab_size, generator)
     logits = _read(model, padded, cache)
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("the logits after a prompt must be finite, got NaN or infinity: the weights are damaged")
@@ -149,9 +150,15 @@ class _Chooser:
     """Chooses each row's next token, and remembers a row's tokens where repetition is penalized."""
 
     def __init__(
-        self, config: GenerateConfig, prompts: Sequence[Sequence[int]], vocab_size: int, generator: torch.Generator
+        self,
+        config: GenerateConfig,
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+        generator: torch.Generator,
+        num_tokens: int | None = None,
     ) -> None:
-        self._config = config
+        self.config = config
+        self._num_tokens = vocab_size if num_tokens is None else num_tokens
         self._generator = generator
         self._seen: Tensor | None = None
         if config.repetition_penalty != 1:
@@ -161,7 +168,10 @@ class _Chooser:
 
     @torch.inference_mode()
     def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-        config = self._config
+        config = self.config
+        if self._num_tokens < logits.shape[-1]:
+            logits = logits.clone()
+            logits[:, self._num_tokens :] = -torch.inf
         if self._seen is not None:
             self._seen = self._seen.to(logits.device)
             logits = penalize_repetition(logits, self._seen, config.repetition_penalty)

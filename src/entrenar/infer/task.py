@@ -61,7 +61,7 @@ def write_answers(
     answers: list[str] = []
     for first in range(0, len(prompts), rows):
         some = prompts[first : first + rows]
-        steps = list(generate(model, some, config))
+        steps = list(generate(model, some, config, num_tokens=tokenizer.vocab_size))
         written = [_until_end((step[row] for step in steps), ends) for row in range(len(some))]
         answers += [_text_after(tokenizer, prompt, ids) for prompt, ids in zip(some, written, strict=True)]
     return answers

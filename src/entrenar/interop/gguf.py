@@ -5,10 +5,11 @@ matrix whose rows are no multiple of 32 stays F16 in a file of a block type. The
 bytes and rounds to blocks.
 """
 
+import functools
 import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,16 +73,17 @@ def gguf_name(name: str) -> str:
 
 
 def load_gguf(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer | None]:
-    """Load model and tokenizer; without `dtype` as stored, in float32 where anything is quantized.
+    """Load model and tokenizer; without `dtype` as stored.
+
+    Matrices of different types take the narrowest dtype that holds them all exactly, block types float32. Norms are
+    float32 in every file and stay so: rounding one to float16 moves logits by a tenth.
 
     Raises:
         FormatError: naming file and field.
     """
     file = read_gguf(path)
-    with path.open("rb") as stream:
-        config = _config(file, stream)
-        wanted = dtype or _common_dtype(file)
-        model = assemble(path, config, _tensors(file, stream, config, wanted))
+    config = _config(file)
+    model = assemble(path, config, _tensors(file, config, dtype))
     return model, load_gguf_tokenizer(file)
 
 
@@ -97,7 +99,7 @@ def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
     return Tokenizer(*tokenizer_files(vocabulary, str(file.path)), str(file.path))
 
 
-def _config(file: GGUFFile, stream: BinaryIO) -> LlamaConfig:
+def _config(file: GGUFFile) -> LlamaConfig:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise FormatError(f"{file.path} lacks tensor token_embd.weight; it is no model but {len(file.tensors)} tensors")
@@ -107,20 +109,16 @@ def _config(file: GGUFFile, stream: BinaryIO) -> LlamaConfig:
         file.metadata,
         embedding.shape[0],
         is_tied="output.weight" not in file.tensors,
-        factors=None if factors is None else read_gguf_tensor(stream, factors),
+        factors=None if factors is None else read_gguf_tensor(factors),
     )
     if config.num_layers > len(file.tensors):  # before a hostile header makes us build a billion layers
         raise FormatError(f"{file.path} holds {len(file.tensors)} tensors; llama.block_count is {config.num_layers}")
     return config
 
 
-def _common_dtype(file: GGUFFile) -> torch.dtype:
-    """Return the widest dtype of the matrices; vectors are float32 in every file."""
-    dtypes = {stored_dtype(tensor) for tensor in file.tensors.values() if len(tensor.shape) > 1}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def _tensors(file: GGUFFile, stream: BinaryIO, config: LlamaConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: GGUFFile, config: LlamaConfig, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    stored = {stored_dtype(tensor) for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    of_matrices = dtype or functools.reduce(torch.promote_types, stored, next(iter(stored)))
     heads = {"attn_q": config.num_heads, "attn_k": config.kv_heads}
     for name, place in file.tensors.items():
         if name == _ROPE_FACTORS:
@@ -128,13 +126,13 @@ def _tensors(file: GGUFFile, stream: BinaryIO, config: LlamaConfig, dtype: torch
         ours = our_name(name)
         if ours is None:
             raise FormatError(f"{file.path} holds tensor {name}, which a LLaMA does not have")
-        tensor = read_gguf_tensor(stream, place)
+        tensor = read_gguf_tensor(place)
         kind = name.split(".")[-2]
         if kind in heads:
             if tensor.ndim != 2 or tensor.shape[0] % (2 * heads[kind]):
                 raise FormatError(f"{file.path}: tensor {name} has shape {tuple(tensor.shape)} for {heads[kind]} heads")
             tensor = half_split(tensor, heads[kind])
-        yield ours, tensor.to(dtype)
+        yield ours, tensor.to(of_matrices if tensor.ndim > 1 else dtype)
 
 
 def gguf_package() -> Any:
@@ -181,16 +179,7 @@ def save_gguf(
             writer.add_tensor_info(_ROPE_FACTORS, factors.shape, np.dtype(np.float32), factors.nbytes)
         kinds = {theirs: _type_of(gguf, weights[ours], type_name) for theirs, ours in names.items()}
         for theirs, ours in names.items():
-            shape = gguf.quant_shape_to_byte_shape(tuple(weights[ours].shape), kinds[theirs])
-            is_float = kinds[theirs] == gguf.GGMLQuantizationType.F32
-            size = int(np.prod(shape))
-            writer.add_tensor_info(
-                theirs,
-                tuple(weights[ours].shape) if is_float else shape,
-                np.dtype(np.float32 if is_float else np.uint8),
-                weights[ours].numel() * 4 if is_float else size,
-                raw_dtype=kinds[theirs],
-            )
+            _announce(gguf, writer, theirs, weights[ours], kinds[theirs])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -199,6 +188,15 @@ def save_gguf(
         for theirs, ours in names.items():
             writer.write_tensor_data(gguf.quants.quantize(_rows(ours, weights[ours], config), kinds[theirs]))
         writer.close()
+
+
+def _announce(gguf: Any, writer: Any, name: str, weight: Tensor, kind: Any) -> None:
+    """Write where a tensor will be, and what size and type it has."""
+    if kind == gguf.GGMLQuantizationType.F32:
+        writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), weight.numel() * 4, raw_dtype=kind)
+        return
+    shape = gguf.quant_shape_to_byte_shape(tuple(weight.shape), kind)
+    writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
 
 
 def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:

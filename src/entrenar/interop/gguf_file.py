@@ -7,9 +7,10 @@ Format: github.com/ggml-org/ggml, docs/gguf.md; block types: ggml-common.h.
 """
 
 import math
+import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,8 @@ from torch import Tensor
 from entrenar.errors import FormatError
 
 MAGIC = b"GGUF"
+# llama.cpp's own name of a part: gguf-split.cpp, SPLIT_PATH_FORMAT.
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
@@ -35,6 +38,7 @@ TYPE_NAMES = {_F32: "F32", _F16: "F16", _BF16: "BF16", _Q8_0: "Q8_0", _Q4_0: "Q4
 class GGUFTensor:
     """Where a tensor lies; `shape` is in torch's order."""
 
+    path: Path
     type: int
     shape: tuple[int, ...]
     offset: int
@@ -43,11 +47,16 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """The header of a file."""
+    """The header of a file, or of all parts of a split one: the keys of the first, the tensors of all.
+
+    Attributes:
+        parts: the files, in order.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GGUFTensor]
+    parts: tuple[Path, ...]
 
 
 class _Reader:
@@ -94,7 +103,41 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read the header of a file, versions 2 and 3, little-endian.
+    """Read the header of a file, of versions 2 and 3, little-endian; of a split file, given by its first part.
+
+    Raises:
+        FormatError: naming file and field, or the part that is missing.
+    """
+    first = _read_part(path)
+    count = first.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return first
+    name = _PART.fullmatch(path.name)
+    if name is None or int(name[2]) != 1 or int(name[3]) != count or first.metadata.get("split.no", 0) != 0:
+        raise FormatError(
+            f"{path} is one of {count} parts; give the first, named like {path.stem.split('-0')[0]}-00001-of-"
+            f"{count:05d}.gguf, with the others in its folder"
+        )
+    tensors, parts = dict(first.tensors), [path]
+    for number in range(2, count + 1):
+        part = path.with_name(f"{name[1]}-{number:05d}-of-{count:05d}.gguf")
+        if not part.is_file():
+            raise FormatError(f"{path} is the first of {count} parts, and {part.name} is not next to it")
+        found = _read_part(part)
+        twice = tensors.keys() & found.tensors.keys()
+        if found.metadata.get("split.no") != number - 1 or twice:
+            what = f"holds tensor {min(twice)} again" if twice else f"has split.no {found.metadata.get('split.no')!r}"
+            raise FormatError(f"{part} {what}; it is not part {number} of {path.name}")
+        tensors |= found.tensors
+        parts.append(part)
+    total = first.metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise FormatError(f"{path}: split.tensors.count is {total}, its {count} parts hold {len(tensors)}")
+    return GGUFFile(path, first.metadata, tensors, tuple(parts))
+
+
+def _read_part(path: Path) -> GGUFFile:
+    """Read the header of one file.
 
     Raises:
         FormatError: naming file and field.
@@ -124,7 +167,7 @@ def read_gguf(path: Path) -> GGUFFile:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise FormatError(f"{path}: general.alignment must be a power of two, got {alignment!r}")
     start = -(-reader.at // alignment) * alignment
-    return GGUFFile(path, metadata, _placed(path, found, start, reader.size))
+    return GGUFFile(path, metadata, _placed(path, found, start, reader.size), (path,))
 
 
 def _tensor(reader: _Reader, name: str, path: Path) -> GGUFTensor:
@@ -136,20 +179,17 @@ def _tensor(reader: _Reader, name: str, path: Path) -> GGUFTensor:
     if kind not in _TYPES:
         raise FormatError(
             f"{path}: tensor {name} is of GGML type {kind}; read are {', '.join(TYPE_NAMES.values())}: "
-            "quantize the model anew to one of them"
+            "quantize the model again to one of them"
         )
     numbers, size = _TYPES[kind]
     if not sizes or sizes[0] % numbers:
         raise FormatError(f"{path}: tensor {name} has rows of {sizes[:1]}, no multiple of its blocks of {numbers}")
-    return GGUFTensor(kind, tuple(reversed(sizes)), offset, math.prod(sizes) // numbers * size)
+    return GGUFTensor(path, kind, tuple(reversed(sizes)), offset, math.prod(sizes) // numbers * size)
 
 
 def _placed(path: Path, found: Mapping[str, GGUFTensor], start: int, size: int) -> dict[str, GGUFTensor]:
     """Return the tensors with their offset in the file, checked for bounds and overlaps."""
-    placed = {
-        name: GGUFTensor(tensor.type, tensor.shape, start + tensor.offset, tensor.size_bytes)
-        for name, tensor in found.items()
-    }
+    placed = {name: replace(tensor, offset=start + tensor.offset) for name, tensor in found.items()}
     end, before = start, ""
     for name, tensor in sorted(placed.items(), key=lambda item: item[1].offset):
         if tensor.offset < end:
@@ -160,10 +200,9 @@ def _placed(path: Path, found: Mapping[str, GGUFTensor], start: int, size: int) 
     return placed
 
 
-def read_gguf_tensor(stream: BinaryIO, tensor: GGUFTensor) -> Tensor:
+def read_gguf_tensor(tensor: GGUFTensor) -> Tensor:
     """Return a tensor's numbers: float32, float16 or bfloat16 as stored, float32 for the block types."""
-    stream.seek(tensor.offset)
-    data = np.fromfile(stream, np.uint8, tensor.size_bytes)
+    data = np.fromfile(tensor.path, np.uint8, tensor.size_bytes, offset=tensor.offset)
     if tensor.type == _Q8_0:
         values = dequantize_q8_0(data)
     elif tensor.type == _Q4_0:

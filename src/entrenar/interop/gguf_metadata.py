@@ -1,10 +1,11 @@
-"""What a GGUF file says of a LLaMA beside its weights: architecture and vocabulary, in llama.cpp's words, both ways.
+"""The keys of a GGUF file: architecture and vocabulary of a LLaMA in llama.cpp's words, both ways.
 
 The keys are those of `convert_hf_to_gguf.py` and `llama-model.cpp` (github.com/ggml-org/llama.cpp). llama3's stretching
 has no key: it is a tensor, `rope_freqs.weight`, by which each plane's frequency is divided.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,41 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from entrenar.data.tokenizer.vocabulary import UNUSED, Vocabulary
+from entrenar.data.tokenizer.vocabulary import CONTROL, UNUSED, Vocabulary, WordPattern
 from entrenar.errors import FormatError
 from entrenar.model import LlamaConfig, RopeScaling
 from entrenar.model.rope_scaling import inverse_frequencies
 
-_PRE = {"llama3": "llama-bpe", "gpt2": "gpt-2"}
-_PATTERN_OF_PRE = {"llama-bpe": "llama3", "llama3": "llama3", "llama-v3": "llama3", "gpt-2": "gpt2"}
+# The name that is written for each way to cut words, and all names that llama.cpp has for it (llama-vocab.cpp).
+_PRE: Mapping[WordPattern, str] = {
+    "llama3": "llama-bpe", "gpt2": "gpt-2", "digits": "smollm", "qwen2": "qwen2", "tekken": "tekken",
+    "default": "default",
+}  # fmt: skip
+_NAMES_OF_PATTERN: Mapping[WordPattern, tuple[str, ...]] = {
+    "llama3": ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "gpt2": ("gpt-2", "phi-2", "mpt", "olmo", "jais", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de"),
+    "digits": ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "qwen2": ("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"),
+    "tekken": ("tekken",),
+    "default": ("default",),
+}
+_PATTERN_OF_PRE = {name: pattern for pattern, names in _NAMES_OF_PATTERN.items() for name in names}
+# Keys of the architecture that are read, or that change no number.
+_READ = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
+    "attention.value_length", "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.factor",
+    "rope.scaling.finetuned", "rope.scaling.original_context_length", "rope.scaling.type",
+    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "vocab_size",
+}  # fmt: skip
+# The values of other keys that are the same as not having the key.
+_WITHOUT_EFFECT = {
+    "attention.causal": True, "attention.scale": 0.0, "embedding_scale": 1.0, "logit_scale": 1.0,
+    "residual_scale": 1.0, "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0, "tensor_data_layout": "Meta AI original pth",
+}  # fmt: skip
+# Tokens that end a turn, whatever the file says of them (llama-vocab.cpp, special_eog_ids).
+_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>", "< EOT >"}
 _LLAMA3_ORIGINALS = (8192, 4096, 2048, 131072)
 
 
@@ -46,16 +75,16 @@ def architecture_metadata(config: LlamaConfig) -> dict[str, Any]:
     if scaling is None or scaling.rope_type == "llama3":
         return keys
     original = scaling.original_max_position_embeddings
-    is_plain = scaling.model_dump(exclude_none=True).keys() <= {
-        "rope_type",
-        "factor",
-        "original_max_position_embeddings",
-    }
-    if scaling.rope_type == "dynamic" or not is_plain:
+    unknown = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim, "truncate": scaling.truncate}
+    if scaling.rope_type == "dynamic" or {value for value in unknown.values() if value is not None} - {True}:
         raise FormatError(f"llama.cpp has no rotary scaling like {scaling!r}; keep the Hugging Face folder")
     keys |= {"llama.rope.scaling.type": scaling.rope_type, "llama.rope.scaling.factor": scaling.factor}
     if scaling.rope_type == "yarn":
         keys["llama.rope.scaling.original_context_length"] = original or config.max_seq_len
+        options = {"yarn_beta_fast": scaling.beta_fast, "yarn_beta_slow": scaling.beta_slow}
+        if scaling.attention_factor is not None:
+            options["attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1.0)
+        keys |= {f"llama.rope.scaling.{name}": value for name, value in options.items() if value is not None}
     return keys
 
 
@@ -79,19 +108,34 @@ def read_architecture(
     if metadata.get("general.architecture") != "llama":
         raise FormatError(f"{path}: general.architecture must be 'llama', got {metadata.get('general.architecture')!r}")
 
+    _check_keys(path, metadata)
+    if metadata.get("llama.vocab_size", vocab_size) != vocab_size:
+        raise FormatError(
+            f"{path}: llama.vocab_size is {metadata['llama.vocab_size']!r}, but the embedding has {vocab_size} rows"
+        )
+
     def number(key: str, default: Any = None) -> Any:
         value = metadata.get(f"llama.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FormatError(f"{path}: llama.{key} must be a number, got {value!r}")
         return value
 
+    fields = _fields(path, metadata, number) | {"vocab_size": vocab_size, "tie_word_embeddings": is_tied}
+    try:
+        config = LlamaConfig.model_validate(fields)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise FormatError(f"{path}: the header is that of no LLaMA: {faults}") from error
+    return config if factors is None else _with_llama3(path, config, factors)
+
+
+def _fields(path: Path, metadata: Mapping[str, Any], number: Callable[..., Any]) -> dict[str, Any]:
     heads, width = number("attention.head_count"), number("embedding_length")
     head_dim = number("attention.key_length", width // heads if heads else 0)
     for key in ("rope.dimension_count", "attention.value_length"):
         if number(key, head_dim) != head_dim:
             raise FormatError(f"{path}: llama.{key} must be the head width {head_dim}, got {number(key)}")
-    fields = {
-        "vocab_size": vocab_size,
+    return {
         "hidden_size": width,
         "num_layers": number("block_count"),
         "num_heads": heads,
@@ -101,34 +145,64 @@ def read_architecture(
         "max_seq_len": number("context_length"),
         "rms_norm_eps": round(number("attention.layer_norm_rms_epsilon"), 12),  # a float32 of 1e-5 is 9.99999975e-6
         "rope_theta": number("rope.freq_base", 10000.0),
-        "tie_word_embeddings": is_tied,
         "rope_scaling": _read_scaling(path, metadata),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _end_tokens(metadata),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    for role, key in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
-        fields[role] = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    try:
-        config = LlamaConfig.model_validate(fields)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise FormatError(f"{path}: the header is that of no LLaMA: {faults}") from error
-    return config if factors is None else _with_llama3(path, config, factors)
+
+
+def _check_keys(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse a key of the architecture that is not read here and is not as good as absent: it may change a logit."""
+    for key, value in metadata.items():
+        name = key.removeprefix("llama.")
+        if name == key or name in _READ or not value or _WITHOUT_EFFECT.get(name) == value:
+            continue
+        raise FormatError(f"{path}: {key} = {value!r:.60} changes what the model computes; that is not supported")
+
+
+def _end_tokens(metadata: Mapping[str, Any]) -> int | list[int] | None:
+    """Return the tokens that end a text: those the keys name, and those that end a turn by their text."""
+    ids = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if isinstance(tokens, list) and isinstance(kinds, list):
+        pairs = zip(tokens, kinds, strict=False)
+        ids += [index for index, (token, kind) in enumerate(pairs) if kind == CONTROL and token in _ENDS]
+    found = list(dict.fromkeys(index for index in ids if index is not None))
+    return found[0] if len(found) == 1 else found or None
 
 
 def _read_scaling(path: Path, metadata: Mapping[str, Any]) -> RopeScaling | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
+    """Return the scaling by llama.cpp's rules: linear where no type is given, the factor by either of its keys."""
+
+    def key(name: str) -> Any:
+        return metadata.get(f"llama.rope.{name}")
+
+    kind, factor = key("scaling.type") or "linear", key("scaling.factor") or key("scale_linear") or 1.0
+    attention = key("scaling.attn_factor") or 1.0
+    if kind not in ("none", "linear", "yarn"):
         raise FormatError(f"{path}: llama.rope.scaling.type must be none, linear or yarn, got {kind!r}")
-    original = metadata.get("llama.rope.scaling.original_context_length") if kind == "yarn" else None
-    try:
-        return RopeScaling(
-            rope_type=kind,
-            factor=metadata.get("llama.rope.scaling.factor", 1.0),
-            original_max_position_embeddings=original,
+    if kind != "yarn" and attention != 1.0:
+        raise FormatError(
+            f"{path}: llama.rope.scaling.attn_factor = {attention!r} without yarn changes what the model computes; "
+            "that is not supported"
         )
-    except ValidationError as error:
-        raise FormatError(f"{path}: llama.rope.scaling.factor: {error.errors()[0]['msg']}") from error
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return None
+    fields: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        fields["original_max_position_embeddings"] = key("scaling.original_context_length")
+        fields |= {name: key(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    try:
+        scaling = RopeScaling.model_validate(fields)
+        if kind == "yarn" and attention != 1.0:
+            # llama.cpp multiplies its own attention factor, 0.1 ln(factor) + 1, by this one.
+            own = 0.1 * math.log(scaling.factor) + 1.0
+            scaling = RopeScaling.model_validate(fields | {"attention_factor": own * float(f"{attention:.7g}")})
+    except (ValidationError, TypeError, ValueError) as error:
+        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise FormatError(f"{path}: llama.rope.scaling: {what}") from error
+    return scaling
 
 
 def _with_llama3(path: Path, config: LlamaConfig, factors: Tensor) -> LlamaConfig:
@@ -209,7 +283,7 @@ def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | Non
         scores=_list(path, metadata, "scores", float, [0.0] * len(tokens)),
         kinds=kinds,
         merges=[(left, right) for left, right in merges] if model == "gpt2" else [],
-        pattern=None if model == "llama" else "llama3" if _PATTERN_OF_PRE[pre] == "llama3" else "gpt2",
+        pattern=None if model == "llama" else _PATTERN_OF_PRE[pre],
         bos_id=_index(path, metadata, "bos"),
         eos_id=_index(path, metadata, "eos"),
         pad_id=_index(path, metadata, "padding"),

@@ -17,6 +17,11 @@ from entrenar.errors import ConfigError, FormatError
 from entrenar.files import read_json, write_json
 from entrenar.interop import bits, bnb, quantized_layout
 from entrenar.interop.assemble import set_parameter
+from entrenar.interop.generation_config import (
+    read_generation_config,
+    with_end_tokens,
+    write_generation_config,
+)
 from entrenar.interop.hf_files import read_entries, write_shards
 from entrenar.interop.quantized_layout import CONFIG_KEY
 from entrenar.interop.safetensors_file import Entry, TensorReader
@@ -40,16 +45,17 @@ _DERIVED = ("rotary_emb.inv_freq",)
 
 
 def read_config(folder: Path) -> LlamaConfig:
-    """Read `config.json` of a model folder.
+    """Read `config.json` of a model folder, with the end tokens of `generation_config.json`.
 
     Raises:
         FormatError: there is none, or it does not describe a LLaMA.
     """
     values = _config_values(folder)
     try:
-        return LlamaConfig.from_hf(values)
+        config = LlamaConfig.from_hf(values)
     except FormatError as error:
         raise FormatError(f"{folder / 'config.json'}: {error}") from error
+    return with_end_tokens(config, read_generation_config(folder))
 
 
 def is_quantized(folder: Path) -> bool:
@@ -72,16 +78,23 @@ def _config_values(folder: Path) -> dict[str, Any]:
 
 
 def save_model(
-    folder: Path, config: LlamaConfig, weights: Mapping[str, Tensor], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    generation: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write `config.json` and the weights into an existing folder; `weights` is a `Llama` state dict.
+
+    `generation` is what else `generation_config.json` shall say: `Llama.generation` of a model that was loaded.
 
     Weight files of an earlier save that this one does not replace are removed: a reader would mix the two.
     """
     tensors = ((name, weights[name].detach().contiguous().cpu()) for name in weights)
-    dtype = next(iter(weights.values())).dtype
+    dtype = weights[EMBEDDING].dtype if EMBEDDING in weights else next(iter(weights.values())).dtype
     write_shards(folder, tensors, max_shard_bytes)
-    write_json(folder / "config.json", config.to_hf(dtype))
+    _write_configs(folder, config, config.to_hf(dtype), generation)
 
 
 def save_quantized(
@@ -114,7 +127,7 @@ def save_quantized(
 
     write_shards(folder, tensors(), max_shard_bytes)
     announced = bnb.quantization_config(dtype, held, is_tied=config.tie_word_embeddings)
-    write_json(folder / "config.json", config.to_hf(dtype) | {CONFIG_KEY: announced})
+    _write_configs(folder, config, config.to_hf(dtype) | {CONFIG_KEY: announced}, None)
 
 
 def save_widths(folder: Path, model: Llama, total_bits: float) -> None:
@@ -129,7 +142,15 @@ def save_widths(folder: Path, model: Llama, total_bits: float) -> None:
 
     write_shards(folder, tensors(), MAX_QUANTIZED_SHARD_BYTES)
     announced = bits.quantization_config(cast(Mapping[str, NfBitsWeight], held), total_bits)
-    write_json(folder / "config.json", model.config.to_hf(model.dtype) | {CONFIG_KEY: announced})
+    written = model.config.to_hf(model.dtype) | {CONFIG_KEY: announced}
+    _write_configs(folder, model.config, written, model.generation)
+
+
+def _write_configs(
+    folder: Path, config: LlamaConfig, written: Mapping[str, Any], generation: Mapping[str, Any] | None
+) -> None:
+    write_json(folder / "config.json", dict(written))
+    write_generation_config(folder, config, generation or {})
 
 
 def load_model(
@@ -140,7 +161,7 @@ def load_model(
     quantize: bool = False,
     held: QuantizeConfig | None = None,
 ) -> Llama:
-    """Load a model folder; without `dtype` in that of its file, the widest one where a file mixes them.
+    """Load a model folder; without `dtype` as stored: in the widest dtype of its matrices, norms in theirs if wider.
 
     A quantized folder stays quantized; with `quantize` the projections of a plain one are, one by one while they are
     read and from the numbers in the file, and embedding and head as `held` says. `dtype` is then that of the rest.
@@ -152,8 +173,7 @@ def load_model(
     model, places, is_packed = open_folder(folder)
     held = held or QuantizeConfig()
     held.check_tied(is_tied=model.config.tie_word_embeddings)
-    if dtype is None:
-        dtype = widest_dtype(places)
+    of_vectors, dtype = dtype, dtype or widest_dtype(places)
     reader = TensorReader()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, parts in places.items():
@@ -169,7 +189,9 @@ def load_model(
             plain = TensorReader().read(path, name, entry, entry.dtype)
             put_quantized(model, owner, quantize_weight(name, plain, kind), dtype)
         else:
-            set_parameter(model, name, reader.read(path, name, parts[""][1], dtype, device))
+            entry = parts[""][1]
+            wanted = dtype if len(entry.shape) > 1 else of_vectors or torch.promote_types(entry.dtype, dtype)
+            set_parameter(model, name, reader.read(path, name, entry, wanted, device))
     if model.config.tie_word_embeddings and HEAD in places:
         _check_tied(model, folder, places)
     _check_held(model, held, folder)
@@ -210,6 +232,7 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
     with torch.device("meta"):
         model = Llama(config)
     model.eval()
+    model.generation = read_generation_config(folder)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, parts in places.items():
         is_tied = config.tie_word_embeddings and name == HEAD
@@ -245,9 +268,10 @@ def _check_parts(
 
 
 def widest_dtype(places: Places) -> torch.dtype:
-    """Return the widest dtype of the weights that are not quantized."""
-    dtypes = {entry.dtype for parts in places.values() for _, entry in parts.values() if len(parts) == 1}
-    return functools.reduce(torch.promote_types, dtypes)
+    """Return the widest dtype of the plain matrices; of all plain weights, if every matrix is quantized."""
+    plain = [entry for parts in places.values() for _, entry in parts.values() if len(parts) == 1]
+    matrices = [entry for entry in plain if len(entry.shape) > 1]
+    return functools.reduce(torch.promote_types, {entry.dtype for entry in matrices or plain})
 
 
 def _check_tied(model: Llama, folder: Path, places: Places) -> None:

@@ -91,6 +91,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                     f"{folder / INDEX_FILE} places {name} in {file!r}, which is no file name in this folder"
                 )
             files.setdefault(folder / file, set()).add(name)
+        if (folder / WEIGHTS_FILE).is_file() and folder / WEIGHTS_FILE not in files:
+            raise FormatError(
+                f"{folder} holds two sets of weights: {WEIGHTS_FILE}, which transformers reads, and the {len(files)} "
+                f"shards that {INDEX_FILE} names; move one of the two away"
+            )
         return dict(files)
     if (folder / WEIGHTS_FILE).is_file():
         return {folder / WEIGHTS_FILE: None}

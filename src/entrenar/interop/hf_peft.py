@@ -187,6 +187,7 @@ def load_adapter(
     header, weights = _open(folder)
     shapes = {key: entry.shape for key, entry in header.items()}
     values = _read_config(folder)
+    _check_resized(shapes, model, folder)
     config = _from_peft(values, list(shapes), folder / CONFIG_FILE, is_tied=model.config.tie_word_embeddings)
     expected = _expected_shapes(config, model, folder)
     if model.config.tie_word_embeddings:
@@ -275,7 +276,7 @@ def _expected_shapes(config: LoraConfig, model: Llama, folder: Path) -> dict[str
     try:
         targets, saved = find_targets(model, config), find_saved(model, config)
     except ConfigError as error:
-        raise FormatError(f"{folder} is an adapter for another base: {error}") from error
+        raise FormatError(f"{folder / CONFIG_FILE}: {error}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for path, module in targets.items():
         rank, (outputs, inputs) = config.rank_of(path), shape_of(module)
@@ -283,6 +284,22 @@ def _expected_shapes(config: LoraConfig, model: Llama, folder: Path) -> dict[str
         if config.use_dora:
             shapes[key_of(path, MAGNITUDE)] = (outputs,)
     return shapes | {key_of(path): tuple(cast(Tensor, module.weight).shape) for path, module in saved.items()}
+
+
+def _check_resized(shapes: Mapping[str, tuple[int, ...]], model: Llama, folder: Path) -> None:
+    """Refuse an embedding or head with more rows than the model, which PEFT saves after tokens were added.
+
+    Raises:
+        FormatError: with the number of tokens that the base lacks.
+    """
+    for module in (_EMBEDDING, _HEAD):
+        rows = shapes.get(key_of(module), (model.config.vocab_size,))[0]
+        if rows != model.config.vocab_size:
+            raise FormatError(
+                f"{folder} was trained over a vocabulary of {rows} tokens ({module} is resized), the base has "
+                f"{model.config.vocab_size}; give it a base with the same tokens, made by "
+                "`entrenar convert BASE DIR --to hf --add-tokens TOKEN…`"
+            )
 
 
 def _check_tied_head(shapes: Mapping[str, object], folder: Path) -> None:
@@ -296,8 +313,15 @@ def _check_tied_head(shapes: Mapping[str, object], folder: Path) -> None:
 
 
 def _check_shapes(held: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    foreign = [key for key in held if key not in expected]
+    for key in foreign:
+        if split_key(key)[1] == WHOLE and "lora_" not in key:
+            raise FormatError(
+                f"{folder} holds {key}, which its config names neither in target_modules nor in modules_to_save; "
+                "save it again with PEFT's save_pretrained(save_embedding_layers=False)"
+            )
     faults = [f"{key} is missing" for key in expected if key not in held]
-    faults += [f"{key} has no place in the model" for key in held if key not in expected]
+    faults += [f"{key} has no place in the model" for key in foreign]
     faults += [
         f"{key} has shape {held[key]}, the model asks for {shape}"
         for key, shape in expected.items()
@@ -332,6 +356,16 @@ def _of_any_version(base: BaseIdentity) -> BaseIdentity:
     if base.kind == Nf4Weight.kind and base.quantize is not None and "embedding" not in base.quantize:
         return replace(base, dtype=base.dtype.replace(Nf4Weight.kind, NfBitsWeight.kind, 1))
     return base
+
+
+def named_base(folder: Path) -> str | None:
+    """Return the name of the base in an adapter's config, which PEFT writes; None where it has none.
+
+    Raises:
+        FormatError: the config is damaged.
+    """
+    name = _read_config(folder).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def check_base(folder: Path, model: Llama) -> None:

@@ -14,6 +14,7 @@ from entrenar.data.tokenizer.token_bytes import decoder_family
 from entrenar.data.tokenizer.vocabulary import (
     BYTE,
     CONTROL,
+    GPT2_PATTERN,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -80,21 +81,24 @@ def _scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[tuple[
 
 def _pattern(pre_tokenizer: Any) -> WordPattern:
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, dict) else []
-    splits = [step for step in steps if step.get("type") == "Split"]
-    levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    if len(levels) == 1 and len(splits) + 1 == len(steps) and not levels[0].get("add_prefix_space"):
-        if not splits and levels[0].get("use_regex", True):
-            return "gpt2"
-        if len(splits) == 1 and not levels[0].get("use_regex", True):
-            found = splits[0].get("pattern", {}).get("Regex")
-            is_plain = splits[0].get("behavior") == "Isolated" and not splits[0].get("invert")
-            for name, pattern in WORD_PATTERNS.items():
-                if is_plain and found == pattern:
-                    return name
+    cuts, last = steps[:-1], steps[-1] if steps else {}
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        found = tuple(map(_cut, cuts)) + ((GPT2_PATTERN,) if last.get("use_regex", True) else ())
+        for name, patterns in WORD_PATTERNS.items():
+            if found == patterns:
+                return name
     raise FormatError(
-        "tokenizer.json: pre_tokenizer cuts words neither as LLaMA 3 nor as GPT-2 does, and other formats know these "
-        "two only; keep the Hugging Face folder"
+        f"tokenizer.json: pre_tokenizer cuts words like none of {', '.join(WORD_PATTERNS)}, and other formats know "
+        "cuts by name only; keep the Hugging Face folder"
     )
+
+
+def _cut(step: Any) -> str | None:
+    """Return the pattern whose matches one step isolates, None for a step of another kind."""
+    if step.get("type") == "Digits":
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    is_plain = step.get("behavior") == "Isolated" and not step.get("invert")
+    return step.get("pattern", {}).get("Regex") if step.get("type") == "Split" and is_plain else None
 
 
 def tokenizer_bin(tokenizer: Tokenizer, vocab_size: int) -> bytes:

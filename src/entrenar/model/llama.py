@@ -10,8 +10,9 @@ own: it is read from the embedding, so it cannot come apart when weights are mov
 projection is called as a module, so that an adapter can take its place.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -217,6 +218,7 @@ class Llama(nn.Module):
         compute_dtype: what matrix products are computed in, whatever weights and activations are stored in; None for
             the stored dtype. Set by `set_compute_dtype`.
         stream: brings frozen layers from their file and lets them go. Set by `stream_base`.
+        generation: the content of the `generation_config.json` that came with the weights, kept for other programs.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -225,6 +227,7 @@ class Llama(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.compute_dtype: torch.dtype | None = None
         self.stream: Stream | None = None
+        self.generation: Mapping[str, Any] = {}
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -259,8 +262,10 @@ class Llama(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What hidden states and logits are in."""
-        return self.model.norm.weight.dtype
+        """The dtype of hidden states and logits: the embedding's, for norms may be wider."""
+        embedding = self.model.embed_tokens
+        stands_for: torch.dtype | None = getattr(embedding, "dtype", None)  # a quantized one has no plain weight
+        return embedding.weight.dtype if stands_for is None else stands_for
 
     def hidden(
         self, input_ids: Int[Tensor, "B T"], *, documents: ops.DocumentSpans | None = None, cache: KVCache | None = None

@@ -85,6 +85,11 @@ class QuantizedEmbedding(nn.Module):
         """The quantized weight, which a tied head reads; None while a plain one has replaced it."""
         return self.table.quantized
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows that are looked up."""
+        return self.table.dtype if self.table.weight is None else self.table.weight.dtype
+
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
         """Look the ids up."""
         held = self.quantized

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from entrenar.errors import CheckpointError, DataError
+from entrenar.interop.hf import open_folder, widest_dtype
 from entrenar.interop.hf_peft import (
     WEIGHTS_FILE,
     BaseIdentity,
     load_adapter,
+    named_base,
     read_base,
     save_adapter,
 )
 from entrenar.interop.peft_keys import keys_by_parameter
 from entrenar.interop.safetensors_file import TensorReader, read_header
 from entrenar.model import Llama
+from entrenar.ops import Nf4Weight
 from entrenar.peft import DEFAULT_ADAPTER, LoraConfig, LoraLinear, LowRank, set_adapter, wrappers
 
 # The folder, in a run's own, of a base that was rounded for the run.
@@ -35,8 +38,13 @@ def base_of(folder: Path) -> tuple[Path, BaseIdentity]:
     Raises:
         DataError: the adapter does not name its base, or the base is gone.
     """
-    base = read_base(folder)
-    named = "does not name its base"
+    base, foreign = read_base(folder), named_base(folder)
+    if base is None and foreign is not None and (Path(foreign) / "config.json").is_file():
+        # PEFT records no hash, only where the base was: the adapter is used over the folder as it is stored.
+        _, places, is_packed = open_folder(Path(foreign))
+        kind = f"{Nf4Weight.kind} " if is_packed else ""
+        return Path(foreign), BaseIdentity(foreign, f"{kind}{widest_dtype(places)}", "")
+    named = "does not name its base" if foreign is None else f"has its base at {foreign}, which is not a folder here"
     if base is not None and base.name is not None:
         # A run that was moved took its own base along: RUN/checkpoints/STEP/model belongs to RUN/base.
         for place in (Path(base.name), folder.resolve().parent.parent.parent / ROUNDED_FOLDER):

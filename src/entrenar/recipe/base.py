@@ -13,9 +13,10 @@ from entrenar.config import FinetuneConfig
 from entrenar.data import Tokenizer
 from entrenar.errors import ConfigError, DataError
 from entrenar.interop import is_quantized, load_model
-from entrenar.interop.convert import Source, Target, convert
+from entrenar.interop.convert import Target, convert
 from entrenar.interop.hf import open_folder
 from entrenar.interop.safetensors_file import TensorReader
+from entrenar.interop.source import Source
 from entrenar.model import Llama
 from entrenar.peft import find_saved, find_targets, from_base
 from entrenar.peft.lora import OriginalWeight

@@ -8,7 +8,7 @@ from pathlib import Path
 from entrenar import ops
 from entrenar.errors import DataError
 from entrenar.infer import GenerateConfig, generate
-from entrenar.interop.convert import Rounded, Source
+from entrenar.interop.source import Rounded, Source
 from entrenar.model import Llama
 from entrenar.quantize import NO_ADAPTERS, Adapters, Budget, calibration_rows, quantize_to_budget
 

@@ -79,7 +79,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, options: MergeOptions) -
     unload(model)
     widen(model)
     with atomic_directory(out) as written:
-        save_model(written, model.config, model.state_dict())
+        save_model(written, model.config, model.state_dict(), generation=model.generation)
         tokenizer.save(written)
     is_other = trained_over is not None and trained_over.is_quantized and not is_quantized
     return Merged(report, trained_over if is_other else None)

@@ -10,7 +10,7 @@ from entrenar.data import Corpus, Tokenizer, check_same_tokenizer, validation_ba
 from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, save_model
-from entrenar.interop.convert import MODEL_BIN, open_source
+from entrenar.interop.source import MODEL_BIN, detect, open_source
 from entrenar.model import Llama
 from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
 from entrenar.runs import MODEL_FOLDER, RunFolder
@@ -20,7 +20,7 @@ from entrenar.train import latest_good
 def write_model_folder(folder: Path, model: Llama, weights: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
     """Write a Hugging Face model folder with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, model.config, weights)
+    save_model(folder, model.config, weights, generation=model.generation)
     tokenizer.save(folder)
 
 
@@ -31,6 +31,7 @@ def model_folder(path: Path) -> Path:
         DataError: there is no model at `path`, or it is a single file.
     """
     if _is_llama2c_or_gguf(path):
+        detect(path)  # a pickle or a damaged file is named as such: no conversion would take it
         raise DataError(
             f"{path} must be a model folder, got a single file; convert it: entrenar convert {path} DIR --to hf"
         )
@@ -66,7 +67,8 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
         return source.model if dtype is None else source.model.to(dtype), source.tokenizer
     folder = model_folder(path)
     if not is_adapter(folder):
-        return load_model(folder, dtype=dtype), Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)  # first: it takes no time, and a model may take minutes
+        return load_model(folder, dtype=dtype), tokenizer
     base, identity = base_of(folder)
     dtype = dtype or identity.plain_dtype
     model = load_model(base, dtype=dtype, quantize=identity.is_quantized, held=identity.held)

@@ -16,13 +16,28 @@ from entrenar.errors import FormatError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BPE = 2
-WordPattern = Literal["llama3", "gpt2"]
+WordPattern = Literal["llama3", "gpt2", "digits", "qwen2", "tekken", "default"]
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-WORD_PATTERNS: Mapping[WordPattern, str] = {"llama3": LLAMA3_PATTERN, "gpt2": GPT2_PATTERN}
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Each pattern cuts what the ones before it left whole. `digits` is SmolLM's and StarCoder's rule: each digit by itself.
+WORD_PATTERNS: Mapping[WordPattern, tuple[str, ...]] = {
+    "llama3": (LLAMA3_PATTERN,),
+    "gpt2": (GPT2_PATTERN,),
+    "digits": (r"\p{N}", GPT2_PATTERN),
+    "qwen2": (LLAMA3_PATTERN.replace("{1,3}", ""),),
+    "tekken": (TEKKEN_PATTERN,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+# A word that is a token is that token, whatever its merges say.
+WHOLE_WORDS: frozenset[WordPattern] = frozenset(("llama3", "tekken"))
 
 
 @dataclass(frozen=True)
@@ -142,8 +157,8 @@ def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        # LLaMA 3's rule: a word that is a token is that token, whatever its merges say. No control token must be.
-        "ignore_merges": vocabulary.pattern == "llama3" and is_behind,
+        # No control token must be among the words.
+        "ignore_merges": vocabulary.pattern in WHOLE_WORDS and is_behind,
         "vocab": vocab,
         "merges": [list(merge) for merge in vocabulary.merges],
     }
@@ -152,15 +167,17 @@ def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _byte_level_file(vocabulary: Vocabulary, added: list[dict[str, Any]], model: dict[str, Any]) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"Regex": WORD_PATTERNS[vocabulary.pattern or "llama3"]}
-    steps = [{"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False}, byte_level]
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in WORD_PATTERNS[vocabulary.pattern or "llama3"]
+    ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]},
         "post_processor": _bos_template(vocabulary),
         "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},  # as `tokenizers` and LLaMA 3 have it
         "model": model,

@@ -71,6 +71,19 @@ def bound_of_rounded(model: Llama) -> Bound:
     return bound
 
 
+def bound_of_widened(bound: Bound, dtype: torch.dtype) -> Bound:
+    """Return the bound of a model whose quantized source was widened to `dtype` before it was written."""
+    name_of = {torch.float16: "f16", torch.bfloat16: "bf16"}
+
+    def wider(name: str, weight: Tensor) -> Callable[[slice], Tensor]:
+        allowed = bound(name, weight)
+        if weight.ndim == 1 or dtype not in name_of:
+            return allowed
+        return lambda rows: allowed(rows) + 1.01 * _of_numbers(weight[rows].float(), name_of[dtype])
+
+    return wider
+
+
 def _of_numbers(weight: Tensor, dtype: str) -> Tensor:
     # half a unit in the last place; below the smallest normal number the unit is fixed
     bits, smallest = {"f32": (24, 0.0), "f16": (11, 2.0**-25), "bf16": (8, 0.0)}[dtype]

@@ -8,7 +8,7 @@ weight was rounded they must agree. KL is KL(source ‖ file), in nats a token.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,6 +97,17 @@ def origin_of(model: Llama) -> Origin:
     """Return a model in memory as the origin."""
     weights = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
     return Origin(model.config, list(weights), weights.__getitem__, lambda ids: _float32_logits(model, ids))
+
+
+def origin_in(readback: Readback, config: LlamaConfig, names: Sequence[str]) -> Origin:
+    """Return a file as the origin, as an independent reader found it."""
+
+    def weight(name: str) -> Tensor:
+        order = _row_order(name, config) if readback.shape.is_interleaved else None
+        rows = readback.weight(name)[:]
+        return torch.from_numpy(np.array(rows if order is None else rows[order], dtype=np.float32))
+
+    return Origin(config, names, weight, lambda ids: logits(readback.weight, readback.shape, ids.numpy()))
 
 
 def verify(
@@ -211,21 +222,31 @@ def probe_ids(config: LlamaConfig, tokenizer: Tokenizer | None) -> Tensor:
 
 def _float32_logits(model: Llama, input_ids: Tensor) -> Array:
     """Compute the source's logits in float32, one block in float32 at a time whatever the model is stored in."""
-    dtype = model.model.embed_tokens.weight.dtype
     blocks = [model.model.embed_tokens, *model.model.layers, model.model.norm]
-    hooks = [block.register_forward_pre_hook(lambda block, _: _cast(block, torch.float32)) for block in blocks]
-    hooks += [block.register_forward_hook(lambda block, *_: _cast(block, dtype)) for block in blocks]
+    hooks = [hook for block in blocks for hook in _in_float32(block)]
     try:
         with torch.inference_mode():
-            hidden = model.hidden(input_ids.to(model.model.embed_tokens.weight.device))
+            hidden = model.hidden(input_ids.to(model.device))
             return (hidden @ cast(Tensor, model.head_weight).float().T).double().cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _cast(block: nn.Module, dtype: torch.dtype) -> None:
-    block.to(dtype)
+def _in_float32(block: nn.Module) -> list[Any]:
+    """Widen a block's weights for each of its forwards; the very tensors it had are put back."""
+    stored: dict[nn.Parameter, Tensor] = {}
+
+    def widen(*_: Any) -> None:
+        for parameter in block.parameters():
+            stored[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def put_back(*_: Any) -> None:
+        for parameter, data in stored.items():
+            parameter.data = data
+        stored.clear()
+
+    return [block.register_forward_pre_hook(widen), block.register_forward_hook(put_back)]
 
 
 def _kl(source: Array, found: Array) -> Array:
