@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from entrenar import recipe
 from entrenar.cli.main import main
@@ -79,15 +80,21 @@ def test_an_adapter_brings_an_embedding_in_int8_along(place, head):
 
 
 def test_a_run_in_int8_is_the_run_over_its_folder(place):
-    """Quantized while loading or converted before, the adapter is the same byte for byte."""
+    """Quantized while loading or converted before, the base has the same bytes and the adapter the same values.
+
+    Not the same bytes: the folder's base is mapped at the alignment of the file, and on some processors (AMD EPYC) the
+    last bit of a product depends on it.
+    """
     folder = place / "folder-int8"
     words = ["convert", str(place / "plain"), str(folder), "--to", "nf4", "--embedding", "int8"]
     assert main(words) == 0
-    adapters = []
+    adapters, bases = [], []
     for name, flags in (("a", {"quantize.embedding": "int8"}), ("b", {"model": str(folder)})):
         report = recipe.finetune(config_for(place, name=name, **flags))
-        adapters.append((report.folder / "adapter_model.safetensors").read_bytes())
-    assert adapters[0] == adapters[1]
+        adapters.append(load_file(report.folder / "adapter_model.safetensors"))
+        bases.append(read_base(report.folder).sha256)
+    assert bases[0] == bases[1]
+    torch.testing.assert_close(adapters[0], adapters[1], rtol=1e-5, atol=1e-7)
 
 
 def test_a_damaged_word_on_the_base_is_refused(place, tmp_path):
