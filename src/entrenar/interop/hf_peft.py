@@ -297,8 +297,8 @@ def _check_resized(shapes: Mapping[str, tuple[int, ...]], model: Llama, folder: 
         if rows != model.config.vocab_size:
             raise FormatError(
                 f"{folder} was trained over a vocabulary of {rows} tokens ({module} is resized), the base has "
-                f"{model.config.vocab_size}; give it a base with the same tokens, made by "
-                "`entrenar convert BASE DIR --to hf --add-tokens TOKEN…`"
+                f"{model.config.vocab_size}; give the base with those tokens, saved by transformers after "
+                "resize_token_embeddings"
             )
 
 
