@@ -343,7 +343,7 @@ def test_config_that_is_not_computed_here_is_refused(folder: Path, changes: dict
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (3, r"trained over a vocabulary of \d+ tokens \(lm_head is resized\), the base has \d+; .*resize_token_embeddings"),
+        (3, r"over a vocabulary of \d+ tokens \(lm_head is resized\), the base has \d+; .*resize_token_embeddings"),
         (0, r"holds base_model.model.lm_head.weight, which its config names neither in target_modules nor in modules_"),
     ],
 )
