@@ -226,7 +226,7 @@ def test_llama1_files_with_minus_one_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, r"config.json: model_type must be 'llama' in a LLaMA, got 'mistral'"),
+        ({"model_type": "mistral"}, r"config.json: this is a model of the family 'mistral'; entrenar reads LLaMA"),
         ({"hidden_act": "gelu"}, r"hidden_act must be 'silu' in a LLaMA, got 'gelu'"),
         ({"attention_bias": True}, r"attention_bias must be False in a LLaMA, got True"),
         ({"mlp_bias": True}, r"mlp_bias must be False in a LLaMA, got True"),

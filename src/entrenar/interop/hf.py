@@ -54,7 +54,7 @@ def read_config(folder: Path) -> LlamaConfig:
     try:
         config = LlamaConfig.from_hf(values)
     except FormatError as error:
-        raise FormatError(f"{folder / 'config.json'}: {error}") from error
+        raise FormatError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
     return with_end_tokens(config, read_generation_config(folder))
 
 

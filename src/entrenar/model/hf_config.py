@@ -35,7 +35,7 @@ _OPTIONAL = {
     "eos_token_id": ("eos_token_id", 2),
     "pad_token_id": ("pad_token_id", None),
 }
-_MUST_BE = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +44,12 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FormatError: a field is missing or has a value that no LLaMA here has.
     """
+    family = config.get("model_type", "llama")
+    if family != "llama":
+        raise FormatError(
+            f"config.json: this is a model of the family {family!r}; entrenar reads LLaMA 2 and 3 only (model_type "
+            "'llama')"
+        )
     for key, wanted in _MUST_BE.items():
         if config.get(key, wanted) != wanted:
             raise FormatError(f"config.json: {key} must be {wanted!r} in a LLaMA, got {config[key]!r}")

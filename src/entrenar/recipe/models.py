@@ -9,7 +9,7 @@ from torch import Tensor
 from entrenar.data import Corpus, Tokenizer, check_same_tokenizer, validation_batches
 from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
-from entrenar.interop import load_model, save_model
+from entrenar.interop import load_model, read_config, save_model
 from entrenar.interop.source import MODEL_BIN, detect, open_source
 from entrenar.model import Llama
 from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
@@ -40,7 +40,19 @@ def model_folder(path: Path) -> Path:
             return folder
     if (checkpoints := RunFolder(path).checkpoints).is_dir():
         return latest_good(checkpoints).model
+    if not path.exists():
+        raise DataError(f"{path} does not exist{_download_hint(path)}")
     raise DataError(f"{path} is neither a model folder (config.json), nor a checkpoint, nor a run with checkpoints")
+
+
+def _download_hint(path: Path) -> str:
+    """Return how to get a model whose name on the Hugging Face hub was given instead of a folder."""
+    if path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..", "runs"):
+        return ""
+    return (
+        "; if it is a name on the Hugging Face hub, download it with huggingface_hub's command and give the folder: "
+        f"hf download {path} --local-dir {path.name}"
+    )
 
 
 def _is_llama2c_or_gguf(path: Path) -> bool:
@@ -67,7 +79,8 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
         return source.model if dtype is None else source.model.to(dtype), source.tokenizer
     folder = model_folder(path)
     if not is_adapter(folder):
-        tokenizer = Tokenizer.load(folder)  # first: it takes no time, and a model may take minutes
+        read_config(folder)  # another family is named as such, with or without a tokenizer
+        tokenizer = Tokenizer.load(folder)  # then: it takes no time, and a model may take minutes
         return load_model(folder, dtype=dtype), tokenizer
     base, identity = base_of(folder)
     dtype = dtype or identity.plain_dtype
