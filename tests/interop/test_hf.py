@@ -221,7 +221,7 @@ DAMAGE = {
     "config.json is a list": (lambda f: (f / "config.json").write_text("[]"), r"must hold a JSON object, got list$"),
     "config.json is cut": (lambda f: (f / "config.json").write_text('{"a'), r"config\.json is not valid JSON"),
     "another architecture": (
-        lambda f: edit(f / "config.json", model_type="gpt2"), r"config\.json: model_type must be 'llama'"
+        lambda f: edit(f / "config.json", model_type="gpt2"), r"config\.json: this is a model of the family 'gpt2'"
     ),
     "a negative size": (lambda f: edit(f / "config.json", hidden_size=-1), r"config\.json: .*hidden_size"),
     "another shape": (
@@ -263,7 +263,7 @@ DAMAGE = {
         r"places a in '\.\./b\.safetensors', which is no file name in this folder$",
     ),
     "a missing shard": (
-        lambda f: write_index(f, {"a": "b.safetensors"}),
+        lambda f: (write_index(f, {"a": "b.safetensors"}), (f / "model.safetensors").unlink()),
         r"lacks the shard b\.safetensors, which model\.safetensors\.index\.json names$",
     ),
     "a shard without its tensor": (

@@ -35,7 +35,7 @@ _OPTIONAL = {
     "eos_token_id": ("eos_token_id", 2),
     "pad_token_id": ("pad_token_id", None),
 }
-_MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_MUST_BE = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def read(config: Mapping[str, Any]) -> dict[str, Any]:
