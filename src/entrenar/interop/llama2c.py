@@ -182,15 +182,20 @@ def save_llama2c(path: Path, config: LlamaConfig, weights: Mapping[str, Tensor],
             if heads:
                 tensor = interleaved(tensor, heads)
             if version == 2 and not name.endswith("norm.weight"):
-                for part in quantize_q8_0(tensor, group_size):
-                    stream.write(part.numpy().data)
+                parts: tuple[Tensor, ...] = quantize_q8_0(tensor, group_size)
             else:
-                stream.write(tensor.contiguous().numpy().data)
+                parts = (tensor.contiguous(),)
             if version == 0 and name == _NORM:
-                frequencies, _ = inverse_frequencies(config, 0)
-                angles = torch.arange(config.max_seq_len)[:, None] * frequencies  # (P, K/2)
-                for table in (angles.cos(), angles.sin()):
-                    stream.write(table.numpy().data)
+                parts = (*parts, *_rotation_tables(config))
+            for part in parts:
+                stream.write(part.numpy().data)
+
+
+def _rotation_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines that version 0 keeps behind the last norm, each (P, K/2)."""
+    frequencies, _ = inverse_frequencies(config, 0)
+    angles = torch.arange(config.max_seq_len)[:, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def _header_bytes(header: Header) -> bytes:

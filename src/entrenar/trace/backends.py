@@ -160,8 +160,8 @@ def _by_strace(start: Start, watch: Watch, on_calls: OnCalls) -> Ended:
             reader = strace.StraceReader()
             for lines in _batches(descriptor, child):
                 calls = list(reader.read(lines))
-                if calls and process.pid == child.pid:
-                    process = replace(process, pid=calls[0].pid)  # the program is strace's child
+                # The program is strace's child.
+                process = replace(process, pid=calls[0].pid) if calls and process.pid == child.pid else process
                 on_calls(calls, {process.pid: process})
             code = child.wait()
             on_calls((), {process.pid: replace(process, ended_ns=time.monotonic_ns(), exit_code=code)})
