@@ -75,7 +75,7 @@ def load(path: AnyPath, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tok
     """Load model and tokenizer from a run, a checkpoint, a model or adapter folder, a .gguf or a .bin.
 
     Raises:
-        DataError: there is no model, or none with a tokenizer; FormatError: it is damaged.
+        DataError: there is no model, or it has no tokenizer; FormatError: the model is damaged.
     """
     return recipe.open_model(Path(path), dtype=dtype)
 
@@ -145,7 +145,7 @@ def _path(config: AnyPath | Any | None) -> Path | None:
 
 
 def _flags(model: type[BaseModel], overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Return keyword options by dotted key, as text that the config reads."""
+    """Return keyword options by dotted key, in the text form that the config reads."""
     keys = {option.path[-1]: option.key for option in options(model)}
     _demand_known({*keys, *keys.values()}, overrides)
     return {keys.get(name, name): _text(value) for name, value in overrides.items()}

@@ -113,7 +113,7 @@ class FinetuneConfig(BaseModel):
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        """The dtype in which unquantized weights are loaded; None for that of the file.
+        """The dtype in which unquantized weights are loaded; None keeps the file's dtype.
 
         A frozen base is stored in what it is computed in; weights that learn start from what the file holds.
         """
@@ -140,12 +140,12 @@ class Option:
 
     @property
     def key(self) -> str:
-        """The dotted key, as messages name it."""
+        """The dotted key used in messages."""
         return ".".join(self.path)
 
     @property
     def may_change(self) -> bool:
-        """Whether a resumed run may set it otherwise than before."""
+        """Return whether a resumed run may change the setting."""
         return self.field.json_schema_extra == CHANGEABLE
 
 

@@ -290,4 +290,4 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     text = json.dumps(value if isinstance(value, (bool, int, str)) else str(value), ensure_ascii=False)
-    return text.replace("\x7f", "\\u007f")  # JSON may hold DEL as it is, TOML may not
+    return text.replace("\x7f", "\\u007f")  # JSON allows a literal DEL, TOML does not

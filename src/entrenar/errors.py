@@ -9,7 +9,7 @@
     │   ├── NonFiniteError   1  a loss or gradient is NaN or infinite
     │   └── QualityRegression 1  the code that trains is worse than its baseline
     ├── GateFailed           1  a measured value misses its threshold
-    ├── NotMeasured          5  what was asked for was not measured, in whole or in part
+    ├── NotMeasured          5  some or all of the requested measurements are missing
     └── MachineError         3  the machine could not do it
         ├── OutOfMemoryError 3  memory ran out
         └── DiskFullError    3  the disk ran out
@@ -61,13 +61,13 @@ class GateFailed(EntrenarError):
 
 
 class NotMeasured(EntrenarError):
-    """What was asked for was not measured, in whole or in part: neither passed nor failed."""
+    """Some or all of the requested measurements are missing, so nothing passed or failed."""
 
     exit_code = 5
 
 
 class MachineError(EntrenarError):
-    """The machine could not do what was asked."""
+    """The machine could not do the requested work."""
 
     exit_code = 3
 

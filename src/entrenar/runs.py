@@ -78,7 +78,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The settings, as TOML."""
+        """The settings in TOML."""
         return self.path / "config.toml"
 
     @property

@@ -52,7 +52,7 @@ def median_and_mad(values: Sequence[float]) -> tuple[float, float]:
 
 
 def robust_z(value: float, window: Sequence[float], *, relative_floor: float = 1e-3) -> float:
-    """Return by how many standard deviations `value` lies above the median of `window`, which must not hold it.
+    """Return by how many standard deviations `value` lies above the median of `window` (which must exclude `value`).
 
     The spread is at least `relative_floor` times the median's size, so that a window of equal values does not
     turn the last digit into an outlier.

@@ -1,4 +1,4 @@
-"""What a run's checkpoints remember of the code that trains, and the cord that stops it when the code got worse."""
+"""Record the state of the training code in checkpoints, and stop the run if the code's quality fell."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial

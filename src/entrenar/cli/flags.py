@@ -93,14 +93,14 @@ def config_of(parsed: argparse.Namespace) -> RunConfig:
 
 
 def positive(text: str) -> int:
-    """Read a whole number >= 1, as the type of a flag."""
+    """Parse a flag's value as a whole number >= 1."""
     if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:_MOST_DIGITS]) <= _LARGEST:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
     return int(text)
 
 
 def thread_count(text: str) -> int:
-    """Read a number of threads, as the type of a flag."""
+    """Parse a flag's value as a number of threads."""
     if positive(text) > _MOST_THREADS:
         raise argparse.ArgumentTypeError(f"must be at most {_MOST_THREADS}, got {text!r}")
     return int(text)
@@ -113,7 +113,7 @@ def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.
         ConfigError: flags that do not exist, each with the nearest one.
     """
     for word in words:
-        if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+        if word.startswith("--") and word.endswith("=--"):  # argparse would read it as an empty list
             raise ConfigError(f"{word[:-3]} needs a value, got '--'")
     parsed, unknown = arguments.parse_known_args(list(words))
     if unknown:

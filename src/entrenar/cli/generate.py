@@ -1,4 +1,4 @@
-"""`entrenar generate MODEL --prompt TEXT …`: continue prompts; the first one's text appears as it is generated.
+"""`entrenar generate MODEL --prompt TEXT …`: continue prompts, and print the first one's text while generating.
 
 Several prompts are continued together: a token for each of them costs little more than one token.
 """
@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _note_control_tokens(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Say on standard error that a prompt spells control tokens, which stay plain text."""
+    """Print a note on standard error if a prompt spells control tokens: they stay plain text."""
     names = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
     found = next((name for prompt in prompts for name in names if name in prompt), None)
     if found is not None:
@@ -51,7 +51,7 @@ def _note_control_tokens(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
 
 
 def _write(steps: Iterable[list[str]], prompts: Sequence[str], *, is_first: bool) -> None:
-    """Write the first text piece by piece, then the others, which grew in the meantime."""
+    """Write the first text piece by piece, then the others, complete by then."""
     sys.stdout.write(f"{'' if is_first else chr(10)}{prompts[0]}")
     others: list[list[str]] = [[prompt] for prompt in prompts[1:]]
     for first, *rest in steps:

@@ -43,7 +43,7 @@ _ENDS = {
 
 
 def conclusion(outcome: Outcome) -> str:
-    """Return how a run ended, as one line."""
+    """Describe in one line how a run ended."""
     last = outcome.last_record
     if last is None:
         return (

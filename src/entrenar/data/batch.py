@@ -1,4 +1,4 @@
-"""What the loader hands to training: a batch, and the position after it."""
+"""Define the loader's output for training: a batch, and the position after it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Self

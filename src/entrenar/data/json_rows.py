@@ -27,7 +27,7 @@ _TOO_LARGE = f"the row is larger than {MAX_ROW_BYTES:,} bytes"
 
 
 def line_rows(path: Path) -> Iterator[Row | BadRow]:
-    """Yield the rows of a file with an object a line; a list, as some programs write into .jsonl, is read as one."""
+    """Yield the rows of a file: one object per line, or one list of objects, which some .jsonl files hold."""
     with opened(path) as stream:
         yield from (_values if stream.peek(1).lstrip()[:1] == b"[" else _lines)(path, stream)
 

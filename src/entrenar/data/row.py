@@ -45,7 +45,7 @@ class BadRow:
 
 
 class RowFaultError(Exception):
-    """Why a row, or the rest of a file, cannot be read; `content` is the beginning of it."""
+    """The reason why a row, or the rest of a file, cannot be read; `content` is its beginning."""
 
     def __init__(self, reason: str, content: Any = None) -> None:
         super().__init__(reason)

@@ -1,4 +1,4 @@
-"""What a user decides about a run's data."""
+"""Define the settings for a run's data."""
 
 from pathlib import Path
 
@@ -31,5 +31,5 @@ class DataConfig(BaseModel):
 
     @property
     def packs_documents(self) -> bool:
-        """Whether a row holds several documents that must not see each other."""
+        """Return whether a row holds several documents that must not see each other."""
         return self.mask_documents

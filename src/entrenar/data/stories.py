@@ -118,7 +118,7 @@ class _NeedChoiceError(Exception):
 
 
 def _follow(script: Sequence[int], text: str) -> tuple[int | None, str]:
-    """Tell by a script; return the options at its end (0 where `text` is left), or None where the story ends."""
+    """Follow a script; return the number of options at its end (0 if `text` is left), or None if the story ends."""
     left = list(reversed(script))
     told = ""
     asked = 0

@@ -17,7 +17,7 @@ _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
 
 
 class ChatConfig(GenerateConfig):
-    """How the tokens of an answer are chosen, and when the answer stops."""
+    """Settings for sampling an answer's tokens, and when the answer stops."""
 
     max_new_tokens: int = Field(default=512, gt=0)
     """Most tokens of an answer."""

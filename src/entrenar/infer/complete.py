@@ -32,14 +32,14 @@ class TextTokenizer(Protocol):
 
     @property
     def add_bos(self) -> bool:
-        """Whether a text starts with the bos token."""
+        """Return whether a text starts with the bos token."""
         ...
 
     bos_id: int | None
 
     @property
     def special_ids(self) -> Collection[int]:
-        """The ids of the control tokens, which decode to nothing."""
+        """The ids of the control tokens; they decode to nothing."""
         ...
 
     def id_of(self, token: str, /) -> int | None:
@@ -148,7 +148,7 @@ class GrowingText:
 
 
 def stop_tokens(tokenizer: TextTokenizer, config: GenerateConfig) -> frozenset[int]:
-    """Return the control tokens among the stop texts, which would never show up in the decoded text."""
+    """Return the control tokens among the stop texts; they would never appear in the decoded text."""
     found = (tokenizer.id_of(stop) for stop in config.stop)
     return frozenset(index for index in found if index is not None and index in tokenizer.special_ids)
 
@@ -204,7 +204,7 @@ def stream(
     config: GenerateConfig,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt in pieces, each as soon as it is final."""
+    """Yield the continuation of a prompt in pieces, each once it is final."""
     for (text,) in stream_rows(model, tokenizer, [prompt], config, generator):
         if text:
             yield text
@@ -217,7 +217,7 @@ def stream_rows(
     config: GenerateConfig,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[str]]:
-    """Yield at each step the piece of text, possibly empty, that became final for each prompt."""
+    """Yield for each step the piece of text, possibly empty, that became final for each prompt."""
     prompt_ids = [_encode(tokenizer, prompt, config) for prompt in prompts]
     config = with_stop_tokens(model.config, tokenizer, config)
     rows = [GrowingText(model.config, tokenizer, ids, config) for ids in prompt_ids]

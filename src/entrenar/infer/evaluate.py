@@ -1,6 +1,6 @@
 """Measure how well a model predicts text that it was not trained on.
 
-Losses are summed over targets and divided once, so the result is that of the whole text however it is cut into
+Losses are summed over targets and divided once, so the result for a text does not depend on how it is cut into
 batches. Bits per byte compare models with different tokenizers: the same text costs a sum of bits, and it has a
 number of bytes.
 """
@@ -20,7 +20,7 @@ from entrenar.ops import DocumentSpans
 
 @runtime_checkable
 class EvalBatch(Protocol):
-    """What evaluation needs of a batch; `entrenar.data.Batch` is one."""
+    """The parts of a batch that evaluation needs; `entrenar.data.Batch` is one."""
 
     @property
     def input_ids(self) -> Tensor:

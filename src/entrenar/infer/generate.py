@@ -19,7 +19,7 @@ from entrenar.model import KVCache, Llama, LlamaConfig
 
 
 class GenerateConfig(BaseModel):
-    """How tokens are chosen, and when generation stops."""
+    """Settings for sampling tokens, and when generation stops."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

@@ -1,6 +1,6 @@
 """Draw the next token from logits.
 
-The order is that of Hugging Face's generate, so the same settings give the same distribution: repetition penalty,
+The order matches Hugging Face's generate, so the same settings give the same distribution: repetition penalty,
 temperature, top-k, top-p, min-p. Sources: top-k (Fan 2018, arXiv:1805.04833), top-p (Holtzman 2019,
 arXiv:1904.09751), min-p (Nguyen 2024, arXiv:2407.01082), repetition penalty (Keskar 2019, CTRL, arXiv:1909.05858,
 section 4.1).

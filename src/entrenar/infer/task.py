@@ -46,7 +46,7 @@ class TaskConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the expected answer, as tokens; the answer may end in an end token."""
+    """A prompt and the expected answer, both as tokens; the answer may end in an end token."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]

@@ -1,6 +1,6 @@
 """NF4 weights as bitsandbytes and transformers lay them out in safetensors.
 
-A projection's `weight` holds the codes as a column of bytes; its scales and the tables they refer to lie beside it:
+A projection's `weight` holds the codes as a column of bytes, stored with its scales and the tables they refer to:
 
     weight                            codes (bytes, 1)        weight.quant_map           the 16 levels
     weight.absmax                     scale of each block     weight.nested_quant_map    the 256 numbers of 8-bit scales
@@ -10,7 +10,7 @@ A projection's `weight` holds the codes as a column of bytes; its scales and the
 `config.json` says so in `quantization_config`. What stands for other numbers than `ops.nf4` reads (another type, block
 or table) is refused. Source: `QuantState` of bitsandbytes' functional.py, `BitsAndBytesConfig` of transformers.
 
-An embedding in few bits, or a head in int8, transformers does not read beside NF4 projections. Such a folder has the
+Transformers cannot read a quantized embedding, or an int8 head, next to NF4 projections. Such a folder has the
 same tensors for NF4, for int8 the codes (I8) and `weight.row_absmax`, and a `quant_method` of its own, so that it is
 refused there and not misread.
 """
@@ -42,7 +42,7 @@ _LARGEST_OFFSET = torch.finfo(torch.float32).max
 
 
 def is_quantized(name: str) -> bool:
-    """Return whether a weight is a projection, which this layout always holds in NF4."""
+    """Return whether a weight is a projection; this layout always holds projections in NF4."""
     return name.endswith("_proj.weight")
 
 
@@ -119,7 +119,7 @@ def pack_int8(name: str, weight: Int8Weight, dtype: torch.dtype) -> dict[str, Te
 
 
 def pack_nf4(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of one weight, which stands for one of `dtype`, by their names in the file."""
+    """Return the stored tensors of one weight by file name; `dtype` is the weight's dtype before quantization."""
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK}
     state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(weight.shape)}
     tensors = {"absmax": weight.absmax, "quant_map": nf4_code_book()}
@@ -131,7 +131,7 @@ def pack_nf4(name: str, weight: Nf4Weight, dtype: torch.dtype) -> dict[str, Tens
 
 
 def unpack(name: str, read: Callable[[str], Tensor], parts: Set[str], path: Path) -> Nf4Weight | Int8Weight:
-    """Put a weight together; `read` returns the tensor of one of its `parts`, '' the codes, which are there.
+    """Put a weight together; `read` returns the tensor of one of its existing `parts`, with '' for the codes.
 
     Raises:
         FormatError: it lacks a part, a part has another size than the shape asks for, or it means other numbers.

@@ -1,6 +1,6 @@
 """From any format to any other, each written file proved before it gets its name.
 
-A file is written beside its place, verified there (`verify`), and renamed; a conversion that fails, or whose measured
+A file is written next to its place, verified there (`verify`), and renamed; a conversion that fails, or whose measured
 loss is over a threshold of the user's, leaves nothing behind.
 """
 
@@ -79,7 +79,7 @@ class Target:
 
     Attributes:
         llama2c_version: how float32 is laid out for llama2.c: 0 is what its program run.c reads.
-        held: what of an nf4 folder is in few bits beside the projections.
+        held: which weights of an nf4 folder are quantized in addition to the projections.
     """
 
     path: Path
@@ -109,7 +109,7 @@ def check_target(source: Source, target: Target) -> None:
     """Check that the target may be written, and that its numbers would not be rounded twice.
 
     Raises:
-        ConfigError: something is there that may not be replaced; FormatError: it is no model.
+        ConfigError: the target exists and may not be replaced; FormatError: the source is not a model.
     """
     if target.format in ("nf4", "nf-bits") and source.is_rounded:
         raise ConfigError(

@@ -21,7 +21,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     """Return the content of the file, empty where there is none.
 
     Raises:
-        FormatError: it is no JSON object, or an id of it is no id.
+        FormatError: the file is not a JSON object, or holds an invalid id.
     """
     path = folder / FILE
     if not path.is_file():

@@ -1,8 +1,8 @@
-"""The container of a GGUF file: what it says, where its tensors lie, and the numbers of the types read here.
+"""The container of a GGUF file: its metadata, where its tensors lie, and the number types read here.
 
 Why not the `gguf` package's reader: it believes the counts in the header (a list that claims 2^60 entries keeps it busy
 for ever) and needs the package to load a model. Here every length is checked against what is left of the file before
-anything is made of it. The package's reader remains the independent one, with which written files are verified.
+it is used. The package's reader remains the independent one that verifies written files.
 Format: github.com/ggml-org/ggml, docs/gguf.md; block types: ggml-common.h.
 """
 

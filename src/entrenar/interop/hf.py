@@ -1,6 +1,6 @@
 """Hugging Face model folders: `config.json` and safetensors, in one file or in shards with an index.
 
-Weight names are Hugging Face's own, so a tensor goes from file to parameter as it is. Loading is tensor by tensor into
+Weight names are Hugging Face's own, so a tensor goes unchanged from file to parameter. Loading is tensor by tensor into
 a model that was built without storage, so the peak is the model and one block of a tensor. `hf_files` reads and writes
 the files, `quantized_layout` knows how quantized weights lie in them.
 """
@@ -38,7 +38,7 @@ from entrenar.peft import (
 from entrenar.peft.quantize_config import EMBEDDING, HEAD
 
 MAX_SHARD_BYTES = 5 * 10**9
-# What is held while a model is quantized, beside one weight.
+# Memory held while a model is quantized, in addition to one weight.
 MAX_QUANTIZED_SHARD_BYTES = 2 * 10**8
 # Written by old exports of transformers; they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
@@ -62,7 +62,7 @@ def is_quantized(folder: Path) -> bool:
     """Return whether a model folder announces quantized weights.
 
     Raises:
-        FormatError: there is no model, or one in another quantization.
+        FormatError: there is no model, or its quantization is not supported.
     """
     return quantized_layout.is_announced(_config_values(folder), folder / "config.json")
 
@@ -131,7 +131,7 @@ def save_quantized(
 
 
 def save_widths(folder: Path, model: Llama, total_bits: float) -> None:
-    """Write a model whose matrices have a budget of bits, in the layout of `bits`; the rest as it is."""
+    """Write a model quantized within a bit budget, in the layout of `bits`; copy the other weights unchanged."""
     held = quantized_weights(model)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -164,7 +164,7 @@ def load_model(
     """Load a model folder; without `dtype` as stored: in the widest dtype of its matrices, norms in theirs if wider.
 
     A quantized folder stays quantized; with `quantize` the projections of a plain one are, one by one while they are
-    read and from the numbers in the file, and embedding and head as `held` says. `dtype` is then that of the rest.
+    read and from the numbers in the file, and embedding and head as `held` says. `dtype` then applies to the others.
 
     Raises:
         FormatError: a file is missing, damaged, or disagrees with config.json.
@@ -212,7 +212,7 @@ Places = dict[str, dict[str, tuple[Path, Entry]]]
 
 
 def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
-    """Return the model of a folder without storage, where each weight's parts lie, and whether it is quantized.
+    """Return a folder's model without storage, where each weight's parts lie, and whether it is quantized.
 
     A plain weight is one part, ''; a quantized one has those of `bnb` or `bits`.
 
@@ -248,7 +248,7 @@ def open_folder(folder: Path) -> tuple[Llama, Places, bool]:
 def _check_parts(
     name: str, parts: Mapping[str, tuple[Path, Entry]], shape: tuple[int, ...] | None, *, may_be_codes: bool
 ) -> None:
-    """Check what is held of a weight against the shape that the architecture has for it, if it has one."""
+    """Check a weight's stored tensors against the shape that the architecture has for it, if it has one."""
     path, entry = parts.get("") or next(iter(parts.values()))
     place = f"{path}: tensor {name}"
     if shape is None:

@@ -5,7 +5,7 @@ never passed over. A PiSSA adapter is written as the plain adapter of twice the
 rank that gives the same update of the untouched base, as PEFT's own conversion does, because its own form is of use
 only to a reader that repeats the same decomposition.
 
-Beside PEFT's two files lies `base.json`, which PEFT does not read: the name and the hash of the base the adapter was
+Next to PEFT's two files lies `base.json`, ignored by PEFT: the name and the hash of the base that the adapter was
 trained on, so that another base of the same shape is noticed.
 """
 
@@ -65,7 +65,7 @@ _READ = {
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base an adapter belongs to; the hash is that of the weights in this dtype.
+    """The identity of an adapter's base; the hash is computed from the weights in this dtype.
 
     Attributes:
         dtype: of the plain weights, with the kind of the quantized projections before it where there are any: `nf4
@@ -85,12 +85,12 @@ class BaseIdentity:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the base had quantized projections."""
+        """Return whether the base had quantized projections."""
         return self.kind is not None
 
     @property
     def is_within_budget(self) -> bool:
-        """Whether each matrix of the base had a width of its own."""
+        """Return whether each matrix of the base had its own width."""
         return self.kind == NfBitsWeight.kind
 
     @property
@@ -100,12 +100,12 @@ class BaseIdentity:
 
     @property
     def held(self) -> QuantizeConfig:
-        """How embedding and head of the base were held."""
+        """The storage of the base's embedding and head."""
         return QuantizeConfig.model_validate(self.quantize or {})
 
 
 def identify_base(model: Llama, name: str | None = None, *, dtype: torch.dtype | None = None) -> BaseIdentity:
-    """Hash the model's base weights, as they would be in `dtype` if it is another than theirs."""
+    """Hash the model's base weights, converted to `dtype` if it differs from theirs."""
     other = dtype if dtype != model.dtype else None
     sha256, held_in = fingerprint(plain_state(model), other), str(other or model.dtype)
     projections = [weight for name, weight in quantized_weights(model).items() if name.endswith(_PROJECTION)]
@@ -287,7 +287,7 @@ def _expected_shapes(config: LoraConfig, model: Llama, folder: Path) -> dict[str
 
 
 def _check_resized(shapes: Mapping[str, tuple[int, ...]], model: Llama, folder: Path) -> None:
-    """Refuse an embedding or head with more rows than the model, which PEFT saves after tokens were added.
+    """Refuse an embedding or head with more rows than the model; PEFT saves these after tokens were added.
 
     Raises:
         FormatError: with the number of tokens that the base lacks.
@@ -352,14 +352,14 @@ def read_base(folder: Path) -> BaseIdentity | None:
 
 
 def _of_any_version(base: BaseIdentity) -> BaseIdentity:
-    """Return the identity as it is written today: a base within a budget of bits used to be called nf4."""
+    """Return the identity in today's format: a base within a bit budget used to be called nf4."""
     if base.kind == Nf4Weight.kind and base.quantize is not None and "embedding" not in base.quantize:
         return replace(base, dtype=base.dtype.replace(Nf4Weight.kind, NfBitsWeight.kind, 1))
     return base
 
 
 def named_base(folder: Path) -> str | None:
-    """Return the name of the base in an adapter's config, which PEFT writes; None where it has none.
+    """Return the base's name from PEFT's adapter config; None where it has none.
 
     Raises:
         FormatError: the config is damaged.
@@ -369,7 +369,7 @@ def named_base(folder: Path) -> str | None:
 
 
 def check_base(folder: Path, model: Llama) -> None:
-    """Compare the base that the adapter was trained on with this one, as far as it is recorded.
+    """Compare this base with the recorded one that the adapter was trained on.
 
     Raises:
         FormatError: the hashes differ in the dtype that is recorded. They say nothing if this one's is narrower, for

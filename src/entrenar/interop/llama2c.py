@@ -46,7 +46,7 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the weights."""
+    """The header before the weights."""
 
     version: int
     config: LlamaConfig

@@ -1,4 +1,4 @@
-"""How each kind of quantized weight is laid out in a model folder: one table, by kind.
+"""Lay out each kind of quantized weight in a model folder: one table, by kind.
 
 A weight is one tensor, or several whose names share its own: codes under the weight's name, scales and tables under
 `weight.PART`. `bnb` and `bits` have the layouts; here they are found, by the kind of a weight that is written and by
@@ -29,7 +29,7 @@ _PACK: Mapping[str, Pack] = {
 
 
 def pack(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of one weight, which stands for one of `dtype`, by their names in the file.
+    """Return the stored tensors of one weight by file name; `dtype` is the weight's dtype before quantization.
 
     Raises:
         FormatError: no folder has a layout for its kind.

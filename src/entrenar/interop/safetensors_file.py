@@ -131,7 +131,7 @@ class TensorReader:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether no number is NaN or infinite: none has all bits of its exponent set; whole numbers never are.
+    """Return whether all numbers are finite: NaN and infinity set all exponent bits; whole numbers are always finite.
 
     With numpy, a block in cache at a time: torch would wake its threads for each, which on a busy machine costs more
     than the reading (37 of the 40 s of a 1b model's load).

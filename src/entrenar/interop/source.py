@@ -113,7 +113,7 @@ def detect(path: Path) -> Format:
 
 
 def open_source(path: Path, tokenizer: Path | None = None, *, is_streamed: bool = False) -> Source:
-    """Load a model of any format with its tokenizer: `tokenizer`, else the one in it or beside it.
+    """Load a model of any format with a tokenizer: `tokenizer`, else the one stored in the model or next to it.
 
     Four bits are widened. With `is_streamed` the weights of a model folder stay there.
 

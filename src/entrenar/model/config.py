@@ -36,7 +36,7 @@ _OPTIONS_OF_SCALING = {
 
 
 class RopeScaling(BaseModel):
-    """How rotary frequencies are stretched past the length a model was pre-trained on; the keys are Hugging Face's."""
+    """Settings for stretching rotary frequencies past the pre-training length; the keys are Hugging Face's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -189,7 +189,7 @@ class LlamaConfig(BaseModel):
     def of_width(cls, width: int, **changes: Any) -> "LlamaConfig":
         """Return an architecture of this width with the usual proportions, with `changes` over it.
 
-        Heads are 32 to 64 wide, the MLP 8/3 of the width, and there is a layer for each 64 of it.
+        Heads are 32 to 64 wide, the MLP is 8/3 of the width, and there is one layer per 64 of width.
 
         Raises:
             ValueError: a model cannot have this width.

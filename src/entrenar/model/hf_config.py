@@ -1,6 +1,6 @@
 """Hugging Face's `config.json`, both ways.
 
-transformers 5 keeps everything about rotary positions in `rope_parameters`; transformers 4 has `rope_theta` beside
+transformers 5 keeps everything about rotary positions in `rope_parameters`; transformers 4 has `rope_theta` next to
 `rope_scaling`, whose key is `type` in the oldest files. All are read. Both spellings are written, because each reader
 takes its own and finds the same numbers there. Keys that change no logit (dropout, `use_cache`, names and versions)
 are passed over; a key that would change one is refused, never ignored.

@@ -1,6 +1,6 @@
 """Keys and values of the tokens already read, so that a new token costs one token.
 
-All memory is taken at the start; reading on never moves what is there. Rows of a batch whose prompts differ in length
+All memory is taken at the start; new tokens never move old entries. Rows of a batch whose prompts differ in length
 are padded on the left, so that all rows end, and grow, at the same slot: row b begins at slot `starts[b]`, its
 positions count from there, and no query looks before it.
 """
@@ -40,7 +40,7 @@ class KVCache:
     def append(
         self, layer: int, k: Float[Tensor, "B G T K"], v: Float[Tensor, "B G T K"]
     ) -> tuple[Float[Tensor, "B G S K"], Float[Tensor, "B G S K"]]:
-        """Write the keys and values of T new tokens and return those of all S tokens, as views."""
+        """Write the keys and values of T new tokens and return views of those of all S tokens."""
         end = self.end_after(k.shape[2])
         keys, values = self.layers[layer, 0], self.layers[layer, 1]
         keys[:, :, self.length : end] = k

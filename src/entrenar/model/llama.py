@@ -5,7 +5,7 @@
                  x = x + down(silu(gate(n)) · up(n))                    n = RMSNorm(x)
     logits = head(RMSNorm(x))
 
-Weight names are Hugging Face's, so a state dict of LlamaForCausalLM fits as it is. A tied head is no parameter of its
+Weight names are Hugging Face's, so a state dict of LlamaForCausalLM loads unchanged. A tied head is no parameter of its
 own: it is read from the embedding, so it cannot come apart when weights are moved, and a file holds it once. Every
 projection is called as a module, so that an adapter can take its place.
 """
@@ -31,7 +31,7 @@ from entrenar.model.token_check import check_token_ids
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a token knows of its place: its rotary angles, its document, the tokens before it."""
+    """The context of the tokens: their rotary angles, their documents, the tokens before them."""
 
     cos: Float[Tensor, "#B T half"]
     sin: Float[Tensor, "#B T half"]
@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], context: Context, asked: Int[Tensor, " N"] | None = None
     ) -> Float[Tensor, "rows times D"]:
-        """Mix each token with those before it; of the `asked` ones alone, as one row, if they are given."""
+        """Mix each token with those before it; with `asked`, compute only those tokens, as one row."""
         heads = (*x.shape[:2], -1, self.head_width)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, G, T, K)
@@ -133,7 +133,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], context: Context, asked: Int[Tensor, " N"] | None = None
     ) -> Float[Tensor, "rows times D"]:
-        """Run the block; the widest activations are the MLP's, which "selective" recomputes in the backward.
+        """Run the block; its widest activations are the MLP's, and "selective" recomputes them in the backward.
 
         With `asked` (indices of B·T), return the states of those tokens alone, as one row: what follows attention
         works on each token by itself, so the others need only be seen.
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
     def blocks_and_norm(
         self, x: Float[Tensor, "B T D"], start: int, context: Context, asked: Int[Tensor, " N"] | None
     ) -> Float[Tensor, "rows times D"]:
-        """Run the blocks from `start` on and the norm; the last block goes on with the `asked` tokens alone."""
+        """Run the blocks from `start` on and the norm; the last block computes only the `asked` tokens."""
         x = self.blocks(x, context, start, -1)
         last = self.layers[max(start, len(self.layers) - 1) :]
         x = _run(last[0], x, context, asked) if last else _select(x, asked)
@@ -202,7 +202,7 @@ def _select(x: Float[Tensor, "B T D"], asked: Int[Tensor, " N"] | None) -> Float
 
 
 def asked_tokens(targets: Int[Tensor, "B T"]) -> Int[Tensor, " N"] | None:
-    """Return which tokens have a target, as indices of B·T; None for all."""
+    """Return indices into B·T of the tokens that have a target; None for all."""
     if torch.compiler.is_compiling():
         return None  # how many there are is not known to the compiler
     asked = (targets.flatten() != -100).nonzero()[:, 0]
@@ -250,7 +250,7 @@ class Llama(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"] | ops.QuantizedWeight:
-        """The head's weight as it is held, which a tied model reads from its embedding."""
+        """The head's weight in its stored form; a tied model reads it from its embedding."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         quantized: ops.QuantizedWeight | None = getattr(head, "quantized", None)
         return head.weight if quantized is None else quantized
@@ -337,7 +337,7 @@ class Llama(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw all weights: normal with deviation `initializer_range`, norms one.
 
-        The projections that write to the residual stream (o_proj, down_proj) get 1/sqrt(2L) of it, so that the sum of
+        Projections that write to the residual stream (o_proj, down_proj) get 1/sqrt(2L) times that, so that the sum of
         2L branches keeps its size (Radford 2019, GPT-2, section 2.3). The draw is float32 on the generator's device,
         in the order of the state dict: the same weights for every dtype and device, up to rounding.
         """
@@ -386,7 +386,7 @@ class Llama(nn.Module):
 
 
 def _drop_tied_head(module: Llama, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Take `lm_head.weight` out of a tied model's state dict, where Hugging Face keeps the embedding a second time."""
+    """Take `lm_head.weight` out of a tied model's state dict: Hugging Face keeps the embedding there a second time."""
     head_name, embedding_name = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
     if not module.config.tie_word_embeddings or head_name not in state_dict:
         return

@@ -37,7 +37,7 @@ class _InputOnTape(torch.autograd.Function):
 
 
 class _Piece:
-    """One run of a piece of the model, which can be repeated."""
+    """One repeatable run of a piece of the model."""
 
     def __init__(self, piece: Callable[[Tensor], Tensor], x: Tensor) -> None:
         self._piece, self._requires_grad = piece, x.requires_grad

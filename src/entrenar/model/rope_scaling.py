@@ -10,7 +10,7 @@ stretch the context changes f_i, none changes the turn itself:
               rotations over the original context; cos and sin times 0.1 ln(factor) + 1           (same, eq. 22-25)
     llama3    the same blend, between two wavelengths                            (Grattafiori 2024, arXiv:2407.21783)
 
-All of it runs in float32 and in the order in which published models were trained and are served, so the table equals
+Everything runs in float32 and in the order in which published models were trained and are served, so the table equals
 theirs bit for bit; float64 angles would be more exact and would move every logit.
 """
 
@@ -71,7 +71,7 @@ def _yarn(config: LlamaConfig, scaling: RopeScaling, exponents: Tensor, original
     width, theta = config.head_width, config.rope_theta
 
     def plane_of(rotations: float) -> float:
-        """Return the plane, as a real number of coordinates, that turns so often over the original context."""
+        """Return the plane that turns so often over the original context, as a real number."""
         return (width * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
     low, high = plane_of(scaling.beta_fast or 32.0), plane_of(scaling.beta_slow or 1.0)

@@ -25,7 +25,7 @@ _MAPS = Path("/proc/self/maps")
 def give_back(tensor: Tensor) -> None:
     """Let the pages of a tensor that is mapped from a file go; they come back when they are read.
 
-    The tensor must be mapped and never have been written to: what was written would be lost.
+    The tensor must be mapped and never have been written to: the changes would be lost.
     """
     _advise(tensor.data_ptr(), tensor.nbytes, mmap.MADV_DONTNEED)
 

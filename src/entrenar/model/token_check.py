@@ -1,4 +1,4 @@
-"""What a model refuses to be given: ids of another shape, of another vocabulary, or beside targets that do not match.
+"""Refuse invalid model inputs: ids of another shape or of another vocabulary, or targets that do not match the ids.
 
 Torch would read beyond the embedding on a GPU, broadcast a wrong shape, or say "index out of range in self".
 """
@@ -15,9 +15,9 @@ _WHOLE_NUMBERS = (torch.int64, torch.int32)
 def check_token_ids(
     input_ids: Tensor, vocab_size: int, targets: Tensor | None, documents: DocumentSpans | None
 ) -> None:
-    """Refuse ids that have no meaning here; their range is looked at on a CPU alone, where that makes no device wait.
+    """Refuse ids that have no meaning here; check their range only on a CPU, so that no device has to wait.
 
-    Raises: DataError naming the rule, what was given, and what to do.
+    Raises: DataError naming the rule, the value, and the remedy.
     """
     shape = tuple(input_ids.shape)
     if input_ids.ndim != 2 or input_ids.dtype not in _WHOLE_NUMBERS or not input_ids.numel():

@@ -53,7 +53,7 @@ def reference_attention(
     scale: float | None = None,
     documents: Documents | None = None,
 ) -> Float[Tensor, "B H T K"]:
-    """Attend with one dense (T, S) softmax for each head, as plain torch that autograd differentiates."""
+    """Attend with one dense (T, S) softmax per head, in plain torch with autograd."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     allowed = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -242,7 +242,7 @@ def kernel_input(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attend by torch's fused kernel, whose own causal flag aligns the first query to the first key."""
+    """Attend by torch's fused kernel; its own causal flag aligns the first query to the first key."""
     queries, keys = q.shape[2], k.shape[2]
     mask = causal_mask(queries, keys, q.device) if 1 < queries < keys else None
     return scaled_dot_product_attention(

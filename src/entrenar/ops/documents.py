@@ -62,7 +62,7 @@ class Documents:
 
     @staticmethod
     def from_ids(ids: Int[Tensor, "B T"]) -> "Documents":
-        """Find spans and positions from the document of each token, which must not decrease within a row."""
+        """Find spans and positions from each token's document; documents must not decrease within a row."""
         spans = document_spans(ids)
         return Documents(spans, Documents.from_spans(spans, ids.device).positions.reshape(ids.shape))
 

@@ -1,8 +1,8 @@
-"""Why no operation here has a second derivative, and the one place that says so.
+"""Explain why no operation here has a second derivative, and raise the error in one place.
 
 Each backward is derived and proved once; its own derivative is not. PyTorch would differentiate the lines of a backward
 anyway and return a wrong second derivative wherever the backward uses what it saved as a constant (the reciprocal
-deviation, the log-sum-exp). A backward that runs while a graph of it is recorded (`create_graph=True`) is refused.
+deviation, the log-sum-exp). A backward whose own graph is recorded (`create_graph=True`) is therefore refused.
 """
 
 import torch

@@ -31,7 +31,7 @@ _LEAST_GAIN = 1.1
 def reference_linear(
     x: Float[Tensor, "... I"], weight: Float[Tensor, "O I"], compute_dtype: torch.dtype | None = None
 ) -> Float[Tensor, "... O"]:
-    """Return x Wᵀ, as plain torch that autograd differentiates."""
+    """Return x Wᵀ, in plain torch with autograd."""
     wide = compute_dtype or x.dtype
     return (x.to(wide) @ weight.to(wide).mT).to(x.dtype)
 

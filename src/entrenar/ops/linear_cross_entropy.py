@@ -40,7 +40,7 @@ _TILE = 1 << 21
 def reference_linear_cross_entropy(
     x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"], *, ignore_index: int = -100
 ) -> Float32[Tensor, ""] | Float64[Tensor, ""]:
-    """Sum the cross entropies of dense logits, as plain torch that autograd differentiates."""
+    """Sum the cross entropies of dense logits, in plain torch with autograd."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return cross_entropy(x.to(wide) @ weight.to(wide).mT, targets.long(), ignore_index=ignore_index, reduction="sum")
 
@@ -57,7 +57,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         chunk_size: int,
         compute_dtype: torch.dtype,
     ) -> Tensor:
-        """Compute the loss and, where they are wanted, dx and dW for an upstream gradient of one."""
+        """Compute the loss and, if requested, dx and dW for an upstream gradient of one."""
         wide = torch.promote_types(x.dtype, torch.float32)
         head = _head_tiles(weight, compute_dtype, is_trained=ctx.needs_input_grad[1])
         loss = x.new_zeros((), dtype=wide)
@@ -116,12 +116,12 @@ def _head_tiles(
 
 
 def write_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """Write a @ b to `out`, whose dtype may be wider."""
+    """Write a @ b to `out`; its dtype may be wider."""
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
 
 
 def add_product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
-    """Add a @ b to `out`, whose dtype may be wider."""
+    """Add a @ b to `out`; its dtype may be wider."""
     return out.addmm_(a, b) if a.dtype == out.dtype else out.add_(a @ b)
 
 

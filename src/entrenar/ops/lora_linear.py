@@ -50,7 +50,7 @@ def reference_lora_linear(
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "... O"]:
-    """Return x Wᵀ + s (dropout(x) Aᵀ) Bᵀ, as plain torch that autograd differentiates."""
+    """Return x Wᵀ + s (dropout(x) Aᵀ) Bᵀ, in plain torch with autograd."""
     dropped = x
     if dropout > 0:
         kept, chance = draw_kept(x, dropout, generator)

@@ -26,7 +26,7 @@ from entrenar.ops.row_blocks import row_blocks
 
 
 def reference_rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, " D"], eps: float) -> Float[Tensor, "... D"]:
-    """Normalize each row by its root mean square, as plain torch that autograd differentiates."""
+    """Normalize each row by its root mean square, in plain torch with autograd."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 

@@ -29,7 +29,7 @@ from entrenar.ops.row_blocks import row_blocks
 def reference_rope(
     x: Float[Tensor, "B H T K"], cos: Float[Tensor, "#B T half"], sin: Float[Tensor, "#B T half"]
 ) -> Float[Tensor, "B H T K"]:
-    """Rotate each plane of each head, as plain torch that autograd differentiates."""
+    """Rotate each plane of each head, in plain torch with autograd."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cos, sin = (torch.cat((table, table), dim=-1).unsqueeze(1) for table in (cos, sin))
     first, second = wide.chunk(2, dim=-1)

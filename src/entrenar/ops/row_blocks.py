@@ -1,7 +1,7 @@
-"""Why the elementwise operations run block by block on a CPU.
+"""Run the elementwise operations block by block on a CPU.
 
 A float32 copy of a large bfloat16 tensor is written to memory and read back by every operator of a formula, and the
-allocator returns such copies to the kernel at each free, so each is faulted in anew. A block of rows whose temporaries
+allocator returns such copies to the kernel at each free, so each faults in again. A block of rows whose temporaries
 fit the second-level cache costs neither. On other devices a block is the whole tensor: there a launch is what costs.
 A meta tensor is treated as one on a CPU, whose memory it stands for when a run is planned.
 """

@@ -24,7 +24,7 @@ from entrenar.ops.first_order import refuse_double_backward
 
 
 def reference_swiglu(gate: Float[Tensor, "... F"], up: Float[Tensor, "... F"]) -> Float[Tensor, "... F"]:
-    """Return silu(gate) · up, as plain torch that autograd differentiates."""
+    """Return silu(gate) · up, in plain torch with autograd."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     return (silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
 

@@ -1,7 +1,7 @@
 """Merge, and measure what merging did.
 
 In exact arithmetic a merged model is the adapted one. In the weights' own dtype it is not: the sum W + s B A is rounded
-once, and an update that is small beside W may vanish in it. How much that moves the logits depends on the model, so it
+once, and an update much smaller than W may vanish in it. How much that moves the logits depends on the model, so it
 is measured on tokens rather than promised.
 """
 
@@ -17,7 +17,7 @@ from entrenar.peft.lora import merge, set_adapter, unmerge
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging moved, over the probe's tokens.
+    """The change in logits from merging, over the probe's tokens.
 
     Attributes:
         largest_difference: max |Δlogit| between the merged and the unmerged model.

@@ -1,4 +1,4 @@
-"""What an adapter is: the names are PEFT's wherever PEFT has one, so that its folders and ours say the same.
+"""Define an adapter's settings, with PEFT's names wherever PEFT has one, so that its folders and ours agree.
 
 Scale of a module of rank r: alpha / r (Hu et al. 2021, arXiv:2106.09685), or alpha / sqrt(r), which keeps the update's
 size as r grows (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
@@ -69,7 +69,7 @@ class LoraConfig(BaseModel):
         return value
 
     def layer_numbers(self, num_layers: int) -> set[int]:
-        """Return the layers that `layers` means in a model of `num_layers`; a number beyond it stays as it is."""
+        """Return the layers that `layers` means in a model of `num_layers`; larger numbers are returned unchanged."""
         if isinstance(self.layers, tuple):
             return set(self.layers)
         top = _TOP_LAYERS.fullmatch(self.layers)

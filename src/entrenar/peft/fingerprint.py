@@ -10,7 +10,7 @@ from torch import Tensor
 def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Return the hex SHA-256 over names, dtypes, shapes and bytes, in the order of the names.
 
-    With `dtype` it is that of the same weights rounded to it, one at a time; codes and scales stay what they are.
+    With `dtype`, the same weights are hashed after rounding to it, one at a time; codes and scales do not change.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

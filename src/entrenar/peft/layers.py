@@ -2,7 +2,7 @@
 
 `LoraLinear` adds to a projection W the product of two thin matrices, y = x Wᵀ + s (x Aᵀ) Bᵀ (Hu et al. 2021,
 arXiv:2106.09685). `SavedModule` trains a copy of a whole weight. Both leave the base weight alone, so any number of
-adapters can be held over one base and switched, and taking them away leaves what was there, bit for bit.
+adapters can be held over one base and switched, and removing them restores the original, bit for bit.
 
 DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5 and section 4.3) gives each output row a trained magnitude m:
 y = m / ‖W + s B A‖ · (x Wᵀ + s (x Aᵀ) Bᵀ), the norm by rows and taken as a constant in the backward. So dm is
@@ -122,7 +122,7 @@ class LowRank(nn.Module):
         return lora_a.to(wide), lora_b.to(wide)
 
     def row_norms(self, weight: BaseWeight) -> Float[Tensor, " O"]:
-        """Return ‖W + s B A‖ by rows, as a constant."""
+        """Return ‖W + s B A‖ by rows; no gradient flows through it."""
         with torch.no_grad():
             lora_a, lora_b = self._wide_matrices()
             parts = [slice(start, start + _NORM_ROWS) for start in range(0, weight.shape[0], _NORM_ROWS)]
@@ -144,7 +144,7 @@ class LowRank(nn.Module):
 
 
 def lost_to_quantizing(original: Float[Tensor, "O I"], weight: BaseWeight) -> Float[Tensor, "O I"]:
-    """Return W - Q in float32, with no second matrix of that size beside it."""
+    """Return W - Q in float32, without allocating a second matrix of that size."""
     lost = original.to(torch.float32, copy=True)
     for rows in row_blocks(lost):
         lost[rows] -= widened(weight, torch.float32, rows)
@@ -198,12 +198,12 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> BaseWeight:
-        """The base's weight as it is held, or the merged one while merged."""
+        """The base's weight in its stored form, or the merged one while merged."""
         return cast(BaseWeight, weight_of(self.base_layer))
 
     @property
     def is_merged(self) -> bool:
-        """Whether the active adapter is added to the base's weight."""
+        """Return whether the active adapter is added to the base's weight."""
         return self._original is not None
 
     def adapter(self, name: str) -> LowRank:
@@ -211,7 +211,7 @@ class LoraLinear(nn.Module):
         return cast(LowRank, self.adapters[name])
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        """Multiply each token by the weight and the active adapter's update of it."""
+        """Multiply each token by the weight and by the active adapter's update."""
         if self.active is None or self.is_merged:
             return cast(Tensor, self.base_layer(x))
         adapter = self.adapter(self.active)
@@ -273,7 +273,7 @@ class SavedModule(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        """Whether the active copy stands in the base's place."""
+        """Return whether the active copy is in the base's place."""
         return self._original is not None
 
     def forward(self, *inputs: Tensor) -> Tensor:

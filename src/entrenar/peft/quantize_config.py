@@ -20,7 +20,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class QuantizeConfig(BaseModel):
-    """How a frozen base is stored while adapters are trained on top of it (method = qlora)."""
+    """Settings for storing a frozen base while adapters train on top (method = qlora)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

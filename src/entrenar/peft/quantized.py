@@ -82,7 +82,7 @@ class QuantizedEmbedding(nn.Module):
 
     @property
     def quantized(self) -> ops.QuantizedWeight | None:
-        """The quantized weight, which a tied head reads; None while a plain one has replaced it."""
+        """The quantized weight, also read by a tied head; None while a plain one has replaced it."""
         return self.table.quantized
 
     @property
@@ -143,7 +143,7 @@ def put_quantized(model: nn.Module, name: str, weight: ops.QuantizedWeight, dtyp
 
 
 def memory_lines(model: nn.Module) -> Iterator[str]:
-    """Describe the quantized size of a model, if any of it is quantized."""
+    """Describe the quantized size of a model, if it has quantized weights."""
     held = list(quantized_weights(model).values())
     if held:
         kept = sum(parameter.nbytes for parameter in model.parameters())

@@ -25,7 +25,7 @@ def layer_number(module_name: str) -> int | None:
 
 
 def ends_in(module_name: str, end: str) -> bool:
-    """Say whether a module's name is `end` or ends in it by whole parts."""
+    """Return whether a module's name is `end` or ends in it by whole parts."""
     return module_name == end or module_name.endswith(f".{end}")
 
 

@@ -1,4 +1,4 @@
-"""What is trained and what it saves: counted from `requires_grad`, never from a formula."""
+"""Count the trained parameters and the memory saved, from `requires_grad`, never from a formula."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class TrainedKind:
 
 @dataclass(frozen=True)
 class TrainableTable:
-    """The trained parameters beside the base's.
+    """The trained parameters and the base's.
 
     Attributes:
         kinds: the trained tensors, alike ones in one row.
@@ -70,7 +70,7 @@ def trainable_table(model: nn.Module) -> TrainableTable:
 
 
 def _kind(name: str) -> str:
-    """Return the last two words of a parameter's name that say what it is; the adapter's name is none."""
+    """Return the last two descriptive words of a parameter's name; an adapter's name does not count."""
     module, _, rest = name.partition(".adapters.")
     part = rest.partition(".")[2] if rest else ""
     if not rest:

@@ -37,7 +37,7 @@ _NO_EFFECT_ON_STATES = {"bos_token_id", "eos_token_id", "pad_token_id", "initial
 
 
 class TrunkConfig(BaseModel):
-    """Whether and where the states of the frozen lower layers are kept."""
+    """Settings for caching the states of the frozen lower layers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -60,7 +60,7 @@ class TrunkConfig(BaseModel):
 
 @runtime_checkable
 class CutModel(Protocol):
-    """What a model that can be cut at a layer offers."""
+    """The interface of a model that can be cut at a layer."""
 
     config: Any
     compute_dtype: torch.dtype | None

@@ -1,4 +1,4 @@
-"""How the state of one token is kept as bytes: exact, rounded to bfloat16, or in 8 bits with a scale for each block.
+"""Store the state of one token as bytes: exact, rounded to bfloat16, or in 8 bits with a scale for each block.
 
 A LLaMA's state has a few channels that are a hundred times larger than the rest, so one scale for a whole row would
 leave the rest with a bit or two; a scale for each 64 channels keeps the damage to the blocks that hold one.

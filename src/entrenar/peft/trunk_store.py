@@ -86,7 +86,7 @@ class TrunkStore:
             stream.close()
 
     def read(self, document: str, length: int) -> UInt8[Tensor, "T bytes"] | None:
-        """Return a document's rows, None if they are not there or not what was written."""
+        """Return a document's rows; None if they are missing or damaged."""
         place = self._places.get(document)
         if place is None:
             return None

@@ -1,6 +1,6 @@
-"""When a run does not fit: the changes that make it fit, cheapest first, each planned and not guessed.
+"""Find the changes that make a run fit, cheapest first, each with a plan instead of a guess.
 
-The order is that of what a change costs: the same gradient in more pieces, then time, then precision of what is
+Changes are ordered by cost: the same gradient in more pieces, then time, then precision of what is
 trained, then another method, then shorter texts. Changes add up until the run fits; those that turn out not to be
 needed are taken out again, most expensive first.
 """
@@ -21,7 +21,7 @@ Flags = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Change:
-    """Settings, as dotted keys, and the plan of the run with them and with those of all changes before."""
+    """Settings by dotted key, and the plan of the run with these and all earlier changes."""
 
     flags: Flags
     plan: RunPlan
@@ -32,7 +32,7 @@ class Advice:
     """The changes that make a run fit.
 
     Attributes:
-        changes: in the order they were made; together they are `flags`, whose plan is that of the last.
+        changes: in the order they were made; together they are `flags`, and the last one's plan covers them all.
         fits: whether the last plan is within the limit; if not, it is the least possible.
     """
 

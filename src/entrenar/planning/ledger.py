@@ -3,7 +3,7 @@
 A dispatch mode sees each operation below autograd. A storage is born when an operation returns it and dies when torch
 releases it, as a weak reference tells, so checkpointing, hooks and the tape need no special case. With meta tensors
 the same step runs without bytes: large tensors are meta, token ids are real because their values decide shapes, and
-where the two meet, only the shape of the real one counts. The idea is that of FakeTensorMode and
+where the two meet, only the shape of the real one counts. The idea comes from FakeTensorMode and
 `torch.distributed._tools.mem_tracker`; neither is used, because importing them takes longer than the whole plan.
 """
 
@@ -223,7 +223,7 @@ def _shapes_only(value: Any) -> Any:
 
 
 def _flops(name: str, tensors: list[Tensor]) -> int:
-    """Return the cost of a matrix product or of attention, whose backward has 5 products where the forward has 2."""
+    """Return the cost of a matrix product or of attention; attention's backward has 5 products, its forward 2."""
     if name in ("aten::mm", "aten::bmm"):
         return 2 * tensors[0].numel() * tensors[1].shape[-1]
     if name in ("aten::addmm", "aten::addmm_"):

@@ -27,7 +27,7 @@ _ADDED = 1 << 22
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """How much memory a process may use in all, and what sets that limit."""
+    """The memory limit of a process, and what sets that limit."""
 
     size_bytes: int
     source: str
@@ -102,7 +102,7 @@ def _number(path: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast this machine is, with the threads it has now."""
+    """The machine's measured speed with the current number of threads."""
 
     flops_per_s: float
     bytes_per_s: float

@@ -116,7 +116,7 @@ def full_rows(rows: int, length: int, vocab_size: int, *, has_documents: bool) -
 
 
 def scene_of(config: AnyConfig, model: Llama, batches: list[Batch], mapped: list[Tensor]) -> Scene:
-    """Set up training of a model, with bytes or without, as the recipes do."""
+    """Set up training of a model in the same way as the recipes, with or without bytes."""
     model.set_compute_dtype(getattr(torch, config.compute_dtype))
     model.train()
     model.checkpointing = config.train.checkpointing

@@ -1,4 +1,4 @@
-"""Choose a model that its corpus can teach and this machine can train, where the user named none.
+"""Choose a model size that suits the corpus and the machine, where the user gave none.
 
 A model wants about 20 tokens for each parameter (Hoffmann et al. 2022, arXiv:2203.15556), and up to four passes over a
 text teach almost as much as new text (Muennighoff et al. 2023, arXiv:2305.16264). So the largest model is taken that
@@ -21,7 +21,7 @@ _BFLOAT16_REMAINDER = 2
 def sized(config: RunConfig, *, vocab_size: int, tokens: int, room_bytes: int) -> RunConfig:
     """Fill in vocabulary and width where neither a preset nor [model] gives them; fields that are set stay.
 
-    `vocab_size` is that of the corpus' tokenizer, `tokens` the number of its training tokens.
+    `vocab_size` comes from the corpus' tokenizer, `tokens` is the number of its training tokens.
     """
     own = config.model.model_dump(exclude_unset=True)
     if config.preset is not None or {"vocab_size", "hidden_size"} <= own.keys():
@@ -38,7 +38,7 @@ def sized(config: RunConfig, *, vocab_size: int, tokens: int, room_bytes: int) -
 
 
 def sized_for_corpus(config: RunConfig) -> RunConfig:
-    """Size the model of a run from the manifest of its corpus; without a corpus the config stays as it is."""
+    """Size the model of a run from the manifest of its corpus; without a corpus return the config unchanged."""
     if not (config.data.corpus[0] / "manifest.json").is_file():
         return config
     corpora = [Corpus.open(folder, verify=False) for folder in config.data.corpus]
@@ -55,7 +55,7 @@ def least_bytes(config: RunConfig) -> int:
 
 
 def check_room(config: RunConfig, limit: MemoryLimit | None = None) -> None:
-    """Refuse a run that cannot fit, before anything of it is allocated.
+    """Refuse a run that cannot fit, before allocating memory for it.
 
     Raises: OutOfMemoryError that says what would fit.
     """

@@ -50,7 +50,7 @@ def skeleton(config: AnyConfig, base: Path | None) -> Skeleton:
 
 
 def give_shapes(config: AnyConfig, begun: Skeleton, ledger: Ledger) -> list[Tensor]:
-    """Give a model its weights without their bytes, as the run does; return those that stay in a mapped file."""
+    """Give a model its weights without their bytes, like the run does; return those that stay in a mapped file."""
     if isinstance(config, RunConfig):
         give_storage(begun.model, torch.device("cpu"))
         begun.model.init_weights(torch.Generator())

@@ -45,7 +45,7 @@ class RehearsedStream:
 
 
 def offloaded(model: Llama, loss: BatchLoss) -> BatchLoss:
-    """Return a loss whose tape releases large activations and gets them back, as `train.offload` does with a file."""
+    """Return a loss whose tape releases large activations and restores them, in imitation of `train.offload`."""
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...], torch.dtype]:
         is_kept = not tensor.is_meta or tensor.nbytes < LEAST_BYTES or tensor.untyped_storage()._cdata in own

@@ -1,4 +1,4 @@
-"""How much memory and time a training step takes, predicted before the run starts.
+"""Predict how much memory and time a training step takes, before the run starts.
 
     peak = what the process holds already                        measured now
          + what kernels and libraries take at their first use    measured by a real step of a tiny model,
@@ -28,7 +28,7 @@ class StepPlan:
     Attributes:
         tensors: bytes by use at the moment of the peak.
         kernels_bytes: what kernels and libraries took at their first use, the graph and all small objects.
-        allocator_bytes: what the heap holds besides; None where the allocator cannot be asked.
+        allocator_bytes: what the heap holds in addition; None where the allocator cannot be asked.
         flops: what one step spends in products, adapters and recomputation included.
         checkpoint_bytes: the weights and optimizer state of one checkpoint.
     """

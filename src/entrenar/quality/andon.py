@@ -41,9 +41,9 @@ class TrainingMonitor:
 
 
 def inspect_code(place: Path, project: Path) -> dict[str, Any]:
-    """Hold the code of a project against the baseline in a file; return its score and git's state of it.
+    """Compare a project's code with the baseline in a file; return its score and its git state.
 
-    Raises: QualityRegression if the tree or a file of it dropped too far; ConfigError or FormatError for a baseline
+    Raises: QualityRegression if the tree or one of its files dropped too far; ConfigError or FormatError for a baseline
     that is missing, damaged or by another scorer.
     """
     before, demanded = baseline.read(place), rules.load(project)

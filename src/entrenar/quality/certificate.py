@@ -1,8 +1,8 @@
-"""One certificate for each operation: what was proved, measured, planted and reached, each from a run that shows it.
+"""Write one certificate per operation: proofs, measurements, planted faults and coverage, each backed by a test run.
 
 The tests write what they showed as {operation: {kind: [figures, …]}}; mutants come from the mutation results, lines and
-branches from coverage. What was not measured says so. Two certificates are compared by what must not get worse: proved
-statements, counts, bounds of errors, kill rate, coverage; what was measured must be measured again. Figures that differ
+branches from coverage. Missing measurements are marked. A new certificate must not be worse than the old one in proved
+statements, counts, bounds of errors, kill rate, coverage; old measurements must be repeated. Figures that differ
 between machines are shown and not compared.
 """
 
@@ -50,7 +50,7 @@ def certificates(
 
 
 def _gradchecks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return for each method how many cases it passed and the worst relative error, where it has one."""
+    """Return for each method how many cases it passed, and its worst relative error if it has one."""
     methods: dict[str, Any] = {}
     for row in rows:
         method = methods.setdefault(row["method"], {"cases": 0})
@@ -105,7 +105,7 @@ def coverage_of(path: Path) -> dict[str, Any]:
 
 
 def worse(old: Mapping[str, Certificate], new: Mapping[str, Certificate]) -> list[str]:
-    """Say what of an old certificate the new one no longer shows."""
+    """Return the parts of an old certificate that the new one no longer shows."""
     losses = []
     for op, before in old.items():
         after = new.get(op)
@@ -124,7 +124,7 @@ def _statement(row: Mapping[str, Any]) -> str:
 
 
 def _fewer(before: Certificate, after: Certificate) -> Iterator[str]:
-    """Say which counts fell, and what was measured and is not any more."""
+    """Describe which counts fell, and which measurements are missing now."""
     counts = [
         ("wrong backwards refused", before["wrong_backwards_refused"], after["wrong_backwards_refused"]),
         ("properties", before["properties"]["count"], after["properties"]["count"]),
@@ -144,7 +144,7 @@ def _fewer(before: Certificate, after: Certificate) -> Iterator[str]:
 
 
 def _wider(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    """Say which errors are no longer bounded, or less tightly."""
+    """Describe which errors are no longer bounded, or less tightly."""
     for dtype, was in before.items():
         if dtype not in after:
             yield f"error in {dtype} no longer shown"

@@ -21,7 +21,7 @@ _TAIL_LINES = 12
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended, in how long, and all that it printed."""
+    """The result of a command: its exit, its duration, and all that it printed."""
 
     verdict: Verdict
     elapsed_s: float

@@ -1,11 +1,11 @@
-r"""Gates: what a tree must show at each tier, as `quality/gates.toml` lists it.
+r"""Run gates: the checks that a tree must pass at each tier, listed in `quality/gates.toml`.
 
     [[gate]]
     name = "debt"
     tiers = [2]                    # of `gate --tier N`; a tier runs its own gates and those of lower tiers
     phases = ["p1"]                # of `gate --phase P`
     run = "entrenar quality check-quality --path src --fail-on-violation"
-    number = 'mean ([\d.]+)'        # what was measured: the first group, in the output
+    number = 'mean ([\d.]+)'        # the measured number: the first group, in the output
     least = 95                     # or `most`; without either the command's own verdict counts alone
     fix = "entrenar quality tdg src --explain"
     timeout_s = 600
@@ -45,7 +45,7 @@ class Plant:
 
 @dataclass(frozen=True)
 class Gate:
-    """What is run, what it must show, and how it is repaired."""
+    """A command to run, the result it must show, and its fix."""
 
     name: str
     run: str
@@ -61,7 +61,7 @@ class Gate:
 
     @property
     def against(self) -> str:
-        """What it is held against, in words."""
+        """The required result, in words."""
         if self.least is not None:
             return f"at least {self.least:g}"
         return f"at most {self.most:g}" if self.most is not None else "exit code 0"
@@ -158,7 +158,7 @@ def _holds(gate: Gate, measured: float) -> bool:
 
 
 def run_gates(gates: Sequence[Gate], root: Path) -> Iterator[Result]:
-    """Yield each gate's result, as it is run."""
+    """Run the gates and yield each result."""
     for gate in gates:
         yield judge(gate, run(gate.run, root, gate.timeout_s))
 

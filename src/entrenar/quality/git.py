@@ -1,4 +1,4 @@
-"""What git knows of a tree: revisions, the files of each, their content. Asked of git itself, read from its objects."""
+"""Read a tree from git: revisions, the files of each, their content. Ask git itself, and read from its objects."""
 
 import hashlib
 import os

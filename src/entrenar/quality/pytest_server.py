@@ -1,13 +1,13 @@
-"""A resident test server: what tests import from others stays imported, and each run is a fork of it.
+"""A resident test server: third-party imports stay loaded, and each run is a fork of the server.
 
 Importing torch takes longer than checking every gradient, so the server imports the third parties once and forks for
 each request; the project's own modules are imported by the child alone, so an edit is always seen. The child writes to
-the terminal of whoever asked, whose standard streams travel over the socket.
+the terminal of the client, whose standard streams travel over the socket.
 
     python -m entrenar.quality.pytest_server serve torch hypothesis …  stays in the foreground; ends after an idle hour
     python -m entrenar.quality.pytest_server run ARGUMENTS_OF_PYTEST   asks the server, or runs pytest itself
 
-Start it anew after installing packages. It serves the folder it was started in, and there only its owner.
+Restart it after installing packages. It serves the folder it was started in, and there only its owner.
 """
 
 import gc
@@ -64,7 +64,7 @@ def _answer(listening: socket.socket) -> None:
 
 
 def _run_here(connection: socket.socket, arguments: Sequence[str], streams: Sequence[int]) -> None:
-    """Run pytest on the streams of whoever asked, send the exit code, and end this process."""
+    """Run pytest on the client's streams, send the exit code, and end this process."""
     status = _PYTEST_NOT_RUN
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -91,7 +91,7 @@ def ask(arguments: Sequence[str]) -> int:
 
 
 def _pytest(arguments: Sequence[str]) -> int:
-    import pytest  # noqa: PLC0415 - whoever asks a server does not need it
+    import pytest  # noqa: PLC0415 - a client of a server does not need it
 
     return int(pytest.main(list(arguments)))
 

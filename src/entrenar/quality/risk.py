@@ -1,4 +1,4 @@
-"""What each part of a project must prove: `quality/risk.toml` gives each component its level of risk and its floors.
+"""Read what each part of a project must prove: `quality/risk.toml` gives each component a risk level and floors.
 
 [whole]
 line = 97
@@ -35,7 +35,7 @@ CERTIFICATES_FILE = Path("quality/certificates.json")
 
 @dataclass(frozen=True)
 class Level:
-    """What a level of risk asks for at least; None is not asked for."""
+    """The minimum that a risk level requires; None means no requirement."""
 
     line: float
     mutation: float | None
@@ -172,7 +172,7 @@ def _covered(summary: dict[str, int]) -> Covered:
 
 @dataclass(frozen=True)
 class Floor:
-    """One measured figure beside its floor."""
+    """One measured figure and its floor."""
 
     what: str
     kind: str

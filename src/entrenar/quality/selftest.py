@@ -18,7 +18,7 @@ from entrenar.quality.gate import Gate, Plant, Result, judge
 
 @dataclass(frozen=True)
 class Trial:
-    """What a gate said to its planted violation."""
+    """A gate's response to its planted violation."""
 
     gate: Gate
     result: Result
@@ -30,7 +30,7 @@ class Trial:
 
     @property
     def fault(self) -> str:
-        """What is wrong with the gate, if it did not notice."""
+        """The gate's fault, if it missed the violation."""
         if self.noticed:
             return ""
         if self.result.verdict != "failed":

@@ -23,7 +23,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a matrix costs at a width."""
+    """The cost of a matrix at a width."""
 
     size_bytes: int
     loss: float
@@ -64,14 +64,14 @@ def _steps(costs: Costs, widths: Mapping[str, int], left_bytes: float) -> Iterat
 
 @dataclass(frozen=True)
 class Budget:
-    """What quantizing came to.
+    """The result of quantizing.
 
     Attributes:
         widths: bits of a code, by the name of the matrix.
         size_bytes: all weights as they are stored now, norms included.
         numbers: how many weights there are.
         expected_rise: the estimated rise of the loss of a calibration token, in nats, were each weight rounded to the
-            nearest: moving errors to later columns takes a part of it away.
+            nearest: moving errors to later columns reduces this rise.
     """
 
     widths: Mapping[str, int]

@@ -50,7 +50,7 @@ def _written_rows(model: Llama, tokenizer: Tokenizer, length: int, continue_rows
 
 
 class InputMoments:
-    """Sums xᵀx over all inputs of some modules, which weigh the modules' rounding errors."""
+    """Sums xᵀx over all inputs of some modules; the sums weigh the modules' rounding errors."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.sums: dict[str, Tensor] = {}

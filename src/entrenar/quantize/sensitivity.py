@@ -67,7 +67,7 @@ def watched_projections(projections: Mapping[str, nn.Module], losses: dict[str, 
 def embedding_losses(
     weight: Float[Tensor, "V D"], ids: Int[Tensor, " N"], dx: Float[Tensor, "N D"]
 ) -> dict[int, float]:
-    """Return equation (1) of an embedding, whose error at a token is a row of D."""
+    """Return equation (1) of an embedding; its error at a token is a row of D."""
     return {
         bits: 0.5 * float((error[ids] * dx.float()).sum(1).square().sum()) for bits, error in rounding_errors(weight)
     }

@@ -31,7 +31,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> tuple[Path, BaseIdentity]:
-    """Return the folder of an adapter's base, and the base's identity, as the adapter recorded them.
+    """Return the folder of an adapter's base and the base's identity, both from the adapter's record.
 
     If that folder is gone, a base in the adapter's own run may be it; the hash decides when the base is used.
 
@@ -40,7 +40,7 @@ def base_of(folder: Path) -> tuple[Path, BaseIdentity]:
     """
     base, foreign = read_base(folder), named_base(folder)
     if base is None and foreign is not None and (Path(foreign) / "config.json").is_file():
-        # PEFT records no hash, only where the base was: the adapter is used over the folder as it is stored.
+        # PEFT records no hash, only where the base was: apply the adapter to the folder in its stored form.
         _, places, is_packed = open_folder(Path(foreign))
         kind = f"{Nf4Weight.kind} " if is_packed else ""
         return Path(foreign), BaseIdentity(foreign, f"{kind}{widest_dtype(places)}", "")

@@ -12,7 +12,7 @@ from entrenar.recipe.finetune_rows import Rows, question_of
 
 @dataclass(frozen=True)
 class Figures:
-    """How a model does on the held-out rows, and on the task if there is one.
+    """A model's results on the held-out rows, and on the task if there is one.
 
     Attributes:
         held_out: loss and perplexity.

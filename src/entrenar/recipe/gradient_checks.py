@@ -23,7 +23,7 @@ _Piece = tuple[Tensor, Tensor, DocumentSpans | None]
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """A check to run: `measure` returns the largest relative difference, which must be below `tolerance`."""
+    """A check to run: `measure` returns the largest relative difference, with `tolerance` as its upper bound."""
 
     name: str
     tolerance: float
@@ -31,7 +31,7 @@ class GradientCheck:
 
 
 def gradient_checks() -> Iterator[GradientCheck]:
-    """Yield the checks, which share one model of two layers."""
+    """Yield the checks; they share one model of two layers."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48, max_seq_len=32
     )

@@ -24,13 +24,13 @@ _PROBE_SEED = 0
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How to merge.
+    """Settings for a merge.
 
     Attributes:
-        dtype: of the merged weights; None for that of the base.
+        dtype: of the merged weights; None for the base's.
         refuse_above: write nothing if a logit moves by more than this.
         probe: a text to compare logits on; None for random tokens.
-        probe_tokens: how many tokens of it to compare on.
+        probe_tokens: how many of its tokens to compare on.
         is_other_base_allowed: merge although the adapter names another base.
         overwrite: replace a folder that exists.
     """

@@ -28,7 +28,7 @@ def model_folder(path: Path) -> Path:
     """Return the model or adapter folder that `path` names: itself, a checkpoint's, or the latest good one of a run.
 
     Raises:
-        DataError: there is no model at `path`, or it is a single file.
+        DataError: `path` holds no model, or is a single file.
     """
     if _is_llama2c_or_gguf(path):
         detect(path)  # a pickle or a damaged file is named as such: no conversion would take it
@@ -66,7 +66,7 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
     trained over unless another is asked for.
 
     Raises:
-        DataError: there is no model, or it has no tokenizer.
+        DataError: `path` holds no model, or the model has no tokenizer.
         FormatError: it is damaged, or an adapter's base has changed.
     """
     if _is_llama2c_or_gguf(path):
@@ -86,7 +86,7 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> tuple[Llama, 
     dtype = dtype or identity.plain_dtype
     model = load_model(base, dtype=dtype, quantize=identity.is_quantized, held=identity.held)
     use_adapter(folder, model)
-    # A fine-tuning run saves the chat template that it trained with beside the adapter.
+    # A fine-tuning run saves the chat template that it trained with next to the adapter.
     has_own = (folder / "tokenizer.json").is_file()
     return model, Tokenizer.load(folder if has_own else base)
 

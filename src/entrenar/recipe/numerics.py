@@ -65,7 +65,7 @@ class Numerics:
 
 
 class _Data:
-    """The first batches of the user's corpora, as read by one rank and by two."""
+    """The first batches of the user's corpora, read by one rank and by two."""
 
     def __init__(self, config: RunConfig, corpora: Sequence[Corpus], rows: int) -> None:
         self._config, self._corpora, self._rows = config, corpora, rows
@@ -188,7 +188,7 @@ def _loss(model: Llama, batch: Batch) -> Tensor:
 
 
 def _gradients(model: Llama, pieces: Sequence[Batch], loss: Loss = _loss) -> Gradients:
-    """Return the gradient of the loss summed over the pieces, which are moved to the model."""
+    """Move the pieces to the model and return the gradient of the loss summed over them."""
     model.train()
     model.zero_grad(set_to_none=True)
     for piece in pieces:
@@ -230,7 +230,7 @@ def _chunked_loss(model: Llama, batch: Batch) -> Tensor:
 
 
 def eager_loss(model: Llama, batch: Batch) -> Tensor:
-    """Return the loss by plain torch operators, whose gradient is autograd's: nothing here is derived by hand."""
+    """Return the loss by plain torch operators with autograd's gradient: nothing here is derived by hand."""
     config, weights, device = model.config, dict(model.named_parameters()), batch.input_ids.device
     documents = None if batch.documents is None else Documents.from_spans(batch.documents, device)
     length, head = batch.input_ids.shape[1], "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head"

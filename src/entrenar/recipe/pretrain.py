@@ -161,7 +161,7 @@ def _ready(config: RunConfig, mode: Mode, observer: Observer) -> _Ready:
 
 
 def _with_recorded_model(started: Start[RunConfig]) -> RunConfig:
-    """Take the fields of [model] that the config leaves open from the checkpoint, where they were settled."""
+    """Take the fields of [model] that the config leaves open from the checkpoint."""
     config = started.config
     if started.checkpoint is None or config.preset is not None:
         return config
@@ -232,7 +232,7 @@ class _HeldOut:
 
     @property
     def is_there(self) -> bool:
-        """Whether any corpus has held-out text."""
+        """Return whether any corpus has held-out text."""
         return bool(self._corpora)
 
     def measure(self) -> Evaluation:

@@ -38,7 +38,7 @@ _MOST_GZIPPED = 1 << 20  # tokens
 
 
 class QuickstartConfig(BaseModel):
-    """How the first run goes."""
+    """Settings for the first run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -73,7 +73,7 @@ class Look:
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """What the first run came to; bits per byte compare it with what else could store the same text.
+    """The results of the first run; bits per byte compare the model with other compressors of the same text.
 
     Attributes:
         best_bits_per_byte: what the grammar itself needs for the new stories; None for a text of the user's.
@@ -92,7 +92,7 @@ class QuickstartReport:
 
     @property
     def is_undertrained(self) -> bool:
-        """Whether the machine managed fewer steps than good stories need."""
+        """Return whether the machine managed fewer steps than good stories need."""
         return self.outcome.step < ENOUGH_STEPS
 
 
@@ -134,7 +134,7 @@ def quickstart(
 
 
 def run_config(config: QuickstartConfig, corpus: Path) -> RunConfig:
-    """Return the run that the quickstart trains: an ordinary config, which `--resume` continues."""
+    """Return the quickstart's training run: an ordinary config that `--resume` continues."""
     vocab_size = Tokenizer.load(corpus).vocab_size
     return RunConfig(
         name=config.name,

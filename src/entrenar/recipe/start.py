@@ -38,7 +38,7 @@ from entrenar.train import (
 
 @dataclass(frozen=True)
 class Observer:
-    """Callbacks for progress; the command line prints what they are told.
+    """Callbacks for progress; the command line prints their arguments.
 
     `on_look` sees the model at each held-out evaluation, including the one before the first step; the figures that it
     returns join the evaluation's. `on_model` gets the module that the loop is about to train. `inspect_code` describes
@@ -56,7 +56,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a run begins: new, resumed, or over an earlier run of its name.
+    """The way a run begins: new, resumed, or over an earlier run of its name.
 
     Attributes:
         resume: continue the latest good checkpoint.
@@ -82,7 +82,7 @@ class Start(Generic[ConfigT]):
 
     @property
     def is_resumed(self) -> bool:
-        """Whether the run continues from a checkpoint."""
+        """Return whether the run continues from a checkpoint."""
         return self.checkpoint is not None
 
     @property
@@ -127,7 +127,7 @@ def choose_device(config: AnyConfig) -> torch.device:
 
 
 def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
-    """Return the checkpoint to resume from; None for a new run, whose folder is free or may be cleared.
+    """Return the checkpoint to resume from; None for a new run if its folder is free or may be cleared.
 
     Raises:
         CheckpointError: no run to resume, or no good checkpoint in it.
@@ -149,7 +149,7 @@ def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
 
 
 def check_unchanged(started: Start[ConfigT]) -> None:
-    """Check that a resumed run has the config it began with, where that changes what a step computes.
+    """Check that the config of a resumed run has not changed in any setting that affects a step's result.
 
     Raises:
         ConfigError: it has another, and changes are not allowed.

@@ -1,4 +1,4 @@
-"""What a person who has seen many runs would say about this one: each finding with its evidence and a next step.
+"""Judge a run as an experienced person would: each finding comes with its evidence and a next step.
 
 Rules, not a model: every one names the figures that it rests on, and says nothing where they are missing.
 """

@@ -120,7 +120,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much slower counts: σ of log duration, times the median, and µs above it; the same for level shifts.
+    """Thresholds for a slow event: σ of log duration, times the median, and µs above it; the same for level shifts.
 
     Raises: ConfigError for a threshold, ratio or excess that is not positive.
     """
@@ -243,7 +243,7 @@ class _Key:
 
 
 class Detector:
-    """Judge events one by one as they end; keep what was found and what it was found among.
+    """Judge events one by one as they end; keep the anomalies and the population they were found in.
 
     `on_high` is called with each High anomaly at once, in the caller's thread: it must not block.
     """
@@ -259,7 +259,7 @@ class Detector:
     ) -> None:
         """Begin with no baseline. `keep` bounds the anomalies held in memory; all are counted.
 
-        `phases` is the sensitivity for steps and their phases; its threshold is that of `sensitivity`.
+        `phases` is the sensitivity for steps and their phases; `sensitivity` also sets its threshold.
 
         Raises: ConfigError for an unknown method.
         """
@@ -302,7 +302,7 @@ class Detector:
         return shift or found
 
     def see_all(self, events: Iterable[Event]) -> list[Anomaly]:
-        """Judge a sequence; return what was found, in order."""
+        """Judge a sequence; return its anomalies in order."""
         return [found for event in events if (found := self.see(event)) is not None]
 
     def _wanted(self, event: Event) -> Sensitivity:

@@ -1,4 +1,4 @@
-"""Tell a person, or a program, what the anomaly detector found: lines as events end, a report when the program has.
+"""Report the anomaly detector's findings to a person or a program: lines as events end, a report at the end.
 
 Both forms of the specification are here: section 4.3 (line with baseline, report with one row a severity) and the
 short one of its appendix A (line without baseline, totals in one row).
@@ -122,8 +122,8 @@ def anomaly_json(anomaly: Anomaly) -> dict[str, Any]:
 class Quiet:
     """Lets one anomaly of each operation through per second, so that a broken disk does not flood the terminal.
 
-    A shift always passes, and so does one that took more than twice as long as the last that passed. What was held back
-    is told with the next line; the report counts everything.
+    A shift always passes, and so does one that took more than twice as long as the last that passed. The next line
+    gives the number held back; the report counts everything.
     """
 
     def __init__(self, interval_ns: int = 1_000_000_000) -> None:

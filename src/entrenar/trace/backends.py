@@ -44,7 +44,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class Start:
-    """What to run. If `is_time` is given, system calls are seen only from the moment on that it says so."""
+    """The program to run. If `is_time` is given, system calls are seen only once it returns true."""
 
     program: Path
     argv: Sequence[str]
@@ -54,7 +54,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Ended:
-    """How the program ended (negative: by a signal; None: it goes on without the tracer), and remarks."""
+    """The program's exit code (negative: a signal; None: it continues without the tracer), and remarks."""
 
     exit_code: int | None
     notes: tuple[str, ...]

@@ -1,10 +1,10 @@
-"""Group the system calls of a trace by how long they took and how much they moved: k-means, as the specification asks.
+"""Group the system calls of a trace by duration and size with k-means, following the specification.
 
 A z-score fails where durations have several modes (cached and cold reads, small and large writes): the slow mode hides
 in the spread. Clusters of the *logarithm* of the duration find the modes; on raw microseconds a few long calls take
 all the clusters, with a silhouette of 0.996 (`docs/log.md`, 2026-11-26).
 
-- Features: the natural logarithm of the duration, and `SIZE_WEIGHT` times that of the bytes moved. Durations span more
+- Features: the natural logarithm of the duration, and `SIZE_WEIGHT` times the bytes' logarithm. Durations span more
   than sizes do once the weight is applied, so a size alone makes no cluster, yet it parts two modes that touch.
 - k-means++ and the silhouette are scikit-learn's (Arthur & Vassilvitskii 2007; Rousseeuw 1987). The silhouette needs
   all pairs, so it is taken over a sample of at most `SILHOUETTE_SAMPLE` events, drawn with a fixed seed.
@@ -53,7 +53,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the clusters and the z-score agree on which events are abnormal; the counts add up to all events."""
+    """The agreement of clusters and z-score on the abnormal events; the counts add up to all events."""
 
     both: int
     clusters_alone: int
@@ -73,7 +73,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Clusters:
-    """What k-means made of the events: `labels` has one cluster number an event, `z_scores` one σ."""
+    """The result of k-means on the events: `labels` has one cluster number per event, `z_scores` one σ."""
 
     events: Sequence[Timed]
     labels: Sequence[int]
@@ -190,7 +190,7 @@ def _agreement(events: Sequence[Timed], labels: Sequence[int], z_scores: Sequenc
 
 
 def _abnormal(events: Sequence[Timed], labels: Sequence[int]) -> set[tuple[str, int]]:
-    """Return the clusters, by name of call, that are rare for the name and far above the cluster usual for it."""
+    """Return the clusters, by name of call, that are rare for the name and far above its usual cluster."""
     durations: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for event, label in zip(events, labels, strict=True):
         durations[event.name][label].append(event.duration_us)

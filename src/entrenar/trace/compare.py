@@ -1,4 +1,4 @@
-"""Say what changed between two runs, by phase and layer, system call and line, with noise taken into account.
+"""Compare two runs by phase and layer, system call and line, with noise taken into account.
 
 Spans have a duration each, so their medians are compared with an interval: the moving-block bootstrap (Kuensch 1989)
 draws whole stretches of neighboring spans, because a step resembles the one before it and single draws would call any
@@ -160,7 +160,7 @@ def _thinned(values: Sequence[int]) -> Sequence[int]:
 
 
 def _drawn_median(values: Sequence[float], generator: random.Random) -> float:
-    """Return the median of a resample made of whole blocks of neighbors, as long as the root of their number."""
+    """Return the median of a resample of whole blocks of neighbors; a block is as long as the root of their number."""
     size = round(math.sqrt(len(values)))
     blocks = -(-len(values) // size)
     drawn: list[float] = []

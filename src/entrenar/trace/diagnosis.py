@@ -1,4 +1,4 @@
-"""Say what a person would conclude from a trace: what costs the time, on what evidence, and what to do next.
+"""Draw a person's conclusions from a trace: the largest cost in time, its evidence, and the next step.
 
 Each check looks for one cause and returns findings or none. Those about the program come first, ordered by the share of
 the run's time that they explain; those about the machine follow, as they make everything slow alike. A check stays
@@ -45,7 +45,7 @@ _ANOMALY_SHARE = 0.01
 
 @dataclass(frozen=True)
 class _Trace:
-    """What the checks look at, read once."""
+    """The input of the checks, read once."""
 
     reader: Reader
 
@@ -59,7 +59,7 @@ class _Trace:
 
     @cached_property
     def wall_ns(self) -> int:
-        """The time that shares are of: that of training if its spans are there, so that imports do not dilute it."""
+        """The total time for shares: training's if its spans are there, so that imports do not dilute it."""
         for names in (("train",), ("step",), PHASES):
             total_ns = sum(one.total_ns for one in self.named(names))
             if total_ns > 0:
@@ -76,7 +76,7 @@ class _Trace:
         return [one for name, one in self.durations.items() if name in names]
 
     def calls_in(self, names: Collection[str]) -> Iterator[str]:
-        """Yield the two system calls, with their lines, that took most of the time of spans so called."""
+        """Yield the two system calls, with their lines, that took most of the time of spans with these names."""
         totals: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         for tally in self.tallies:
             if tally.span_name is not None and tally.span_name in names:

@@ -1,4 +1,4 @@
-"""How long each kind of span took, gathered in one pass: what the diagnosis and the comparison of runs look at."""
+"""Gather the durations of each kind of span in one pass, for the diagnosis and the comparison of runs."""
 
 import heapq
 import re
@@ -57,7 +57,7 @@ class Durations:
 
 
 def gather(spans: Iterable[Span]) -> dict[str, Durations]:
-    """Return the durations by name of span; a span that never ended is left out, as is one of a whole process."""
+    """Return the durations by name of span; leave out spans that never ended and those of a whole process."""
     by_name: dict[str, Durations] = {}
     names: dict[int, str] = {}
     covered: defaultdict[int, int] = defaultdict(int)

@@ -10,7 +10,7 @@ _TOLD = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, the figures that show it, and what to do next.
+    """A problem, the figures that show it, and the next step.
 
     `share` is the part of the run's time that it explains, 0 to 1; `spans` are ids to open in the viewer.
     """

@@ -14,7 +14,7 @@ NAME = "gc"
 
 
 class Spans(Protocol):
-    """What is needed of a recorder."""
+    """The recorder methods that garbage spans need."""
 
     def start(self, parent: int, name: str, at_ns: int | None = None) -> int:
         """Begin a span; return its id."""

@@ -2,7 +2,7 @@
 
 - A notebook that was exported (`jupyter nbconvert --to script`) holds the lines of its code cells in their order, so
   each cell is found again in the script, line for line.
-- Cython's C file quotes the line of the .pyx above the code it makes of it, and may carry #line directives.
+- Cython's C file quotes each line of the .pyx above its C code, and may carry #line directives.
 """
 
 import re

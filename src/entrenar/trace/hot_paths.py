@@ -1,6 +1,6 @@
 """Which functions a program's time went to: system calls by the function that made them, and compute by span.
 
-Rows do not overlap: a function's row holds the time of its system calls, a span's row its own time less that of its
+Rows do not overlap: a function's row holds the time of its system calls, a span's row its own time less the time of its
 children and of the system calls made in it. Percentages are of the sum of all rows.
 """
 
@@ -67,7 +67,7 @@ class CallStatistics:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `trace report` and the end of `trace run` say about a trace."""
+    """The content of `trace report` and of the summary at the end of `trace run`."""
 
     functions: int
     calls: int

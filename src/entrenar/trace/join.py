@@ -15,7 +15,7 @@ from entrenar.trace.spool import SpanEvent
 
 @dataclass
 class Joined:
-    """What a batch came to. `span_names` are the names of the spans of `calls`; `opened` may be replaced later."""
+    """The result of a batch. `span_names` are the names of the spans of `calls`; `opened` may be replaced later."""
 
     calls: list[SystemCall] = field(default_factory=list)
     span_names: list[str | None] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Joined:
 
 
 class Join:
-    """Spans and calls of all threads, as far as they came."""
+    """Spans and calls of all threads, joined so far."""
 
     def __init__(self) -> None:
         self._open: dict[int, Span] = {}

@@ -1,4 +1,4 @@
-"""What a traced program is told through its environment, and what the tracer was told through its own.
+"""Pass settings through the environment: to a traced program, and to the tracer from its own launcher.
 
 TRACEPARENT is the W3C's and reaches any program. The two others matter only to programs that call the OpenTelemetry
 API: OTEL_PYTHON_TRACER_PROVIDER makes the API load our recorder, ENTRENAR_TRACE_SPOOL tells it where to write.
@@ -30,7 +30,7 @@ class Inherited:
 
 @dataclass(frozen=True)
 class Wants:
-    """What a tracer asks of the program: where spans go, under which parent, which groups, from how long on.
+    """The tracer's requests to the program: where spans go, their parent, which groups, the shortest duration.
 
     `groups` is off, phases, layers or all.
     """
@@ -63,7 +63,7 @@ def inherited(environment: Mapping[str, str]) -> Inherited:
 
 
 def environment(current: Mapping[str, str], program: Path, wants: Wants) -> dict[str, str]:
-    """Return the environment for the program, and write down what is wanted of it."""
+    """Return the environment for the program, and write the tracer's requests to its folder."""
     (wants.folder / _WANTS).write_text(json.dumps({"groups": wants.groups, "shortest_ns": wants.shortest_ns}))
     told = dict(current, TRACEPARENT=traceparent(wants.trace_id, wants.parent))
     told[SPOOL] = str(wants.folder)
@@ -88,7 +88,7 @@ def wanted(current: Mapping[str, str]) -> Wants | None:
 def _has_our_packages(program: Path) -> bool:
     """Return whether a program runs in this Python environment, and the environment knows our provider.
 
-    The API of another one would fail to load it, so that one is not told of it.
+    Another environment's API would fail to load it, so such a program does not hear about it.
     """
     if program.absolute().parent != Path(sys.prefix) / "bin":
         return False

@@ -1,4 +1,4 @@
-"""What the machine did to a run: time given to others, a quota, heat, and memory that creeps.
+"""Find the machine's effects on a run: time given to others, a quota, heat, and memory that creeps.
 
 Memory is judged by the Theil-Sen slope (Sen 1968), the median of the slopes between readings, which a garbage
 collection or one large batch does not move; the start of a run, when caches fill, is left out.

@@ -1,7 +1,7 @@
 """Write spans to a mapped file: no system call per span, no thread, nothing lost when the process is killed.
 
 A record is a start or an end. It lies in a segment, a file of fixed size that is mapped into memory; its pages belong
-to the kernel, so that they survive a SIGKILL. Whoever collects (`spool.py`) reads segments while they grow and deletes
+to the kernel, so that they survive a SIGKILL. The collector (`spool.py`) reads segments while they grow and deletes
 those that are full. If nobody collects, the recorder stops when its share of the disk is used up.
 
     record = length u32, span u64, parent u64, time u64, thread u32, status u8, kind u8, 2 zero bytes, text
@@ -32,7 +32,7 @@ class Recorder:
     """The spans of one process. Safe to use from several threads, from signal handlers and after a fork."""
 
     def __init__(self, folder: Path, *, segment_bytes: int = SEGMENT_BYTES, max_segments: int = MAX_SEGMENTS) -> None:
-        """Write segments to `folder`, which exists, as long as at most `max_segments` of this process lie there.
+        """Write segments to the existing `folder` while at most `max_segments` of this process lie there.
 
         Raises: OSError.
         """
@@ -125,7 +125,7 @@ class Recorder:
                 self.dropped += 1
                 return False
             self._open_segment()
-        except OSError:  # the disk is full or the folder is gone: the program goes on without spans
+        except OSError:  # the disk is full or the folder is gone: the program continues without spans
             self.dropped += 1
             return False
         return True

@@ -1,4 +1,4 @@
-"""The plain records of a trace, as they are stored and as every analysis reads them.
+"""The plain records of a trace, in the form that is stored and analyzed.
 
 All times are nanoseconds of CLOCK_MONOTONIC, the one clock that the tracer and the traced program share;
 `TraceInfo.unix_offset_ns` turns them into Unix time. All durations are nanoseconds too.
@@ -151,7 +151,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class TraceInfo:
-    """What a trace is about. `backend` says what saw the system calls: ptrace, strace, or none.
+    """A trace's description. `backend` names the source of the system calls: ptrace, strace, or none.
 
     `floor_ns` is how long a call that does nothing takes under this tracer: no duration below it means anything.
     """

@@ -18,7 +18,7 @@ _COLUMNS = (
 
 
 def as_json(reader: Reader, profile: Profile) -> dict[str, Any]:
-    """Return everything: what was run, hot paths, statistics, each call that was kept, and spans."""
+    """Return everything: the command, hot paths, statistics, each call that was kept, and spans."""
     info = reader.info()
     return {
         "format": FORMAT,

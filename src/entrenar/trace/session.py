@@ -1,4 +1,4 @@
-"""One traced run: calls and spans come in, are joined, and go to the store and to whoever watches.
+"""One traced run: join calls and spans, store them, and pass them to the observers.
 
     backend (ptrace, strace, none)     ->  calls  ->
                                                      join  ->  store, observers (detectors, exporters, live lines)
@@ -34,7 +34,7 @@ Sampler = Callable[[], Sequence[Metric]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a session is told: the command, where it stores, and who watches.
+    """A session's settings: the command, where it stores, and its observers.
 
     `trace_id` and `parent` come from the launcher's TRACEPARENT, if it has one. `shortest_ns` is the duration below
     which compute spans are dropped.
@@ -96,12 +96,12 @@ class Session:
         self._store(lambda store: store.add_marks(marks))
 
     def living(self) -> list[int]:
-        """Return the processes of the program that have not ended, as far as is known."""
+        """Return the processes of the program that are not known to have ended."""
         return [process.pid for process in list(self._processes.values()) if process.ended_ns is None]
 
     @property
     def info(self) -> TraceInfo:
-        """What the trace is about, as far as it is known."""
+        """The trace's description so far."""
         return self._info
 
     def has_spans(self) -> bool:

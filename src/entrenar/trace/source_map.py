@@ -29,7 +29,7 @@ _LANGUAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a generated line was written: `note` is what the generator says of it, such as an optimization."""
+    """Where a generated line was written: `note` is the generator's remark, such as an optimization."""
 
     file: str
     line: int
@@ -57,7 +57,7 @@ class SourceMap:
     _stacks: dict[tuple[Frame, ...], tuple[Frame, ...]] = field(default_factory=dict)
 
     def add(self, generated_file: str, line: int, origin: Origin | None) -> None:
-        """Say where a generated line came from; the first word on a line counts."""
+        """Record where a generated line came from; the first record for a line counts."""
         entries = self.lines.setdefault(generated_file, [])
         if not entries or entries[-1][0] < line:
             entries.append((line, origin))
@@ -76,7 +76,7 @@ class SourceMap:
         return found
 
     def move(self, frame: Frame) -> Frame:
-        """Return the frame at its origin, with the generated place kept; an unmapped frame is returned as it is."""
+        """Return the frame at its origin, with the generated place kept; return an unmapped frame unchanged."""
         origin = self.origin(frame.file, frame.line)
         if origin is None:
             return frame
@@ -248,7 +248,7 @@ class _Reader:
         return number
 
     def generated_file(self, name: str) -> str:
-        """Return the generated file as it lies next to its map, or as it is called where it does not."""
+        """Return the path of the generated file next to its map, or its given name if there is no such file."""
         beside = self.path.parent / name
         return str(beside.resolve()) if beside.is_file() else name
 

@@ -31,7 +31,7 @@ class SpanEvent:
 
 @dataclass
 class _Stream:
-    """How far a process's records were read."""
+    """The position up to which a process's records were read."""
 
     pid: int
     segment: int = 0

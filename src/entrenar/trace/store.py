@@ -58,7 +58,7 @@ class _Count:
 class Writer:
     """A trace file that is being written. Not for use by several threads at once.
 
-    Raises: DiskFullError, MachineError from every method that writes; what was committed stays readable.
+    Raises: DiskFullError, MachineError from every method that writes; committed rows stay readable.
     """
 
     def __init__(self, path: Path, *, call_rows: int = CALL_ROWS) -> None:
@@ -81,12 +81,12 @@ class Writer:
     # ---- what is seen ----
 
     def add_info(self, info: TraceInfo) -> None:
-        """Store what the trace is about, or what is now known of it."""
+        """Store or update the trace's description."""
         with _explained(self.path):
             self._set("info", json.dumps(asdict(info) | {"trace_id": f"{info.trace_id:032x}"}))
 
     def add_process(self, process: Process) -> None:
-        """Store a process, or what is now known of it."""
+        """Store or update a process."""
         values = (
             process.pid, process.parent_pid, process.command, process.started_ns, process.ended_ns, process.exit_code,
             process.rank,

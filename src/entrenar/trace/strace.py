@@ -25,7 +25,7 @@ _PATH = re.compile(r'^(?:\d+|AT_FDCWD)<([^>]*)>|"((?:[^"\\]|\\.)*)"')
 
 
 def command(argv: Sequence[str], output: Path, wanted: Iterable[str] | None = None) -> list[str]:
-    """Return the command that runs `argv` under strace, which writes to `output`.
+    """Return the command that runs `argv` under strace and writes to `output`.
 
     Raises: MachineError if there is no strace.
     """

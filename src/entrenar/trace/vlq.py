@@ -1,4 +1,4 @@
-"""Variable-length quantities in base 64, as source maps write numbers (ECMA-426, section 6)."""
+"""Read variable-length quantities in base 64, the numbers of source maps (ECMA-426, section 6)."""
 
 _DIGITS = {
     character: value

@@ -22,7 +22,7 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep freed memory; return whether it was told (other allocators are left alone)."""
+    """Make glibc's allocator keep freed memory; return whether it accepted (other allocators are left alone)."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_blocks() -> bool:
-    """Tell glibc's allocator to return large blocks when they are freed; return whether it was told."""
+    """Make glibc's allocator return large blocks when they are freed; return whether it accepted."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)

@@ -73,7 +73,7 @@ class CheckpointKeeper:
             _log.error("could not save on the way out: %s", error)  # the error under way has the traceback
 
     def report(self, *, wait: bool, is_final: bool = False) -> None:
-        """Tell what became of the checkpoint being written; with `is_final`, a failure is an error.
+        """Report the outcome of the checkpoint being written; with `is_final`, a failure is an error.
 
         Raises: MachineError.
         """

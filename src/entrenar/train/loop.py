@@ -35,7 +35,7 @@ from entrenar.train.world import World
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """The end of a run."""
 
     reason: Reason
     step: int
@@ -61,7 +61,7 @@ def fit(
     Turns the module's float32 parameters into bfloat16 if the precision says so. Without a `world` this process trains
     alone; of several ranks the writer alone calls `on_record` and `on_event`.
 
-    Raises: NonFiniteError, TrainingHalted, OutOfMemoryError, DataError (what was learned until then is saved);
+    Raises: NonFiniteError, TrainingHalted, OutOfMemoryError, DataError (progress until then is saved);
     DiskFullError when the last checkpoint cannot be written; CheckpointError for a checkpoint of another model;
     ConfigError for a folder in use.
     """

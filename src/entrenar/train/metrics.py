@@ -61,7 +61,7 @@ def _to_line(record: Mapping[str, Any]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return `value` with NaN and infinity, which JSON cannot hold, replaced by None."""
+    """Return `value` with NaN and infinity replaced by None, because JSON cannot hold them."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

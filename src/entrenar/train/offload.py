@@ -122,7 +122,7 @@ class ActivationFile:
         return storage
 
     def close(self) -> None:
-        """Close the file, which deletes it."""
+        """Close the file; this deletes it."""
         self._file.close()
 
 

@@ -34,7 +34,7 @@ def is_oom(error: BaseException) -> bool:
 
 @contextmanager
 def explained_oom(activity: str) -> Iterator[None]:
-    """Turn running out of memory in the block into our error; `activity` says what was being done and what would help.
+    """Turn running out of memory in the block into our error; `activity` names the work and what would help.
 
     Raises: OutOfMemoryError.
     """

@@ -287,7 +287,7 @@ def _new_scratch(device: torch.device, dtype: torch.dtype, *, is_coded: bool) ->
 def _decoded(
     each: _Trained, scratch: _Scratch, mean: Tensor, squares: Tensor, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield a piece of the moments, beginning at `start`, as float32, and encode it again afterwards."""
+    """Yield a piece of the moments, beginning at `start`, in float32, and encode it again afterwards."""
     if each.mean_scales is None or each.squares_scales is None or scratch.means is None or scratch.squares is None:
         yield mean, squares
         return

@@ -35,7 +35,7 @@ class Phases:
 
     @contextmanager
     def run(self, rank: int) -> Iterator[None]:
-        """Hold the span of the whole run open, and that of its last epoch."""
+        """Hold the spans of the whole run and of its last epoch open."""
         with self._tracer.start_as_current_span("train", attributes={"entrenar.rank": rank}), self._epoch_span:
             yield
 

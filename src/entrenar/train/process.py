@@ -1,4 +1,4 @@
-"""Set up the process for a run: seeds, threads and the allocator, which hold for everything in it."""
+"""Set up the process for a run: seeds, threads and the allocator."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""How far a run has come: everything small that its next step depends on.
+"""Track a run's progress: every small piece of state that its next step depends on.
 
-All of it is in every checkpoint, so that N steps, a kill, and M more steps leave the same bytes as N + M steps. The
+Every checkpoint holds it, so that N steps, a kill, and M more steps leave the same bytes as N + M steps. The
 *boundary* is this state as of the last moment at which it agreed with the weights; a checkpoint holds the boundary,
 never something half-way through a step.
 """
@@ -139,7 +139,7 @@ class Progress:
         return self.counters.micro_batches / self._per_epoch if self._per_epoch else None
 
     def record(self, figures: StepFigures, step_s: float) -> StepRecord:
-        """Return the record of the step just counted, which took `step_s`."""
+        """Return the record of the step just counted; it took `step_s`."""
         return StepRecord(
             step=self.step,
             loss=figures.loss,
@@ -171,7 +171,7 @@ class Progress:
     # ---- the boundary ----
 
     def mark_boundary(self) -> dict[str, Any]:
-        """Remember the state now, as one that agrees with the weights, and return it."""
+        """Remember the current state as one that agrees with the weights, and return it."""
         self.boundary = {
             "counters": asdict(self.counters) | {"elapsed_s": self.elapsed_s()},
             "loader": self.position,

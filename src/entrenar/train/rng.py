@@ -1,4 +1,4 @@
-"""Save and restore every random generator that a training step may draw from, as JSON values.
+"""Save and restore, as JSON values, every random generator that a training step may draw from.
 
 JSON because a checkpoint is never pickled; Python's repr of a float is exact, so nothing is lost.
 """

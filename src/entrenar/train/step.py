@@ -1,4 +1,4 @@
-"""The gradient of one global batch, however much of it fits into memory at a time.
+"""Compute the gradient of one global batch in pieces that fit into memory.
 
 The loss of a batch is a sum over its targets, so the gradient of a global batch is the plain sum over its pieces, of
 all micro-batches and all ranks, and the division by the number of targets happens once, in the optimizer. When memory

@@ -1,4 +1,4 @@
-"""What the loop is handed: a module, batches, a loss, a place to write, and nothing that knows language models."""
+"""Define the loop's inputs: a module, batches, a loss, a place to write, and nothing that knows language models."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from entrenar.train.checkpoint import Checkpoint
 
 
 class SplittableBatch(Protocol):
-    """Rows with a loss, which can be cut into smaller batches."""
+    """Rows with a loss that can be cut into smaller batches."""
 
     @property
     def num_targets(self) -> int:

@@ -2,7 +2,7 @@
 
 Each process, a *rank*, sees its own share of every batch. What one rank decided alone would leave the others waiting
 forever: how many targets a step had, whether its loss is finite, whether memory ran out, whether to stop. So the loop
-never decides from what it sees itself; it asks the world. One small reduction a step carries all of it.
+never decides from its own view alone; it asks the world. One small reduction a step carries every answer.
 
 The only thing a world needs from an engine is a sum over all ranks in place, such as `torch.distributed.all_reduce`.
 One process alone is a world of size 1, in which every question answers itself.
@@ -37,7 +37,7 @@ class World:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes metrics, events and checkpoints."""
+        """Return whether this rank writes metrics, events and checkpoints."""
         return self.rank == 0
 
     def sum(self, **values: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the verbs of the debt score share: where output goes, and that a gap is never a pass."""
+"""Shared by the verbs of the debt score: where output goes, and the rule that a gap is never a pass."""
 
 from pathlib import Path
 

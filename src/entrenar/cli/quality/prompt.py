@@ -1,4 +1,4 @@
-"""`entrenar quality prompt NAME`: a workflow prompt, filled with what was measured of the repository."""
+"""`entrenar quality prompt NAME`: print a workflow prompt filled with measurements of the repository."""
 
 import argparse
 from collections.abc import Sequence

@@ -204,7 +204,7 @@ def _command_of(pid: int) -> tuple[str, ...]:
 
 
 def _die_by(number: int) -> None:
-    """End by the signal that ended the program, so that whoever waits for us sees the same; without a core of ours."""
+    """Die by the signal that ended the program, so that our parent sees the same status; write no core dump."""
     sys.stdout.flush()
     sys.stderr.flush()
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

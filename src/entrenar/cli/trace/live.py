@@ -38,7 +38,7 @@ def execute(parsed: argparse.Namespace) -> int:
 
 
 def picture(reader: Reader) -> Group:
-    """Return what is shown: where the program is now, what its time went to, what was out of the ordinary."""
+    """Return the lines to show: where the program is now, where its time went, which events were anomalous."""
     summary = profile(reader)
     now = [span.name for span in reader.open_spans()]
     head = Text(f"{' '.join(reader.info().command)}\n", style="bold")

@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(parsed: argparse.Namespace) -> int:
-    """Tell origins; return 0, or 1 if the map does not know the line that was asked for."""
+    """Print origins; return 0, or 1 if the map does not contain the requested line."""
     maps = load_maps(parsed.maps)
     if parsed.at is None:
         _print_all(maps)

@@ -11,7 +11,7 @@ from entrenar.trace.session import Session
 
 
 class Export:
-    """An exporter, and what a person hears of it."""
+    """An exporter and the messages it prints for the user."""
 
     def __init__(self, parsed: argparse.Namespace) -> None:
         self._endpoint = parsed.otlp_endpoint
@@ -32,7 +32,7 @@ class Export:
         self._export.close(session.process_spans())
 
     def conclude(self) -> None:
-        """Say what was sent and where it can be seen."""
+        """Print how much was sent and where to view it."""
         if self._export.dropped:
             print(
                 f"[entrenar: OTLP: {self._export.dropped:,} spans were not taken by {self._endpoint}; the trace file "

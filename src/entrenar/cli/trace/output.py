@@ -1,4 +1,4 @@
-"""What a trace ends with: the reports that were asked for, in the form that was asked for."""
+"""Write the reports requested at the end of a trace, in the requested format."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""A corpus on disk: shards of token ids, a manifest that vouches for every byte, and the way to read windows of it.
+"""A corpus on disk: shards of token ids, a manifest with a hash of every file, and windows read from them.
 
     corpus/manifest.json      counts, hashes of sources, shards and tokenizer, options
     corpus/tokenizer.json     the tokenizer that made the ids
@@ -174,7 +174,7 @@ class Corpus:
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is held-out text: at least one token that follows another."""
+        """Return whether there is held-out text: at least one token that follows another."""
         return len(self._streams["val"]) > 1
 
     def tokenizer(self) -> Tokenizer:

@@ -87,7 +87,7 @@ class Loader:
 
     @property
     def batches_per_epoch(self) -> float:
-        """How many batches one pass takes."""
+        """The number of batches in one pass."""
         return self.windows_per_epoch / self._batch_size
 
     def __iter__(self) -> Iterator[tuple[Batch, LoaderState]]:
@@ -136,7 +136,7 @@ class Loader:
 def validation_batches(
     corpus: Corpus, *, batch_size: int, seq_len: int, mask_documents: bool = True, split: Split = "val"
 ) -> Iterator[Batch]:
-    """Yield the split in order, every id a target once (but BOS, which is given); the end is filled with -100.
+    """Yield the split in order, every id a target once (except the given BOS); fill the end with -100.
 
     Raises: DataError for an empty split.
     """

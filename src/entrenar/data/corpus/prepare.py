@@ -52,7 +52,7 @@ _HASH_SPAN = 1 << 64
 
 
 class PrepareConfig(SourceConfig):
-    """How a corpus is made."""
+    """Settings for building a corpus."""
 
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
     """Share of the documents held out for validation; 0 holds out none, and a run on the corpus measures nothing."""
@@ -142,7 +142,7 @@ def _held_out_below(sources: list[CorpusSource], config: PrepareConfig) -> int:
 
 
 def _check_target(out: Path, sources: list[CorpusSource], *, overwrite: bool) -> None:
-    """Refuse to replace a folder that is no corpus, or a corpus of other sources, and to write into a source."""
+    """Refuse to replace a folder that holds something else or a corpus of other sources, or to write into a source."""
     if out.exists() and not is_corpus(out) and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} exists and is not a corpus, so it is not replaced; name another folder (--out)")
     held = sources_of(out)

@@ -12,7 +12,7 @@ from entrenar.data.corpus.corpus import ShardEntry, SplitEntry
 
 @dataclass
 class Counts:
-    """What a split holds; `bytes` is the UTF-8 length of its documents."""
+    """The contents of a split; `bytes` is the UTF-8 length of its documents."""
 
     documents: int = 0
     tokens: int = 0

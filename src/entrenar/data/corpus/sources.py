@@ -31,7 +31,7 @@ _NAMES_KEPT = 20
 
 
 class SourceConfig(BaseModel):
-    """How documents are read from sources."""
+    """Settings for reading documents from sources."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -69,7 +69,7 @@ class CorpusSource:
 
 @dataclass
 class ReadLog:
-    """What reading met, in bounded size: counts, the first names, and one digest over all files of a source."""
+    """A bounded summary of the files read: counts, the first names, and one digest over all files of a source."""
 
     skipped_counts: dict[str, int] = field(default_factory=dict)
     skipped_names: dict[str, list[str]] = field(default_factory=dict)

@@ -44,7 +44,7 @@ def alpaca_template(tokenizer: Tokenizer, *, marks_answers: bool = False) -> str
 
 
 def tokenizer_to_train(tokenizer: Tokenizer, prompt_format: PromptFormat) -> Tokenizer:
-    """Return the tokenizer with the chat template that fine-tuning will use, which is to be saved with the model."""
+    """Return the tokenizer with the chat template that fine-tuning will use and save with the model."""
     if prompt_format != "alpaca" and (prompt_format != "auto" or tokenizer.chat_templates):
         return tokenizer
     return _with_template(tokenizer, alpaca_template(tokenizer))
@@ -58,7 +58,7 @@ def marking_answers(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def has_inputs(tokenizer: Tokenizer) -> bool:
-    """Return whether a tokenizer's chat template is this one, which knows the role "input"."""
+    """Return whether the tokenizer has this chat template, the one with the role "input"."""
     return tokenizer.chat_template in {alpaca_template(tokenizer, marks_answers=marks) for marks in (False, True)}
 
 

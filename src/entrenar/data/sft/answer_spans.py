@@ -73,7 +73,7 @@ class AnswerSpans:
         return self._length(self._render(number + 1).text, number)
 
     def _length(self, beginning: str, number: int) -> int:
-        """Return the length of a rendering up to a message, as far as the whole text begins with it."""
+        """Return the length of a rendering up to a message, or of the part that the whole text begins with."""
         for text in (beginning, beginning.removesuffix(self._tail)):
             if self.text.startswith(text):
                 return len(text)
@@ -130,5 +130,5 @@ class AnswerSpans:
 
 
 def _squeezed(text: str) -> str:
-    """Drop white space, which templates trim and add."""
+    """Drop white space: templates trim and add it."""
     return "".join(text.split())

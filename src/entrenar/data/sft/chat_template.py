@@ -1,4 +1,4 @@
-"""Chat templates turn messages into the text, and the tokens, that a chat model was trained on.
+"""Turn messages into the text and tokens that a chat model was trained on, with its chat template.
 
 A template is a program (jinja2) that a stranger wrote. It runs in jinja2's sandbox, in a separate process whose memory
 and CPU time the kernel limits: no check inside one process stops `"a" * 10**10` or three nested loops. Only CPU time
@@ -40,7 +40,7 @@ class TemplateStoppedError(FormatError):
 
 @dataclass(frozen=True)
 class Rendering:
-    """The text of messages, and the spans of it that the template marks as generated (`{% generation %}`)."""
+    """The text of messages, and its spans that the template marks as generated (`{% generation %}`)."""
 
     text: str
     generated: tuple[Span, ...]

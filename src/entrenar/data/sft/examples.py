@@ -36,7 +36,7 @@ _VALUES = re.compile(r"\d+|'[^']*'|\"[^\"]*\"")
 
 @dataclass
 class SftRows:
-    """What was found in files of rows.
+    """The rows found in files, sorted by their use.
 
     Attributes:
         examples: the rows that can be trained on, in order.
@@ -163,7 +163,7 @@ class _Reader:
 
 
 def _hint(row: Row, error: UnusableRowError, config: SftConfig) -> str:
-    """Say where a table's names come from, if its rows have no known shape."""
+    """Describe where a table's names come from if its rows have no known shape."""
     is_table = format_of(Path(row.place.rpartition(":")[0])) in (".csv", ".tsv")
     if not is_table or error.kind != "shape" or config.columns:
         return ""

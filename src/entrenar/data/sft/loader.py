@@ -121,7 +121,7 @@ class SftLoader:
 
 
 def lay_out(lengths: Sequence[int], seq_len: int, batching: Batching) -> Layout:
-    """Return the rows, as indices of the examples in them.
+    """Return the rows: for each, the indices of its examples.
 
     Raises: DataError for a length over `seq_len`.
     """
@@ -144,7 +144,7 @@ def held_out_batches(examples: Sequence[Example], *, batch_size: int, seq_len: i
 
 
 def make_batch(rows: Sequence[Sequence[Example]]) -> Batch:
-    """Put the examples of each row one after the other, as documents of their own.
+    """Concatenate the examples of each row as separate documents.
 
     No row gives one token without a target: a rank that has no share of an epoch's last batch still takes its part.
     """

@@ -1,4 +1,4 @@
-"""What a user decides about the data of a fine-tuning run."""
+"""Define the settings for the data of a fine-tuning run."""
 
 from datetime import date
 from pathlib import Path
@@ -54,7 +54,7 @@ class SftConfig(BaseModel):
 
     @property
     def packs_documents(self) -> bool:
-        """Whether a row holds several documents that must not see each other."""
+        """Return whether a row holds several documents that must not see each other."""
         return self.batching == "packed"
 
     @field_validator("data", "eval_data", mode="before")

@@ -1,4 +1,4 @@
-"""A row as turns: what each side says, what a chat template is given for it, and what of it is trained.
+"""Split a row into turns: each side's text, the values given to the chat template, and the parts to train on.
 
 The keys of a message are a closed set. A key that would be dropped changes what the model learns, so it is a fault of
 the row unless it says nothing (null, an empty list) or the user names it in `ignore_fields`.
@@ -57,11 +57,11 @@ class UnusableRowError(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says.
+    """One side's message.
 
     Attributes:
         role: who says it; "input" is the input of an instruction.
-        content: the text, that of content parts joined; "" where there is none.
+        content: the text, with content parts joined; "" where there is none.
         is_trained: false for what the row marks as read only.
         given: what else a chat template is told: the row's own role and content where they differ, name, tool_calls,
             tool_call_id, reasoning_content, thinking.
@@ -103,7 +103,7 @@ class Conversation:
 
 
 def present(fields: Mapping[str, Any], ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the fields that say something: neither ignored nor null, as tables have what another row lacks."""
+    """Return the fields with content: neither ignored nor null (tables fill a row's missing columns with null)."""
     return {key: value for key, value in fields.items() if key not in ignored and value is not None}
 
 
@@ -232,7 +232,7 @@ def _parsed(value: Any, name: str) -> Any:
 
 
 def read_list(value: Any, name: str) -> tuple[Any, ...] | None:
-    """Return a list of objects (tools, documents), which may be JSON as text; None for an empty one.
+    """Return a list of objects (tools, documents), parsed if it is JSON text; None for an empty one.
 
     Raises: UnusableRowError.
     """

@@ -1,4 +1,4 @@
-"""Apply what `tokenizer_config.json` and its companions say about a tokenizer, as transformers does.
+"""Apply the settings in `tokenizer_config.json` and its companions to a tokenizer, as transformers does.
 
 A `tokenizer.json` or a sentencepiece model is not the whole mapping. Added tokens may stand in `added_tokens_decoder`
 or `added_tokens.json` only, a padding token may have a name and no place in the vocabulary, and the class

@@ -20,7 +20,7 @@ _MAX_ID = 1 << 31
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Return the content of the files next to a tokenizer, as one tokenizer_config.json.
+    """Merge the files next to a tokenizer into the content of one tokenizer_config.json.
 
     The chat templates that have files of their own, chat_template.jinja and additional_chat_templates/NAME.jinja,
     replace those in the config. special_tokens_map.json and added_tokens.json count, by transformers' rule, where the

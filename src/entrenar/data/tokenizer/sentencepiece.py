@@ -31,7 +31,7 @@ _BPE, _CHAR = 2, 4
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What encoding needs of a sentencepiece file."""
+    """The parts of a sentencepiece file needed for encoding."""
 
     pieces: list[tuple[str, float, int]]  # text, score, type
     model_type: int = 1
@@ -206,7 +206,7 @@ def _added_token(index: int, text: str, kind: int) -> dict[str, Any]:
 
 
 def _bos_template(model: SentencePieceModel) -> dict[str, Any] | None:
-    """Say in tokenizer.json's way that a text starts with BOS; only other programs read it."""
+    """Build the tokenizer.json entry that puts BOS before a text; only other programs read it."""
     if model.bos_id < 0:
         return None
     bos = model.pieces[model.bos_id][0]

@@ -31,7 +31,7 @@ def llama3_control_tokens() -> list[str]:
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Tell a rank file from a sentencepiece model by its first line."""
+    """Return whether a file is a rank file and not a sentencepiece model, judged by its first line."""
     with path.open("rb") as stream:
         parts = stream.readline(_MAX_TOKEN_BYTES).split()
     return len(parts) == 2 and parts[1] == b"0" and parts[0].isascii()

@@ -32,7 +32,7 @@ def _decoder_steps(decoder: Any) -> list[Mapping[str, Any]]:
 
 
 def decoder_family(decoder: Any, place: str) -> tuple[str, bool]:
-    """Say how tokens become bytes: ("bytes" or "pieces", does decoding drop one leading space).
+    """Return how tokens become bytes: ("bytes" or "pieces", does decoding drop one leading space).
 
     Raises: FormatError for a decoder of another family.
     """

@@ -87,7 +87,7 @@ class Tokenizer:
         return cls(read_tokenizer_json(file), read_folder_config(file.parent), str(file))
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as `AutoTokenizer` reads them."""
+        """Write `tokenizer.json` and `tokenizer_config.json` in the form that `AutoTokenizer` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
@@ -123,7 +123,7 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> Mapping[str, str]:
-        """The special tokens' texts by role, such as {"bos_token": "<s>"}, as chat templates name them."""
+        """The special tokens' texts by role, named as in chat templates: {"bos_token": "<s>"}."""
         indices = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         found = {role: self.name_of(index) for role, index in indices.items() if index is not None}
         unknown = self._content["model"].get("unk_token")
@@ -136,7 +136,7 @@ class Tokenizer:
 
     @property
     def adds_space(self) -> bool:
-        """Whether the first token of a text carries a space that the text does not have (sentencepiece)."""
+        """Return whether encoding adds a space before the first token of a text (sentencepiece)."""
         return self._drops_space
 
     @cached_property

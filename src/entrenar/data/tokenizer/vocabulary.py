@@ -42,7 +42,7 @@ WHOLE_WORDS: frozenset[WordPattern] = frozenset(("llama3", "tekken"))
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What has to be stored of a tokenizer.
+    """The data that must be stored to rebuild a tokenizer.
 
     Attributes:
         tokens: the text of each id; in the bytes family in GPT-2's printable alphabet.
@@ -145,7 +145,7 @@ def _bytes_json(vocabulary: Vocabulary) -> dict[str, Any]:
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
         if kind == NORMAL
     }
-    # `tokenizers` numbers added tokens on from the vocabulary, whatever the file says, unless they are part of it.
+    # Whatever the file says, `tokenizers` numbers added tokens after the vocabulary unless they are part of it.
     is_behind = [token["id"] for token in added] == list(range(len(vocab), len(vocab) + len(added)))
     if not is_behind:
         vocab |= {token["content"]: token["id"] for token in added}
@@ -185,7 +185,7 @@ def _byte_level_file(vocabulary: Vocabulary, added: list[dict[str, Any]], model:
 
 
 def _bos_template(vocabulary: Vocabulary) -> dict[str, Any] | None:
-    """Say in tokenizer.json's way that a text starts with BOS; only other programs read it."""
+    """Build the tokenizer.json entry that puts BOS before a text; only other programs read it."""
     if vocabulary.bos_id is None or not vocabulary.add_bos:
         return None
     bos = vocabulary.tokens[vocabulary.bos_id]

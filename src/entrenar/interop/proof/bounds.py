@@ -1,4 +1,4 @@
-"""What each written dtype may change a weight by: the bounds that a written file is held against.
+"""Bound how much each written dtype may change a weight; written files are checked against these bounds.
 
 They follow from the formats' definitions, not from the code that rounds: half a unit in the last place, half a step of
 a block's scale, half a gap between two levels.

@@ -1,4 +1,4 @@
-"""Frequencies of rotary positions in numpy, from the words of a file: none of it is shared with the model's own.
+"""Compute rotary frequencies in numpy from a file's fields, sharing no code with the model.
 
 The rules, for texts within the original context: linear and llama3 as in `model.rope_scaling`, YaRN as in Peng 2023,
 arXiv:2309.00071, eq. 22-25. Dynamic NTK changes nothing there.
@@ -40,7 +40,7 @@ def _llama3(plain: Array, factor: float, scaling: Mapping[str, Any]) -> Array:
 
 
 def _kept(theta: float, width: int, scaling: Mapping[str, Any]) -> Array:
-    """Return how much of each plane's frequency stays as it is."""
+    """Return how much of each plane's frequency stays unchanged."""
     original = scaling["original_max_position_embeddings"]
     edges = [
         width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,4 +1,4 @@
-"""A LLaMA's forward pass in numpy, for checking files: none of it is shared with the model that wrote them.
+"""A LLaMA's forward pass in numpy, for checking files; it shares no code with the model that wrote them.
 
 It takes weights by name from a reader, one layer at a time, in the order of rows that the file has, so a wrong
 permutation, a transposed matrix, a lost scaling or a swapped gate shows in the logits. Float64, no cache, no speed.
@@ -30,7 +30,7 @@ Weights = Callable[[str], Rows]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a forward pass needs beside the weights; `frequencies` are those of the planes of a head."""
+    """The inputs of a forward pass besides the weights; `frequencies` holds one value per plane of a head."""
 
     num_layers: int
     num_heads: int

@@ -1,4 +1,4 @@
-"""Sentencepiece's BPE from a list of pieces and scores, as llama.cpp and llama2.c run it.
+"""Run sentencepiece's BPE on a list of pieces and scores, like llama.cpp and llama2.c.
 
 For verification: it shows that the *scores* in a written file merge as the tokenizer does, which a comparison of
 tokens cannot. Written from `llm_tokenizer_spm` in llama-vocab.cpp; slow.

@@ -48,7 +48,7 @@ def read_hf_folder(folder: Path) -> Readback:
 
 
 def _places(folder: Path) -> Places:
-    """Return where each tensor is: in the one file if there is one, as transformers reads it, else in the shards."""
+    """Return where each tensor is: in the single file if there is one (as in transformers), else in the shards."""
     files = [folder / _SINGLE]
     if not files[0].is_file():
         files = sorted(

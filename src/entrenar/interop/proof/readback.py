@@ -1,4 +1,4 @@
-"""What the independent readers of model files return: rows that are read when they are asked for.
+"""Define the output of the independent readers of model files: rows that are read on demand.
 
 The readers share nothing with the code that loads and writes models. They serve verification only, and are simple: a
 source has been loaded by the strict reader before, and a target was written here.
@@ -33,7 +33,7 @@ class FileRows:
 
 @dataclass(frozen=True)
 class Readback:
-    """What an independent reader found: the weights by Hugging Face's names, in the file's own order of rows.
+    """An independent reader's output: the weights by Hugging Face's names, in the file's own order of rows.
 
     Attributes:
         encode: the tokenizer in the file, None where it holds none.

@@ -38,7 +38,7 @@ HARD_STRINGS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The results of a verification.
 
     Attributes:
         max_logit_difference: largest |difference| of a logit over the probe tokens.
@@ -85,7 +85,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file was written from: weights that are read one by one, and the logits they give."""
+    """The source of a written file: weights read one by one, and the logits they give."""
 
     config: LlamaConfig
     names: Sequence[str]
@@ -100,7 +100,7 @@ def origin_of(model: Llama) -> Origin:
 
 
 def origin_in(readback: Readback, config: LlamaConfig, names: Sequence[str]) -> Origin:
-    """Return a file as the origin, as an independent reader found it."""
+    """Open a file with an independent reader and return it as the origin."""
 
     def weight(name: str) -> Tensor:
         order = _row_order(name, config) if readback.shape.is_interleaved else None
@@ -198,7 +198,7 @@ def compare_tensors(readback: Readback, origin: Origin, bound: Bound) -> dict[st
 
 
 def _row_order(name: str, config: LlamaConfig) -> Array | None:
-    """Say where each half-split row lies in an interleaved file: i of the first half at 2i, of the second at 2i + 1."""
+    """Map half-split rows to an interleaved file: row i of the first half is at 2i, of the second at 2i + 1."""
     heads = {"q_proj": config.num_heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
     if heads is None:
         return None

@@ -65,7 +65,7 @@ def reference_quantized_linear(
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "... O"]:
-    """Return x Wᵀ + s (dropout(x) Aᵀ) Bᵀ over the whole widened W, as plain torch that autograd differentiates."""
+    """Return x Wᵀ + s (dropout(x) Aᵀ) Bᵀ over the whole widened W, in plain torch with autograd."""
     wide = weight.dequantize(x.dtype)
     if lora_a is None or lora_b is None:
         return x @ wide.mT
@@ -74,7 +74,7 @@ def reference_quantized_linear(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the product is computed: everything that is no tensor."""
+    """The settings of the product: everything that is not a tensor."""
 
     scale: float
     compute_dtype: torch.dtype

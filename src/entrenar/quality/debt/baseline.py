@@ -41,7 +41,7 @@ class Drop:
 
     @property
     def points(self) -> float:
-        """How far it fell."""
+        """The size of the fall."""
         return round(self.before - self.now, DIGITS)
 
 

@@ -1,4 +1,4 @@
-"""Keep what was measured of a file by its blob's hash, in the repository's own folder of objects.
+"""Cache a file's measurements by its blob's hash, in the repository's own folder of objects.
 
 A file's name decides what is public in it, so it is part of the key, and so are the versions of all that measures.
 """

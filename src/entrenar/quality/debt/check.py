@@ -1,4 +1,4 @@
-"""Hold a tree's scores against the grades that are demanded of it. Scores are compared as numbers, never as labels."""
+"""Compare a tree's scores with the required grades, as numbers, never as labels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -120,7 +120,7 @@ def _bound_names(tree: ast.Module) -> set[str]:
 
 
 def _window_hashes(checksums: NDArray[np.uint64], words: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Return the hash of each window, sum of c[j] B^(start - j) modulo 2^64, or 0 where too few of it are words."""
+    """Return the hash of each window, sum of c[j] B^(start - j) modulo 2^64, or 0 where it has too few words."""
     count = len(checksums) - CLONE_TOKENS + 1
     if count <= 0:
         return np.zeros(0, np.uint64)

@@ -50,7 +50,7 @@ CLONE_WORDS = 8  # of which at least so many are keywords, attributes, called or
 
 @dataclass(frozen=True)
 class Rule:
-    """What one kind of finding costs: `rate` points for each unit above `limit`."""
+    """The cost of one kind of finding: `rate` points for each unit above `limit`."""
 
     part: str
     limit: float
@@ -163,7 +163,7 @@ def lint_rule(code: str) -> str | None:
 
 
 def explanation() -> list[str]:
-    """Return the formula in lines, as `--explain` prints it."""
+    """Return the formula as the lines that `--explain` prints."""
     lines = [
         f"Formula {VERSION}: a finding owes rate x (value - limit) points; a part of weight W with D points of debt",
         "loses W x (1 - exp(-D / W)); a file's score is 100 less what its parts lose; a tree's score is the mean of",

@@ -19,7 +19,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What one file depends on: files of the tree, packages of third parties, and its circle, itself included."""
+    """The dependencies of one file: files of the tree, third-party packages, and its circle, itself included."""
 
     files: tuple[str, ...]
     packages: tuple[str, ...]

@@ -45,7 +45,7 @@ def _ruff() -> str:
 
 
 def lint(texts: Mapping[str, str], names: Mapping[str, str]) -> dict[str, Linted]:
-    """Lint each text, given by a key; `names` are the file names, which decide what is public.
+    """Lint each text, given by a key; `names` are the file names: they decide which names are public.
 
     Raises: MachineError if ruff is missing or fails.
     """

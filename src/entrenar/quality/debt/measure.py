@@ -75,7 +75,7 @@ def _complexipy() -> ModuleType:
 
 
 def measure(contents: Mapping[str, bytes], names: Mapping[str, str], processes: int) -> dict[str, Found]:
-    """Measure files given by a key; `names` are their file names, which decide what is public.
+    """Measure files given by a key; `names` are their file names: they decide which names are public.
 
     Raises: MachineError if a tool is missing or fails.
     """
@@ -120,6 +120,6 @@ def _parse(content: bytes) -> _Parsed | Unmeasured:
 
 
 def _cognitive(text: str) -> dict[int, int]:
-    """Return the cognitive complexity by first line of each function, and at 0 that of the top level."""
+    """Return the cognitive complexity of each function by its first line, and of the top level at 0."""
     found = _complexipy().code_complexity(text, check_script=True, no_ignore=True, with_plans=False)
     return {0 if row.name == "<module>" else row.line_start: row.complexity for row in found.functions}

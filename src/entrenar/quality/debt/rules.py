@@ -1,4 +1,4 @@
-"""What a tree demands of its scores: `[tool.entrenar.quality]` in pyproject.toml, and `.pmat/tdg-rules.toml`.
+"""Read a tree's required scores: `[tool.entrenar.quality]` in pyproject.toml, and `.pmat/tdg-rules.toml`.
 
     min_grade = "A-"                 # of every file
     min_mean_score = 95.0            # of the tree
@@ -55,7 +55,7 @@ class Rules:
 
     @property
     def drop(self) -> float:
-        """How far a score may fall below its baseline."""
+        """The limits on how far a score may fall below its baseline."""
         return MAX_DROP if self.max_score_drop is None else self.max_score_drop
 
 

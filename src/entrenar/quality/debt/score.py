@@ -1,4 +1,4 @@
-"""Turn what was measured into findings, debts and scores: of functions, of files, of the tree."""
+"""Turn measurements into findings, debts and scores: of functions, of files, of the tree."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class FunctionScore:
 
 @dataclass(frozen=True)
 class FileScore:
-    """A file's score, what each part lost of it, and all findings in the order of lines."""
+    """A file's score, the points that each part lost, and all findings in the order of lines."""
 
     path: str
     score: float
@@ -69,7 +69,7 @@ class TreeScore:
 
 
 def score_tree(files: Mapping[str, Measured | Unmeasured], packages_above: Iterable[str] = ()) -> TreeScore:
-    """Score files, given by path, as one tree: repeated code and imports are looked for across all of them."""
+    """Score files, given by path, as one tree: search all of them together for repeated code and imports."""
     measured = {path: found for path, found in files.items() if isinstance(found, Measured)}
     repeated = clones.find({path: found.windows for path, found in measured.items()})
     coupled = couplings({path: found.imports for path, found in measured.items()}, packages_above)

@@ -47,7 +47,7 @@ def tree_of_revision(
 ) -> Tree:
     """Return the Python files at or under `path` as they are in a commit. Nothing is checked out.
 
-    `path` need not exist any more; files are named from the project, which lies in the repository or is all of it.
+    `path` need not exist any more; files are named from the project, which is the repository or a folder in it.
     """
     patterns, root = tuple(exclude), repository.root.resolve()
     inside = project.resolve().is_relative_to(root)
@@ -75,7 +75,7 @@ def _packages_above(repository: Repository, commit: str, path: str) -> Iterable[
 def score(tree: Tree, folder: Path | None, memory: dict[tuple[str, str], measure.Found] | None = None) -> TreeScore:
     """Score a tree.
 
-    What was measured is kept in `folder`, and in `memory`, which a caller that scores many trees hands on.
+    Measurements are cached in `folder` and in `memory`; a caller that scores many trees passes `memory` along.
     """
     known = {} if memory is None else memory
     wanted = {(entry.blob, entry.name): entry for entry in tree.entries if (entry.blob, entry.name) not in known}

@@ -16,7 +16,7 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Named:
-    """A commit, and whether the work tree had changes on top of it when it was named."""
+    """A commit, and whether the work tree had uncommitted changes when it was named."""
 
     commit: str
     is_dirty: bool = False

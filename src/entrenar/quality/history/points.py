@@ -18,7 +18,7 @@ NOT_MEASURED = "not measured"  # a text, so that a filter that looks for a grade
 
 @dataclass(frozen=True)
 class Point:
-    """A commit and the score of its tree; `name` is what it was asked for by, if not by a range."""
+    """A commit and the score of its tree; `name` is the user's name for it, unless a range selected it."""
 
     commit: Commit
     tree: TreeScore

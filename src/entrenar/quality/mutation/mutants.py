@@ -1,7 +1,7 @@
 """Mutants of a Python file: each is one small slip that a test should notice.
 
-A mutant replaces one piece of the syntax tree inside a function. Beside the usual slips (another comparison, a constant
-off by one, a statement left out) stand those that wreck a gradient without breaking a shape: a factor or a term left
+A mutant replaces one piece of the syntax tree inside a function. The usual slips (another comparison, a constant
+off by one, a statement left out) join those that wreck a gradient without breaking a shape: a factor or a term left
 out, a transpose dropped, operands of a product exchanged, sum for mean, a returned gradient set to zero, a bound of a
 slice forgotten. Annotations, decorators, defaults, messages of errors, assertions and logging are left alone: a slip
 there is another tool's to find.
@@ -57,7 +57,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What finds this mutant again after lines above it moved."""
+        """The key that finds this mutant again after lines above it moved."""
         return f"{self.function} | {self.code} | {self.before} -> {self.after} | {self.occurrence}"
 
 
@@ -79,7 +79,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Site:
-    """A mutant and how to plant it: `function` is the outermost function, whose code is exchanged."""
+    """A mutant and how to plant it: `function` is the outermost function; its code is exchanged."""
 
     mutant: Mutant
     outer_function: str

@@ -1,4 +1,4 @@
-"""What the verdicts on mutants mean: scores, the report, the survivors that are argued, and the gate.
+"""Report the verdicts on mutants: scores, the report, the survivors with an argument, and the gate.
 
     score  = killed / (killed + survived)
     strict = killed by an assertion / (all with a verdict - killed by a crash)

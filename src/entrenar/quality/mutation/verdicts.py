@@ -29,7 +29,7 @@ _DEFAULT_SELECTION = "not slow and not chaos and not fuzz and not gpu"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One mutant and what became of it: killed, survived, timeout or error."""
+    """One mutant and its verdict: killed, survived, timeout or error."""
 
     file: str
     line: int
@@ -47,7 +47,7 @@ class Verdict:
 
 
 class Project:
-    """A tree of sources and tests, as the keys of verdicts see it."""
+    """A tree of sources and tests, in the form that the keys of verdicts use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -198,7 +198,7 @@ def _records(component: Component, lines: Iterable[str]) -> Iterator[dict[str, A
 
 
 def _demand_sound(component: Component, record: dict[str, Any]) -> None:
-    """Refuse to go on if the unchanged code fails, or the runner kills what is no mutant."""
+    """Stop if the unchanged code fails, or if the runner kills a no-op mutant."""
     if record["kind"] == "fault":
         raise GateFailed(f"{component.name}: {record['message']}")
     for failure in record.get("failures", []):

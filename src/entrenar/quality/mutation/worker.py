@@ -58,7 +58,7 @@ class Worker:
         hypothesis.settings.load_profile("mutation")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Tell of a test file that cannot be imported."""
+        """Report a test file that cannot be imported."""
         if report.failed:
             self._report({"kind": "fault", "message": f"{report.nodeid} cannot be collected: {report.longrepr}"})
 
@@ -153,7 +153,7 @@ class Worker:
 
 
 def _observe(session: pytest.Session, paths: list[str]) -> dict[str, Any]:
-    """Run every test; return which tests reach which line, how long each took, who failed, what was imported.
+    """Run every test; return which tests reach which line, how long each took, who failed, the imported modules.
 
     A cache of the mutated files is emptied before each test: what the first test filled would hide the others.
     """

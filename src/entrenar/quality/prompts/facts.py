@@ -1,6 +1,6 @@
-"""What is known of a repository, in lines that a prompt can hold.
+"""Collect facts about a repository, in lines that fit into a prompt.
 
-What was not measured says so, with the command that measures it.
+A missing measurement is named with the command that measures it.
 """
 
 import json

@@ -37,7 +37,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Heading:
-    """What stands above the epics."""
+    """The fields above the epics."""
 
     specification: str
     repository: str

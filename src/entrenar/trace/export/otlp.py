@@ -1,4 +1,4 @@
-"""A trace as OTLP: spans and system calls in OpenTelemetry's data model, as JSON, and for the exporter as records.
+"""Convert a trace to OTLP: spans and system calls in OpenTelemetry's data model, as JSON or as exporter records.
 
 The trace of a week has no end that a viewer could show: after every `STRETCH` steps a new trace begins, whose root is
 linked to the step's place in the first one, and back. Attributes follow the semantic conventions (code.function.name,

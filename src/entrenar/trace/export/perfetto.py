@@ -1,4 +1,4 @@
-"""Chrome's trace event format, which Perfetto, chrome://tracing and VizTracer's viewer open.
+"""Write Chrome's trace event format for Perfetto, chrome://tracing and VizTracer's viewer.
 
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU: "X" events with microseconds, one
 track a thread; system calls lie under the span that made them, because they lie inside it on its thread's track.

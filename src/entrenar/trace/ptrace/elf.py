@@ -14,7 +14,7 @@ _DYNSYM, _SYMTAB, _LOAD, _SHARED = 11, 2, 1, 3
 
 @dataclass(frozen=True, slots=True)
 class ElfFile:
-    """A file known by what it is, not by where it was found."""
+    """A file identified by device and inode, not by its path."""
 
     device: int
     inode: int

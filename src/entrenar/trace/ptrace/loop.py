@@ -23,12 +23,12 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _TICK_S = 0.25
 _LATE_TICK_S = 0.02
 _DETACH_S = 2.0
-# How long the program's own end waits for that of its children: a helper that is about to end is seen whole.
+# How long the program's own end waits for its children to end: a helper that is about to end is seen whole.
 _LINGER_S = 0.2
 
 
 class Watcher(Protocol):
-    """What is done with what the tracer sees. The thread is stopped during `on_entry` and `on_exit`."""
+    """Callbacks for the tracer's events. The thread is stopped during `on_entry` and `on_exit`."""
 
     def on_entry(self, pid: int, tid: int, number: int, arguments: tuple[int, ...]) -> Any:
         """Return what `on_exit` will want to know; None if the call is of no interest."""
@@ -73,7 +73,7 @@ class Tracer:
     def run(self, program: Path, argv: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a program to its end and return its exit code, negative for the signal that ended it.
 
-        Processes that outlive the program go on without the tracer.
+        Processes that outlive the program continue without the tracer.
 
         Raises: OSError(EPERM) where tracing is not permitted, with nothing run; MachineError if the program cannot be
         executed.
@@ -242,7 +242,7 @@ class Tracer:
             self._watcher.on_start(pid, self._pids.get(parent, parent))
 
     def _executed(self, pid: int, former: int) -> None:
-        """Go on with the thread that called exec: it has the id of its process now, and all others are gone."""
+        """Continue with the thread that called exec: it has the id of its process now, and all others are gone."""
         if former != pid:
             if (entry := self._entered.pop(former, None)) is not None:
                 self._entered[pid] = entry
@@ -327,7 +327,7 @@ class _Signals:
 
 
 def _forked(program: Path, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Fork a child that becomes the program when it gets a byte; return where to write, where errors come, its pid."""
+    """Fork a child that becomes the program when it gets a byte; return the pipe to it, the pipe of errors, its pid."""
     wait, go = os.pipe()
     failure, fail = os.pipe()
     pid = os.fork()

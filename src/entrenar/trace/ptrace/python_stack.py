@@ -42,10 +42,10 @@ class _Code:
 
 
 class PythonStack:
-    """Stacks of the threads of one process, as long as it runs one program."""
+    """Stacks of the threads of one process while it runs one program."""
 
     def __init__(self, pid: int, *, like: "PythonStack | None" = None) -> None:
-        """Open the memory of `pid`; `like` is the process that it was forked from, whose interpreter it shares.
+        """Open the memory of `pid`; `like` is its parent before the fork, with the same interpreter.
 
         Raises: OSError.
         """

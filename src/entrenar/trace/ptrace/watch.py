@@ -80,7 +80,7 @@ class CallWatcher:
             self.tick()
 
     def on_start(self, pid: int, parent: int | None) -> None:
-        """Note a new process, which shares its parent's Python until it runs another program."""
+        """Note a new process; it shares its parent's Python until it runs another program."""
         self.processes[pid] = Process(pid, parent, _command(pid), time.monotonic_ns())
         if parent is None:
             self._images[pid] = _Image(None, is_python=False)
