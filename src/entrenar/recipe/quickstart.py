@@ -21,6 +21,7 @@ from entrenar.data import Corpus, DataConfig, Example, PrepareConfig, Tokenizer,
 from entrenar.files import atomic_write
 from entrenar.infer import Evaluation, GenerateConfig, complete, evaluate
 from entrenar.model import Llama, LlamaConfig
+from entrenar.planning.threads import fastest_threads
 from entrenar.recipe.models import open_model
 from entrenar.recipe.pretrain import train
 from entrenar.recipe.start import Observer
@@ -53,7 +54,7 @@ class QuickstartConfig(BaseModel):
     corpora_dir: Path = Path("corpora")
     """Where corpora are kept."""
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads; by default torch decides."""
+    """CPU threads; by default the faster of one and torch's own number, measured at the start."""
     seed: int = Field(default=0, ge=0, lt=_NEW_SEED)
     """Seed of the stories, the weights and the order of the data."""
 
@@ -104,6 +105,11 @@ def quickstart(
     Raises:
         ConfigError, DataError, TrainingHalted, MachineError.
     """
+    if config.threads is None:
+        config = config.model_copy(update={"threads": fastest_threads()})
+        observer.on_stage(
+            f"Training on {config.threads} thread{'s' if config.threads != 1 else ''}, the fastest just now"
+        )
     told = list(stories.stories(NUM_STORIES, config.seed)) if config.text is None else []
     corpus = _prepare(config, [story.text for story in told], observer)
     looks: list[Look] = []
