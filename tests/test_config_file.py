@@ -166,6 +166,7 @@ def _values(option: Option) -> st.SearchStrategy[str]:
 
 
 @pytest.mark.property
+@pytest.mark.kills("config_file", 'tables += ["", f"[{name}]", *kept]', 'tables += ["", *kept]')
 @pytest.mark.parametrize("kind", ["pretrain", "full", "lora", "qlora"])
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

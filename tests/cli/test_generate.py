@@ -134,7 +134,7 @@ def test_control_tokens_in_a_prompt_are_text_unless_asked_for(folder, monkeypatc
     """The note names the token; --allow-special reads it, and adds no second token at the start."""
     prompts = []
 
-    def generate(_model, ids, *_):
+    def generate(_model, ids, *_, **__):
         prompts.extend(ids)
         return iter(())
 
