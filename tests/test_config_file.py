@@ -185,7 +185,10 @@ def test_a_config_that_is_written_is_read_back(tmp_path_factory, kind: str, data
         reject()
     path = tmp_path_factory.mktemp("run") / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
-    again = load(path)
+    try:
+        again = load(path)
+    except ConfigError as fault:
+        raise AssertionError(f"a config that was written is refused: {fault}") from fault
     assert again.model_dump(exclude={"preset"}) == config.model_dump(exclude={"preset"})
     assert to_toml(again) == to_toml(config)
 
