@@ -13,7 +13,7 @@ import torch
 with atheris.instrument_imports(include=["entrenar.model", "entrenar.ops"]):
     from entrenar.errors import EntrenarError
     from entrenar.model import Llama, LlamaConfig, llama
-    from entrenar.ops import Documents
+    from entrenar.ops import document_spans
 
 torch.set_num_threads(1)
 PLANTED = "--planted" in sys.argv
@@ -60,7 +60,7 @@ def check_input(provider: atheris.FuzzedDataProvider) -> None:
     ids = table(provider, (batch, time), *((-1, 18) if is_wild else (0, 16)))
     targets = table(provider, other, *((-101, 18) if is_wild else (0, 16)))
     try:
-        documents = Documents.from_ids(table(provider, other, 0, 2).sort(-1).values) if provider.ConsumeBool() else None
+        documents = document_spans(table(provider, other, 0, 2).sort(-1).values) if provider.ConsumeBool() else None
         loss = MODEL.loss(ids, targets, documents=documents)
     except EntrenarError:
         return
