@@ -90,7 +90,7 @@ def test_a_shard_that_shrinks_under_the_run_is_an_error_not_a_crash(corpus: Corp
 
 def test_what_is_no_corpus_is_refused(tmp_path: Path):
     """A folder without manifest says how to make one."""
-    with pytest.raises(DataError, match=r"is no corpus: it has no manifest.json; make one with `entrenar prepare"):
+    with pytest.raises(DataError, match=r"is not a corpus: it has no manifest.json; make one with `entrenar prepare"):
         Corpus.open(tmp_path)
 
 
