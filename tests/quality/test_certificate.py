@@ -191,4 +191,4 @@ def test_failing_tests_certify_nothing(checkout, capsys):
 def test_without_a_checkout_it_says_what_to_do(tmp_path, capsys):
     """An installed package has no tests."""
     assert main(["verify", "ops", "--project", str(tmp_path)]) == 2
-    assert "has no tests/ops; clone the project and run there, or name the checkout" in capsys.readouterr().err
+    assert "has no tests/ops; run in a clone of the project, or name one with --project" in capsys.readouterr().err

@@ -32,7 +32,7 @@ from entrenar.quality.certificate import (
 _TESTS = ("tests/ops", "tests/proofs")
 _SINGLE_TESTS = ("tests/property_llama.py", "tests/gradient_llama.py")
 # Operations whose file has another name than they have.
-_FILES = {"quantized_linear": "quantized/linear"}
+_FILES = {"nf4": "quantized/nf4", "quantized_linear": "quantized/linear"}
 
 
 def run(words: Sequence[str]) -> int:
