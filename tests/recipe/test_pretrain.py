@@ -264,7 +264,7 @@ def test_a_dry_run_checks_what_a_run_would_and_changes_nothing(corpus, tmp_path,
     assert main(["train", *words]) == 0
     assert f"{corpus}: whole; tokens: train " in capsys.readouterr().out
     assert main(["train", *words, "--corpus", str(tmp_path / "nowhere")]) == 2
-    assert "is no corpus" in capsys.readouterr().err
+    assert "is not a corpus" in capsys.readouterr().err
     assert main(["train", *words, "--batch-size", "100000"]) == 2
     assert "the batch is larger than the corpus" in capsys.readouterr().err
     assert main(["train", *words, "--corpus", str(tmp_path / "nowhere"), "--sources", "stdlib"]) == 0
