@@ -8,7 +8,7 @@ import pytest
 
 from entrenar.trace import launch
 
-VECTORS = Path("/work/shared/data/oracles/w3c_traceparent.json")
+VECTORS = Path(__file__).resolve().parents[3] / "shared/data/oracles/w3c_traceparent.json"
 VALID = "00-12345678901234567890123456789012-1234567890123456-01"
 
 

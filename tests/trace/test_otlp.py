@@ -14,7 +14,7 @@ from entrenar.trace.reader import Reader
 from entrenar.trace.records import Frame, Span, SystemCall, TraceInfo
 from entrenar.trace.store import Writer
 
-EXAMPLE = Path("/work/shared/data/oracles/otlp/trace.json")
+EXAMPLE = Path(__file__).resolve().parents[3] / "shared/data/oracles/otlp/trace.json"
 INFO = TraceInfo(("python", "train.py"), 0xABC << 96, 0, 10**18, "ptrace", ended_ns=10**9)
 ROOT = Span(0xF00, None, "process: train.py", 1, 1, 0, 10**9, "ok", {"process.pid": 1})
 LOAD = Frame("load", "/work/train.py", 42)
