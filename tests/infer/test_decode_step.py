@@ -34,8 +34,7 @@ def test_step_equals_the_model(name: str, starts: list[int] | None) -> None:
     """Token by token, both give the same logits and leave the same cache, with and without left padding."""
     config = CONFIGS[name]
     model, rows = model_of(config), torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(3))
-    left = None if starts is None else torch.tensor(starts)
-    flat, general = (KVCache(config, 3, 12, starts=left, dtype=torch.float64) for _ in range(2))
+    flat, general = (KVCache(config, 3, 12, starts=starts, dtype=torch.float64) for _ in range(2))
     for cache in (flat, general):
         model(rows[:, :5], cache=cache)
     step = DecodeStep(model, flat)

@@ -332,7 +332,7 @@ def test_a_damaged_or_foreign_weight_is_refused_by_name(folder, fault):
 @pytest.mark.parametrize(
     ("added", "dropped", "message"),
     [
-        ("model.norm.weight.absmax", (), "model.norm.weight cannot be in few bits, but beside it there is its absmax"),
+        ("model.norm.weight.absmax", (), "model.norm.weight cannot be quantized, but the folder also holds its absmax"),
         ("model.norm.weight.absmax", ("model.norm.weight",), "model.norm.weight is missing, of it there is only abs"),
         ("model.nowhere.weight", (), "model.nowhere.weight, which the architecture in config.json does not have"),
     ],

@@ -274,7 +274,7 @@ def test_what_is_there_is_not_replaced_unless_asked(tmp_path, stories):
         convert(stories, Target(place.path, "hf", can_overwrite=True))
     with pytest.raises(ConfigError, match=r"is a folder, gguf is not; name another place$"):
         convert(stories, Target(tmp_path, "gguf", can_overwrite=True))
-    with pytest.raises(FormatError, match=r"is no model folder: it has neither config\.json nor model\.bin$"):
+    with pytest.raises(FormatError, match=r"is not a model folder: it has neither config\.json nor model\.bin$"):
         convert(stories, Target(tmp_path, "hf", can_overwrite=True))
     assert place.path.is_file()
 
@@ -292,7 +292,7 @@ def test_formats_are_told_by_content(tmp_path, shared_data):
     assert detect(shared_data / "models/stories260K_hf") == "hf"
     with pytest.raises(DataError, match=r"^no model at .*nothing: give a Hugging Face folder, a \.gguf or a llama2\.c"):
         detect(tmp_path / "nothing")
-    with pytest.raises(FormatError, match=r"is no model folder: it has neither config\.json nor model\.bin$"):
+    with pytest.raises(FormatError, match=r"is not a model folder: it has neither config\.json nor model\.bin$"):
         detect(tmp_path)
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(FormatError, match=r"pytorch_model\.bin is a pickle, which can run code .*save_pretrained$"):

@@ -88,7 +88,7 @@ def test_a_tied_head_is_its_embedding(tmp_path, make_model, kind):
     tensors = load_file(folder / "model.safetensors")
     twice = {f"{HEAD}{name.removeprefix(EMBEDDING)}": t for name, t in tensors.items() if name.startswith(EMBEDDING)}
     save_file(tensors | {name: tensor.clone() for name, tensor in twice.items()}, folder / "model.safetensors")
-    with pytest.raises(FormatError, match=rf"{HEAD} cannot be in few bits, but beside it there is its "):
+    with pytest.raises(FormatError, match=rf"{HEAD} cannot be quantized, but the folder also holds its "):
         hf.load_model(folder)
 
 

@@ -59,7 +59,7 @@ def test_the_published_vocabulary_gives_the_published_ids(shared_data):
     lines = (folder / "ggml-vocab-llama-spm.gguf.out").read_text("utf-8").split("\n")
     for text, line in zip(texts, lines, strict=False):
         assert tokenizer.encode(text) == [int(number) for number in line.split()], text
-    with pytest.raises(FormatError, match=r"lacks tensor token_embd\.weight; it is no model but 0 tensors$"):
+    with pytest.raises(FormatError, match=r"lacks tensor token_embd\.weight, so its 0 tensors are not a model$"):
         load_gguf(folder / "ggml-vocab-llama-spm.gguf")
 
 
@@ -255,7 +255,7 @@ def test_a_damaged_header_is_refused(tmp_path, damage):
         ("general.architecture", "gpt-2", r"general\.architecture must be 'llama', got 'gpt-2'$"),
         ("llama.block_count", 10**9, r"holds \d+ tensors; llama\.block_count is 1000000000$"),
         ("llama.block_count", "x", r"llama\.block_count must be a number, got 'x'$"),
-        ("llama.attention.head_count", 0, r"the header is that of no LLaMA: .*num_heads"),
+        ("llama.attention.head_count", 0, r"the header does not describe a LLaMA: .*num_heads"),
         ("llama.rope.dimension_count", 4, r"llama\.rope\.dimension_count must be the head width 8, got 4$"),
         ("llama.feed_forward_length", 65, r"tensor \S+ has shape \(.*64.*\), its header asks for \(.*65.*\)$"),
         ("llama.rope.scaling.type", "longrope", r"scaling\.type must be none, linear or yarn, got 'longrope'$"),

@@ -5,6 +5,7 @@ import torch
 
 from entrenar.errors import DataError
 from entrenar.model import KVCache, Llama, LlamaConfig, RopeScaling
+from entrenar.ops import Documents
 
 SMALL = LlamaConfig(
     vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=40, max_seq_len=16
@@ -21,8 +22,7 @@ def model_of(config: LlamaConfig) -> Llama:
 
 
 def cache_of(config: LlamaConfig, batch_size: int, max_len: int, starts: list[int] | None = None) -> KVCache:
-    left = None if starts is None else torch.tensor(starts)
-    return KVCache(config, batch_size, max_len, starts=left, dtype=torch.float64)
+    return KVCache(config, batch_size, max_len, starts=starts, dtype=torch.float64)
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -53,6 +53,21 @@ def test_left_padding_has_no_influence() -> None:
         for row, start in enumerate(starts):
             alone = model(rows[row : row + 1, start:])
             torch.testing.assert_close(logits[row : row + 1, start:], alone, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_padding_is_known_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading padded prompts fetches nothing from the device: where each text begins is known before."""
+    monkeypatch.setattr(Documents, "from_ids", lambda _: pytest.fail("waits for the device"))
+    model, rows = model_of(SMALL), tokens(2, 6)
+    cache = cache_of(SMALL, 2, 6, [2, 0])
+    model(rows, cache=cache)
+    assert cache.first_slots == (2, 0)
+    assert cache.starts is not None
+    assert cache.starts.tolist() == [2, 0]
+    assert cache.spans(6) == (((0, 2), (2, 6)), ((0, 6),))
+    assert cache.spans(1) == (((0, 1),), ((0, 1),))
+    assert cache_of(SMALL, 2, 6, [0, 0]).starts is None
 
 
 @torch.no_grad()

@@ -129,12 +129,11 @@ def _steps(model: Llama, prompts: Sequence[Sequence[int]], choose: "_Chooser") -
 
 def _cache(model: Llama, prompts: Sequence[Sequence[int]], max_len: int, device: torch.device) -> KVCache:
     longest = max(map(len, prompts))
-    starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     return KVCache(
         model.config,
         len(prompts),
         max_len,
-        starts=starts if bool(starts.any()) else None,
+        starts=[longest - len(prompt) for prompt in prompts],
         dtype=model.dtype,
         device=device,
     )

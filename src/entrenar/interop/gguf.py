@@ -102,7 +102,9 @@ def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer | None:
 def _config(file: GGUFFile) -> LlamaConfig:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise FormatError(f"{file.path} lacks tensor token_embd.weight; it is no model but {len(file.tensors)} tensors")
+        raise FormatError(
+            f"{file.path} lacks tensor token_embd.weight, so its {len(file.tensors)} tensors are not a model"
+        )
     factors = file.tensors.get(_ROPE_FACTORS)
     config = read_architecture(
         file.path,

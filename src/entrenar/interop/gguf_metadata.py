@@ -125,7 +125,7 @@ def read_architecture(
         config = LlamaConfig.model_validate(fields)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise FormatError(f"{path}: the header is that of no LLaMA: {faults}") from error
+        raise FormatError(f"{path}: the header does not describe a LLaMA: {faults}") from error
     return config if factors is None else _with_llama3(path, config, factors)
 
 

@@ -258,7 +258,7 @@ def _check_parts(
     if len(parts) > 1:
         if not may_be_codes or len(shape) != 2:
             beside = ", ".join(sorted(parts.keys() - {""}))
-            raise FormatError(f"{place} cannot be in few bits, but beside it there is its {beside}")
+            raise FormatError(f"{place} cannot be quantized, but the folder also holds its {beside}")
         return
     if entry.dtype in (torch.int8, torch.uint8):
         missing = quantized_layout.missing_part(entry.dtype)

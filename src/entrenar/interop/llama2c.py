@@ -98,7 +98,7 @@ def _config(path: Path, numbers: tuple[int, ...], *, is_tied: bool) -> LlamaConf
         )  # fmt: skip
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))} {fault['msg']}" for fault in error.errors())
-        raise FormatError(f"{path}: the header is that of no LLaMA, so this is no llama2.c file: {faults}") from error
+        raise FormatError(f"{path}: not a llama2.c file, its header does not describe a LLaMA: {faults}") from error
 
 
 def _expected_size(path: Path, header: Header) -> int:

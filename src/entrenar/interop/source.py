@@ -93,7 +93,7 @@ def detect(path: Path) -> Format:
             return "hf"
         if (path / MODEL_BIN).is_file():
             return "llama2c"
-        raise FormatError(f"{path} is no model folder: it has neither config.json nor {MODEL_BIN}")
+        raise FormatError(f"{path} is not a model folder: it has neither config.json nor {MODEL_BIN}")
     if not path.is_file():
         raise DataError(f"no model at {path}: give a Hugging Face folder, a .gguf or a llama2.c .bin")
     with path.open("rb") as stream:

@@ -5,12 +5,16 @@ are padded on the left, so that all rows end, and grow, at the same slot: row b 
 positions count from there, and no query looks before it.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from entrenar.errors import DataError
 from entrenar.model.config import LlamaConfig
+from entrenar.ops import DocumentSpans
 
 
 class KVCache:
@@ -18,7 +22,8 @@ class KVCache:
 
     Attributes:
         layers: the keys and the values of each layer, (L, 2, B, G, max_len, K).
-        starts: the first slot of each row's text; None where every row begins at slot 0.
+        first_slots: the first slot of each row's text, on the host; None where every row begins at slot 0.
+        starts: the same on the device, (B,).
     """
 
     def __init__(
@@ -27,14 +32,17 @@ class KVCache:
         batch_size: int,
         max_len: int,
         *,
-        starts: Int[Tensor, " B"] | None = None,
+        starts: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         shape = (config.num_layers, 2, batch_size, config.kv_heads, max_len, config.head_width)
         self.layers = torch.empty(shape, dtype=dtype, device=device)
         self.max_len = max_len
-        self.starts = starts
+        self.first_slots = tuple(starts) if starts is not None and any(starts) else None
+        self.starts: Int[Tensor, " B"] | None = None
+        if self.first_slots is not None:
+            self.starts = torch.tensor(self.first_slots, device=device)
         self.length = 0
 
     def append(
@@ -60,6 +68,11 @@ class KVCache:
                 "make it longer"
             )
         return end
+
+    def spans(self, end: int) -> DocumentSpans:
+        """Return, for each row, the padding and the text of the slots before `end`, as documents."""
+        edges = [(0, min(first, end), end) for first in self.first_slots or ()]
+        return tuple(tuple(span for span in pairwise(row) if span[0] < span[1]) for row in edges)
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that every layer has appended."""

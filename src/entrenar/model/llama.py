@@ -379,7 +379,7 @@ class Llama(nn.Module):
         is_text = slots >= cache.starts[:, None]  # (B, S)
         if start == 0:
             # The padding is a document of its own: a query with no key at all would be NaN.
-            padding = ops.Documents.from_ids(is_text.int())
+            padding = ops.Documents.from_spans(cache.spans(end), input_ids.device)
             return Context(cos[positions], sin[positions], padding, cache)
         mask = (is_text[:, None] & (slots <= slots[start:, None]))[:, None]  # (B, 1, T, S)
         return Context(cos[positions], sin[positions], cache=cache, mask=mask)

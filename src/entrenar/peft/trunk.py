@@ -187,7 +187,7 @@ class TrunkCache:
         self.is_active = False
         self._on_event(
             f"trunk cache {self.store.folder}: states read from it differ from computed ones by {difference:.2g} of "
-            f"their size, {allowed:.2g} is rounding; the run goes on without it, delete the folder"
+            f"their size, rounding explains {allowed:.2g}; the run continues without the cache; delete the folder"
         )
         return computed
 

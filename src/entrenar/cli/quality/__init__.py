@@ -24,7 +24,7 @@ _OF_DEBT = ("check-quality", "baseline", "check-regression", "history")  # also 
 def run(words: Sequence[str]) -> int:
     """Run one check; return 0 if its floors hold."""
     parser = argparse.ArgumentParser(
-        prog="entrenar quality", description="Gates on a Python tree, by what was measured of it.", allow_abbrev=False
+        prog="entrenar quality", description="Gates on a Python tree, decided by measurements.", allow_abbrev=False
     )
     parser.add_argument("--project", type=Path, default=Path(), metavar="DIR", help="root of the tree (default: here)")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")

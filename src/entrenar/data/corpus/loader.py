@@ -82,7 +82,7 @@ class Loader:
         if self._start.fingerprint != self.fingerprint or len(self._start.drawn) != len(corpora):
             raise DataError(
                 "the saved position belongs to other data: corpora, their order or weights, seq_len or seed changed "
-                f"(saved {self._start.fingerprint[:12]}…, now {self.fingerprint[:12]}…); restore them or start anew"
+                f"(saved {self._start.fingerprint[:12]}…, now {self.fingerprint[:12]}…); restore them or start again"
             )
 
     @property

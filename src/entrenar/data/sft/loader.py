@@ -87,7 +87,7 @@ class SftLoader:
         if self._start.fingerprint != self.fingerprint:
             raise DataError(
                 "the saved position is in other data: rows, tokenizer, seq_len, batch_size, batching or seed changed "
-                f"(saved {self._start.fingerprint[:12]}…, now {self.fingerprint[:12]}…); restore it or start anew"
+                f"(saved {self._start.fingerprint[:12]}…, now {self.fingerprint[:12]}…); restore it or start again"
             )
 
     @property

@@ -151,7 +151,7 @@ def _quantize_rows(
     weight: Tensor, bits: int, spread: Tensor | None, choices: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and tops of some rows, one column of blocks after the other."""
-    rest = weight.float().clone()  # what is still to be rounded, with the errors of what was
+    rest = weight.float().clone()  # not yet rounded, including the errors of rounded columns
     levels = nf_bits_levels(bits, weight.device)
     importance = None if spread is None else spread.diagonal() ** -2
     codes, scales, tops = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), [], []
