@@ -78,6 +78,7 @@ def test_the_program_runs_as_without_a_tracer_and_its_hot_path_is_on_top(run):
 def test_json_has_the_output_to_itself(run, tmp_path):
     """The program's own output goes to standard error, the report is valid JSON, and equals the one made later."""
     done, trace = run("--format", "json", "--ml-anomaly", "--ml-clusters", "2", "-e", "trace=!futex")
+    assert done.stdout, done.stderr[-3000:]
     values = json.loads(done.stdout)
     assert values["ml_analysis"]["clusters"] == 2
     assert "input\n" in done.stderr
