@@ -11,6 +11,7 @@ from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, conclusion
+from entrenar.cli.ranks import one_of_ranks
 from entrenar.cli.train import describe
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
@@ -24,6 +25,11 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     given = flags.given_flags(parsed, FinetuneConfig)
     config = _config(parsed.config, given, is_resuming=parsed.resume)
+    with one_of_ranks():
+        return _finetune(config, parsed, given)
+
+
+def _finetune(config: FinetuneConfig, parsed: argparse.Namespace, given: dict[str, str]) -> int:
     planned = plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)

@@ -11,6 +11,7 @@ from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, conclusion
+from entrenar.cli.ranks import one_of_ranks
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.infer import Evaluation
@@ -26,6 +27,11 @@ def run(words: Sequence[str]) -> int:
     config = _config(parsed.config, given, is_resuming=parsed.resume)
     if parsed.dry_run:
         return _dry_run(config, parsed)
+    with one_of_ranks():
+        return _train(config, parsed, given)
+
+
+def _train(config: RunConfig, parsed: argparse.Namespace, given: dict[str, str]) -> int:
     planned = plan_run(sized_for_corpus(config)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)

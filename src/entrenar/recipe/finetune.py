@@ -41,6 +41,7 @@ from entrenar.recipe.start import (
     start,
 )
 from entrenar.runs import RunFolder
+from entrenar.scale import check_same
 from entrenar.train import Outcome, Task
 
 
@@ -90,7 +91,8 @@ def finetune(
     config = _dated(_shortened_to_context(started.config, model), tokenizer, started)
     started = dataclasses.replace(started, config=config)
     check_unchanged(started)
-    if overwrite:
+    _check_ranks(started)
+    if overwrite and started.world.is_writer:
         for stale in config.run_dir.glob(f"*{QUARANTINE_FILE}"):
             stale.unlink()
     rows = read_rows(config, tokenizer, observer)
@@ -108,6 +110,26 @@ def finetune(
     finally:
         if trunk is not None:
             trunk.close()
+
+
+def _check_ranks(started: Start[FinetuneConfig]) -> None:
+    """Refuse what one process must do alone.
+
+    Raises:
+        ConfigError: the base is to be rounded, or the trunk to be cached, by several ranks.
+    """
+    config = started.config
+    if started.world.size == 1:
+        return
+    if config.quantize.bits is not None and not started.is_resumed:
+        raise ConfigError(
+            "quantize.bits must be left out for several ranks, because one process rounds the base; round it first "
+            f"with `entrenar convert {config.model} DIR --to nf-bits --bits {config.quantize.bits}`"
+        )
+    if config.trunk.cache_trunk:
+        raise ConfigError(
+            "trunk.cache_trunk must be false for several ranks: one process writes the cache; leave it out"
+        )
 
 
 def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) -> FinetuneReport:
@@ -204,15 +226,19 @@ def _open_trunk(
 
 
 def _loader(started: Start[FinetuneConfig], examples: Sequence[Example]) -> SftLoader:
-    config, position = started.config, started.position
-    return SftLoader(
+    config, position, world = started.config, started.position, started.world
+    loader = SftLoader(
         examples,
         batch_size=config.sft.batch_size,
         seq_len=config.sft.seq_len,
         seed=config.train.seed,
         batching=config.sft.batching,
+        rank=world.rank,
+        world_size=world.size,
         start=SftState.from_dict(position) if position else None,
     )
+    check_same(world, {"data": loader.fingerprint})
+    return loader
 
 
 def _cached_loss(trunk: TrunkCache, device: torch.device) -> BatchLoss:

@@ -24,7 +24,7 @@ from entrenar.data import (
     prepare,
     validation_batches,
 )
-from entrenar.errors import DataError
+from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model
 from entrenar.interop.assemble import give_storage
@@ -43,6 +43,7 @@ from entrenar.recipe.start import (
     start,
 )
 from entrenar.runs import RunFolder
+from entrenar.scale import check_same
 from entrenar.train import Outcome, Task
 
 _NOTHING_HELD_OUT = "No held-out text (prepared with val_fraction 0), so no held-out loss and no best checkpoint"
@@ -141,10 +142,14 @@ def _ready(config: RunConfig, mode: Mode, observer: Observer) -> _Ready:
     if started.is_resumed:
         started = replace(started, config=_with_recorded_model(started))
     check_unchanged(started)
+    if started.world.size > 1 and _is_to_be_prepared(started.config):
+        raise ConfigError(
+            f"{started.config.data.corpus[0]} must be prepared before several ranks train on it; run `entrenar prepare`"
+        )
     corpora = open_corpora(started.config, observer)
     tokenizer = corpora[0].tokenizer()
     if not started.is_resumed:
-        started = replace(started, config=_sized(started.config, corpora, tokenizer.vocab_size))
+        started = replace(started, config=_sized(started, corpora, tokenizer.vocab_size))
     config = started.config
     check_room(config)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -169,9 +174,10 @@ def _with_recorded_model(started: Start[RunConfig]) -> RunConfig:
     return config.model_copy(update={"model": LlamaConfig(**(started.checkpoint.state["config"]["model"] | own))})
 
 
-def _sized(config: RunConfig, corpora: list[Corpus], vocab_size: int) -> RunConfig:
+def _sized(started: Start[RunConfig], corpora: list[Corpus], vocab_size: int) -> RunConfig:
     tokens = sum(corpus.manifest.splits["train"].tokens for corpus in corpora)
-    return sized(config, vocab_size=vocab_size, tokens=tokens, room_bytes=memory_limit().size_bytes)
+    room_bytes = started.world.broadcast(memory_limit().size_bytes) // started.world.size
+    return sized(started.config, vocab_size=vocab_size, tokens=tokens, room_bytes=room_bytes)
 
 
 def _is_to_be_prepared(config: RunConfig) -> bool:
@@ -210,16 +216,20 @@ def _build_model(started: Start[RunConfig], tokenizer: Tokenizer, observer: Obse
 
 
 def _loader(started: Start[RunConfig], corpora: list[Corpus]) -> Loader:
-    config, position = started.config, started.position
-    return Loader(
+    config, position, world = started.config, started.position, started.world
+    loader = Loader(
         *corpora,
         batch_size=config.data.batch_size,
         seq_len=config.data.seq_len,
         seed=config.train.seed,
         weights=config.data.weights,
+        rank=world.rank,
+        world_size=world.size,
         mask_documents=config.data.mask_documents,
         start=LoaderState.from_dict(position) if position else None,
     )
+    check_same(world, {"data": loader.fingerprint})
+    return loader
 
 
 class _HeldOut:

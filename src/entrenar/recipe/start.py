@@ -5,15 +5,17 @@
 Nothing is written before `open_run_folder`: a fault in a new run must not cost the old one.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 import torch
 from torch import nn
 
+from entrenar import __version__
 from entrenar.config import AnyConfig, ConfigT, changeable
 from entrenar.config_file import to_toml
 from entrenar.data import Batch, Progress, Tokenizer
@@ -22,6 +24,7 @@ from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.model import Llama
 from entrenar.planning import settle_compute_dtype
 from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
+from entrenar.scale import check_same, check_shared, current_world, rank_log, weight_hashes
 from entrenar.train import (
     Checkpoint,
     Outcome,
@@ -29,6 +32,7 @@ from entrenar.train import (
     Settings,
     Task,
     TrainConfig,
+    World,
     check_same_config,
     fit,
     latest_good,
@@ -73,12 +77,16 @@ class Mode:
 
 @dataclass(frozen=True)
 class Start(Generic[ConfigT]):
-    """A run that can begin: its process is set up, its device is there, and its folder is free or to be resumed."""
+    """A run that can begin: its process is set up, its device is there, and its folder is free or to be resumed.
+
+    `world` is this process among the ranks that train together.
+    """
 
     config: ConfigT
     mode: Mode
     device: torch.device
     checkpoint: Checkpoint | None
+    world: World
 
     @property
     def is_resumed(self) -> bool:
@@ -98,12 +106,29 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
         ConfigError, CheckpointError: the machine lacks the device, or the folder is not free, or cannot be resumed.
     """
     prepare_process(config.train)
-    device = choose_device(config)
+    device, world = choose_device(config), current_world()
+    if world.size > 1 and device.type != "cpu":
+        raise ConfigError(f'device must be cpu for several ranks, got {device}; set device = "cpu"')
     checkpoint = find_checkpoint(config.run_dir, mode)
+    _check_same_start(world, config, mode, checkpoint)
     recorded = checkpoint.state["config"]["compute_dtype"] if checkpoint else None
     if mode.adds_time and checkpoint is not None:
         config = _with_more_time(config, checkpoint.state["counters"]["elapsed_s"])
-    return Start(settle_compute_dtype(config, device, recorded), mode, device, checkpoint)
+    config = settle_compute_dtype(config, device, recorded)
+    config = config.model_copy(update={"compute_dtype": world.broadcast(config.compute_dtype)})
+    return Start(config, mode, device, checkpoint, world)
+
+
+def _check_same_start(world: World, config: AnyConfig, mode: Mode, checkpoint: Checkpoint | None) -> None:
+    check_same(
+        world,
+        {
+            "version": {"entrenar": __version__, "torch": torch.__version__},
+            "config": _recorded(config),
+            "mode": asdict(mode),
+            "resumed step": checkpoint.step if checkpoint else None,
+        },
+    )
 
 
 def _with_more_time(config: ConfigT, elapsed_s: float) -> ConfigT:
@@ -163,11 +188,22 @@ def check_unchanged(started: Start[ConfigT]) -> None:
 def open_run_folder(started: Start[ConfigT], kept: str = "") -> None:
     """Make the run's folder and write the config into it; in mode overwrite, delete what an earlier run left there.
 
-    Files whose name ends in `kept` stay. Call it once everything else has been checked.
+    Files whose name ends in `kept` stay. Call it once everything else has been checked. Of several ranks the writer
+    alone touches the folder, and every other one gets a log in it.
 
     Raises:
+        ConfigError: the ranks do not share the folder.
         DiskFullError, MachineError.
     """
+    if started.world.is_writer:
+        _make_run_folder(started, kept)
+    check_same(started.world, {"config": _recorded(started.config)})  # the writer has made the folder
+    check_shared(started.world, started.config.run_dir)
+    if not started.world.is_writer:
+        logging.getLogger("entrenar").addHandler(rank_log(started.config.run_dir, started.world.rank))
+
+
+def _make_run_folder(started: Start[ConfigT], kept: str) -> None:
     config = started.config
     with explained_disk_errors(config.run_dir):
         if started.mode.overwrite and config.run_dir.is_dir():
@@ -206,9 +242,13 @@ def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) ->
     settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
     observer.on_stage("Resuming" if started.is_resumed else "Training")
     observer.on_model(task.module)
-    run = Run(config.run_dir, _recorded(config), started.checkpoint)
+    if started.world.size > 1:
+        # What a resumed run trains comes from the checkpoint, and has no values yet.
+        hashes = weight_hashes(task.module, only_frozen=started.is_resumed)
+        check_same(started.world, {"weights": hashes})
     run = Run(config.run_dir, _recorded(config), started.checkpoint, observer.inspect_code)
-    outcome = fit(task, settings, run, on_record=observer.on_record, on_event=observer.on_event)
+    outcome = fit(task, settings, run, started.world, on_record=observer.on_record, on_event=observer.on_event)
+    started.world.any(flag=False)  # wait until the writer has saved: the last checkpoint is the result of every rank
     task.module.eval()
     return outcome
 

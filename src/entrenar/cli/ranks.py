@@ -1,0 +1,42 @@
+"""The command as one rank of several: rank 0 prints, the other ranks write their output into their logs."""
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from entrenar.errors import EntrenarError
+from entrenar.scale import joined
+
+_log = logging.getLogger("entrenar.ranks")
+
+
+@contextmanager
+def one_of_ranks() -> Iterator[None]:
+    """Join the ranks, if torchrun started several; an error on a rank other than 0 begins with its number.
+
+    Raises:
+        MachineError: the ranks cannot meet.
+    """
+    with joined() as world:
+        if world.is_writer:
+            yield
+            return
+        ours = logging.getLogger("entrenar")
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        try:
+            with redirect_stdout(_LogStream()):
+                yield
+        except EntrenarError as error:
+            _log.error("%s: %s", type(error).__name__, error)
+            raise type(error)(f"on rank {world.rank}: {error}") from error
+
+
+class _LogStream(io.TextIOBase):
+    """A stream that logs each line, unless it is empty."""
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            _log.info("%s", line)
+        return len(text)

@@ -1,0 +1,81 @@
+"""Join the ranks that torchrun started, and report a rank that is gone as an error with a remedy.
+
+torchrun gives each process its number and the address where they meet as environment variables, and ends all processes
+once one has failed. The sums run over gloo, on the CPU.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from entrenar.errors import MachineError
+from entrenar.train import World
+
+RANKS_FOLDER = "ranks"
+
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def current_world() -> World:
+    """Return the world of the process group that this process has joined; a world of one process without a group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World.alone()
+    return World(dist.get_rank(), dist.get_world_size(), _add_up)
+
+
+def _add_up(tensor: Tensor) -> None:
+    dense = tensor.contiguous()
+    try:
+        dist.all_reduce(dense)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MachineError(
+            f"rank {dist.get_rank()} lost contact with another rank ({reason}); the message of the rank that ended "
+            f"first names the cause, see also RUN/{RANKS_FOLDER}; continue with --resume"
+        ) from error
+    if dense is not tensor:
+        tensor.copy_(dense)
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the ranks if torchrun started this process as one of several, and leave them at the end.
+
+    Raises: MachineError when the ranks cannot meet.
+    """
+    if any(name not in os.environ for name in _RENDEZVOUS) or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+        yield current_world()
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().partition("\n")[0]
+        raise MachineError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot meet the others at {place} ({reason}); "
+            "choose a free port (torchrun --master-port), and check that every host reaches that address"
+        ) from error
+    try:
+        yield current_world()
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_log(run_dir: Path, rank: int) -> logging.FileHandler:
+    """Open the log of a rank in the run's folder, to be written at its end.
+
+    Raises: MachineError.
+    """
+    path = run_dir / RANKS_FOLDER / f"rank-{rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write the log {path}: {error.strerror}; free the path or choose another") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    return handler

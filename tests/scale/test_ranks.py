@@ -1,0 +1,166 @@
+"""The command as several ranks: one run folder, the figures of one process, and errors that name their cause
+(`scale.ranks`, `cli.ranks`).
+"""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+from launched import (
+    TIMEOUT_S,
+    base_model,
+    finetune_words,
+    free_port,
+    on_ranks,
+    prepared_corpus,
+    start,
+    train_words,
+)
+
+from entrenar.runs import read_records
+from entrenar.train import latest_good
+
+# Float32 sums in another order; the exact comparison is in float64 (test_exactness.py).
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A small corpus."""
+    return prepared_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small model and rows next to it."""
+    return base_model(tmp_path_factory.mktemp("base"))
+
+
+def figures(run):
+    return [(r["step"], r["targets"], r["loss"]) for r in read_records(run / "metrics.jsonl")]
+
+
+def assert_same_figures(run, other):
+    """The same steps and targets, and losses that differ by rounding."""
+    for mine, expected in zip(figures(run), figures(other), strict=True):
+        assert mine[:2] == expected[:2]
+        assert mine[2] == pytest.approx(expected[2], rel=ROUNDING)
+
+
+def test_two_ranks_write_one_run(corpus, tmp_path):
+    """Rank 0 prints and writes metrics, events and checkpoints once; rank 1 writes its log and prints nothing."""
+    assert on_ranks(train_words(corpus, tmp_path / "one"))[0][0] == 0
+    first, second = on_ranks(*[train_words(corpus, tmp_path / "two")] * 2)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "Training complete" in first[1]
+    assert second[1:] == ("", "")
+    one, two = tmp_path / "one" / "trial", tmp_path / "two" / "trial"
+    assert_same_figures(two, one)
+    assert {path.name for path in two.iterdir()} - {path.name for path in one.iterdir()} == {"ranks"}
+    assert [path.name for path in (two / "ranks").iterdir()] == ["rank-1.log"]
+    log = (two / "ranks" / "rank-1.log").read_text()
+    assert "Training complete" in log
+    assert "step-00000006" in log
+    events = [event["kind"] for event in read_records(two / "events.jsonl")]
+    assert events == [event["kind"] for event in read_records(one / "events.jsonl")]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_ranks_fine_tune_as_one_process(model, tmp_path, method):
+    """Three ranks with a row each have the losses of one process."""
+    for name, size in (("one", 1), ("three", 3)):
+        ended = on_ranks(*[finetune_words(model, tmp_path / name, method=method)] * size)
+        assert [code for code, _, _ in ended] == [0] * size, ended
+    assert_same_figures(tmp_path / "three" / "trial", tmp_path / "one" / "trial")
+
+
+def test_a_run_is_resumed_on_other_numbers_of_ranks(corpus, tmp_path):
+    """Two ranks, then three, then one: data order and losses of a run that was never stopped."""
+    schedule = {"schedule": "constant"}
+    assert on_ranks(train_words(corpus, tmp_path / "one", **schedule))[0][0] == 0
+    for size, steps in ((2, "2"), (3, "4"), (1, "6")):
+        words = train_words(corpus, tmp_path / "changed", **schedule, max_steps=steps)
+        ended = on_ranks(*[words + (["--resume"] if steps != "2" else [])] * size)
+        assert [code for code, _, _ in ended] == [0] * size, ended
+    one, changed = tmp_path / "one" / "trial", tmp_path / "changed" / "trial"
+    assert_same_figures(changed, one)
+    states = [latest_good(run / "checkpoints").loader_state for run in (one, changed)]
+    assert states[0] == states[1]
+
+
+def test_another_config_on_one_rank_is_refused(corpus, tmp_path):
+    """Both ranks end with code 2 and the key, and no folder is made."""
+    ended = on_ranks(train_words(corpus, tmp_path), train_words(corpus, tmp_path, lr="0.02"))
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "but config.optim.lr is 0.01 on rank 0 and 0.02 on rank 1" in ended[0][2]
+    assert "ConfigError: on rank 1: " in ended[1][2]
+    assert not (tmp_path / "trial").exists()
+
+
+def test_other_data_on_one_rank_is_refused(model, tmp_path):
+    """The same path, with other rows behind it for one rank, ends both ranks with code 2."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        rows = [{"prompt": f"say {n}:", "completion": f" {n + rank}"} for n in range(20)]
+        (tmp_path / str(rank) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = finetune_words(model, tmp_path / "runs", batch_size="2", data="rows.jsonl")
+    port = free_port()
+    ranks = [start(words, rank, 2, port, cwd=tmp_path / str(rank)) for rank in range(2)]
+    errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert all("all ranks must train the same run, but data is" in error for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"bits": "4.5", "method": "qlora"}, "quantize.bits must be left out for several ranks"),
+        ({"cache_trunk": "true", "layers": "top:1"}, "trunk.cache_trunk must be false for several ranks"),
+        ({"batch_size": "5"}, "must be a multiple of world_size (2)"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(model, tmp_path, flags, said):
+    """Rounding a base, caching a trunk and a batch that cannot be shared end with code 2 and a remedy."""
+    ended = on_ranks(*[finetune_words(model, tmp_path, **flags)] * 2)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert said in ended[0][2]
+
+
+def test_a_corpus_is_prepared_before_ranks_train(tmp_path):
+    """Several ranks do not prepare a corpus."""
+    (tmp_path / "text.txt").write_text("some text\n" * 100)
+    words = [*train_words(tmp_path / "corpus", tmp_path / "runs"), "--sources", str(tmp_path / "text.txt")]
+    ended = on_ranks(words, words)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "must be prepared before several ranks train on it; run `entrenar prepare`" in ended[0][2]
+
+
+def test_a_killed_rank_ends_the_other_with_its_progress_saved(corpus, tmp_path):
+    """After SIGKILL of rank 1, rank 0 saves its last whole step and ends with code 3 and a remedy."""
+    words = train_words(corpus, tmp_path, max_steps="100000", save_every="0")
+    port = free_port()
+    ranks = [start(words, rank, 2, port) for rank in range(2)]
+    metrics = tmp_path / "trial" / "metrics.jsonl"
+    while not (metrics.is_file() and len(list(read_records(metrics))) >= 3):
+        assert ranks[0].poll() is None
+        time.sleep(0.05)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    _, error = ranks[0].communicate(timeout=TIMEOUT_S)
+    ranks[1].communicate(timeout=TIMEOUT_S)
+    assert ranks[0].returncode == 3
+    assert "MachineError: rank 0 lost contact with another rank" in error
+    assert latest_good(tmp_path / "trial" / "checkpoints").step == figures(tmp_path / "trial")[-1][0]
+
+
+def test_a_port_in_use_is_named(corpus, tmp_path):
+    """Rank 0 ends with code 3, the address and a remedy."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        process = start(train_words(corpus, tmp_path), 0, 2, port)
+        _, error = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 3
+    assert f"rank 0 of 2 cannot meet the others at 127.0.0.1:{port}" in error
+    assert "choose a free port (torchrun --master-port)" in error
