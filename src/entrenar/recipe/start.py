@@ -115,7 +115,8 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
     if mode.adds_time and checkpoint is not None:
         config = _with_more_time(config, checkpoint.state["counters"]["elapsed_s"])
     config = settle_compute_dtype(config, device, recorded)
-    config = config.model_copy(update={"compute_dtype": world.broadcast(config.compute_dtype)})
+    if world.size > 1:  # another rank may have measured another dtype as the fastest
+        config = config.model_copy(update={"compute_dtype": world.broadcast(config.compute_dtype)})
     return Start(config, mode, device, checkpoint, world)
 
 
