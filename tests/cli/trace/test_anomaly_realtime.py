@@ -25,7 +25,7 @@ import fcntl, os, sys, time
 theirs = os.open(sys.argv[1], os.O_RDWR)
 fcntl.flock(theirs, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(0.6)
+time.sleep(2)
 ''', sys.argv[1]], stdout=subprocess.PIPE)
 holder.stdout.readline()
 take_lock()
@@ -54,7 +54,7 @@ def run(tmp_path):
     def run(*flags: str, rest_s: float = 0.0) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "entrenar", "trace", "run", "--anomaly-realtime", "-e", "trace=flock",
                    "--save", str(tmp_path / "t.sqlite"), *flags, "--",
-                   sys.executable, str(script), str(tmp_path / "lock"), str(rest_s)]  # fmt: skip
+                   sys.executable, "-S", str(script), str(tmp_path / "lock"), str(rest_s)]  # fmt: skip
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     return run
