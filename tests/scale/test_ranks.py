@@ -2,6 +2,7 @@
 (`scale.ranks`, `cli.ranks`).
 """
 
+import importlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import time
 
 import pytest
+import torch
 from launched import (
     TIMEOUT_S,
     base_model,
@@ -20,8 +22,10 @@ from launched import (
     train_words,
 )
 
+from entrenar.config import RunConfig
+from entrenar.errors import ConfigError
 from entrenar.runs import read_records
-from entrenar.train import latest_good
+from entrenar.train import World, latest_good
 
 # Float32 sums in another order; the exact comparison is in float64 (test_exactness.py).
 ROUNDING = 1e-5
@@ -127,6 +131,16 @@ def test_what_ranks_cannot_do_is_refused(model, tmp_path, flags, said):
     ended = on_ranks(*[finetune_words(model, tmp_path, **flags)] * 2)
     assert [code for code, _, _ in ended] == [2, 2]
     assert said in ended[0][2]
+
+
+def test_a_gpu_is_refused_for_several_ranks(monkeypatch, tmp_path):
+    """The sums run over gloo on the CPU; a GPU is named before anything is opened."""
+    module = importlib.import_module("entrenar.recipe.start")
+    monkeypatch.setattr(module, "current_world", lambda: World(0, 2, lambda _: None))
+    monkeypatch.setattr(module, "choose_device", lambda _: torch.device("cuda"))
+    config = RunConfig(name="trial", runs_dir=tmp_path)
+    with pytest.raises(ConfigError, match='device must be cpu for several ranks, got cuda; set device = "cpu"'):
+        module.start(config, module.Mode())
 
 
 def test_a_corpus_is_prepared_before_ranks_train(tmp_path):
