@@ -186,7 +186,7 @@ def test_cache_of_another_base_is_built_anew_and_said_aloud(
     events: list[str] = []
     model = build(**other)
     trunk = cache(model, tmp_path, events)
-    assert events == [f"trunk cache {tmp_path} is built anew: it was made for another {named}"]
+    assert events == [f"trunk cache {tmp_path} is rebuilt: it was made for another {named}"]
     trunk.loss(ids, targets, documents=documents)
     assert (trunk.documents_computed, trunk.documents_read) == (6, 0)
 
@@ -202,7 +202,7 @@ def test_one_changed_weight_below_the_cut_is_another_base(cache: OpenCache, tmp_
     cache(above, tmp_path, events).close()
     assert events == []
     cache(below, tmp_path, events).close()
-    assert events == [f"trunk cache {tmp_path} is built anew: it was made for another base weights"]
+    assert events == [f"trunk cache {tmp_path} is rebuilt: it was made for another base weights"]
 
 
 def test_damaged_rows_are_computed_again_and_said_aloud(cache: OpenCache, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_damaged_key_is_built_anew(cache: OpenCache, tmp_path: Path) -> None:
         cache(build(), tmp_path, events).close()
         assert len(events) == 1
         assert f"trunk cache {tmp_path} is" in events[0]
-        assert "built anew" in events[0]
+        assert "is rebuilt" in events[0]
 
 
 def test_differing_cache_is_found_out_and_left(cache: OpenCache, tmp_path: Path) -> None:

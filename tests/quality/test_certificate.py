@@ -119,7 +119,7 @@ def test_the_committed_certificates_are_the_measure(tmp_path):
     path = tmp_path / "certificates.json"
     path.write_text(json.dumps({"operations": certified()}))
     demand_no_loss(path, certified())
-    with pytest.raises(GateFailed, match=r"swiglu: properties fell from 2 to 0\nmend it, or write new certificates"):
+    with pytest.raises(GateFailed, match=r"swiglu: properties fell from 2 to 0\nfix it, or write new certificates"):
         demand_no_loss(path, without(["properties", "count"], 0))
     for text in ("{}", "nonsense", '{"operations": {"swiglu": 3}}'):
         path.write_text(text)

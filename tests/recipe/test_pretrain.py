@@ -275,7 +275,7 @@ def test_a_dry_run_checks_what_a_run_would_and_changes_nothing(corpus, tmp_path,
 
 def test_resuming_what_is_not_there_is_refused(corpus, tmp_path):
     """--resume without a run says to start without it."""
-    with pytest.raises(CheckpointError, match=r"there is no run to resume at .*; start it without --resume"):
+    with pytest.raises(CheckpointError, match=r"no run to resume at .*; start it without --resume"):
         recipe.train(config_for(corpus, tmp_path), resume=True)
 
 

@@ -137,13 +137,13 @@ class TrunkStore:
         try:
             held = read_json(path)
         except FormatError as error:
-            self._on_event(f"trunk cache {self.folder} is damaged and is built anew: {error}")
+            self._on_event(f"trunk cache {self.folder} is damaged and is rebuilt: {error}")
             return False
         if held == dict(key):
             return True
         held = held if isinstance(held, dict) else {}
         names = sorted(name for name in held.keys() | key.keys() if held.get(name) != key.get(name))
-        self._on_event(f"trunk cache {self.folder} is built anew: it was made for another {', '.join(names)}")
+        self._on_event(f"trunk cache {self.folder} is rebuilt: it was made for another {', '.join(names)}")
         return False
 
     def _read_index(self) -> None:

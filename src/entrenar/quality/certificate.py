@@ -167,4 +167,4 @@ def demand_no_loss(committed: Path, new: Mapping[str, Certificate]) -> None:
             f"{committed} holds no certificates ({fault!r}); write them by `make certificates`"
         ) from fault
     if losses:
-        raise GateFailed("\n".join([*losses, f"mend it, or write new certificates to {committed} and say why"]))
+        raise GateFailed("\n".join([*losses, f"fix it, or write new certificates to {committed} and say why"]))

@@ -164,7 +164,7 @@ def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
         raise ConfigError("--resume and --overwrite exclude each other; leave one out")
     if mode.resume:
         if not run_dir.is_dir():
-            raise CheckpointError(f"there is no run to resume at {run_dir}; start it without --resume")
+            raise CheckpointError(f"no run to resume at {run_dir}; start it without --resume")
         return latest_good(checkpoints)
     if list_checkpoints(checkpoints) and not mode.overwrite:
         raise ConfigError(

@@ -203,7 +203,7 @@ def _demand_sound(component: Component, record: dict[str, Any]) -> None:
         raise GateFailed(f"{component.name}: {record['message']}")
     for failure in record.get("failures", []):
         raise GateFailed(
-            f"{component.name}: {failure['killed_by']} fails without any mutant ({failure['message']}); mend it first"
+            f"{component.name}: {failure['killed_by']} fails without any mutant ({failure['message']}); fix it first"
         )
     if record["kind"] == "control" and record["status"] != "survived":
         raise GateFailed(

@@ -204,7 +204,7 @@ def _fork(
 ) -> dict[str, Any]:
     """Run the tests against the mutated function in a child that the kernel stops when a test exceeds its CPU time."""
     if not targets:
-        return {"status": "error", "reason": "the function is made anew at each call and cannot be exchanged"}
+        return {"status": "error", "reason": "the function is created at each call and cannot be replaced"}
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
