@@ -11,31 +11,14 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from entrenar.errors import DataError
-from entrenar.model import Llama
-from entrenar.ops import DocumentSpans
+from entrenar.model import Llama, TokenBatch
 
 
 @runtime_checkable
-class EvalBatch(Protocol):
-    """The parts of a batch that evaluation needs; `entrenar.data.Batch` is one."""
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Tokens, (B, T)."""
-        ...
-
-    @property
-    def targets(self) -> Tensor:
-        """The token after each token, -100 where none is asked for, (B, T)."""
-        ...
-
-    @property
-    def documents(self) -> DocumentSpans | None:
-        """The half-open spans of the documents in each row of a packed batch."""
-        ...
+class EvalBatch(TokenBatch, Protocol):
+    """A batch that may know how many bytes its targets stand for; `entrenar.data.Batch` is one."""
 
     @property
     def num_bytes(self) -> int | None:

@@ -7,37 +7,16 @@ from importlib.resources import files
 # AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
+# Calls that move bytes between memory and the file of the descriptor that is their first argument.
+_TRANSFERS = frozenset([
+    "read", "write", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev", "preadv2", "pwritev2", "sendto",
+    "recvfrom", "sendmsg", "recvmsg", "sendfile",
+])  # fmt: skip
 # Calls whose first argument is a descriptor of the file they are about.
-BY_DESCRIPTOR = frozenset(
-    [
-        "read",
-        "write",
-        "pread64",
-        "pwrite64",
-        "readv",
-        "writev",
-        "preadv",
-        "pwritev",
-        "preadv2",
-        "pwritev2",
-        "close",
-        "fsync",
-        "fdatasync",
-        "sync_file_range",
-        "ftruncate",
-        "fallocate",
-        "lseek",
-        "fstat",
-        "getdents64",
-        "sendfile",
-        "sendto",
-        "recvfrom",
-        "sendmsg",
-        "recvmsg",
-        "flock",
-        "ioctl",
-    ]
-)
+BY_DESCRIPTOR = _TRANSFERS | frozenset([
+    "close", "fsync", "fdatasync", "sync_file_range", "ftruncate", "fallocate", "lseek", "fstat", "getdents64",
+    "flock", "ioctl",
+])  # fmt: skip
 # Calls that name their file: which argument points to the path.
 BY_PATH = {
     "open": 0, "creat": 0, "stat": 0, "lstat": 0, "access": 0, "mkdir": 0, "rmdir": 0, "unlink": 0, "rename": 0,
@@ -46,29 +25,7 @@ BY_PATH = {
     "unlinkat": 1, "renameat": 1, "renameat2": 1, "readlinkat": 1,
 }  # fmt: skip
 # Calls whose result is a number of bytes moved.
-MOVES_BYTES = frozenset(
-    [
-        "read",
-        "write",
-        "pread64",
-        "pwrite64",
-        "readv",
-        "writev",
-        "preadv",
-        "pwritev",
-        "preadv2",
-        "pwritev2",
-        "sendto",
-        "recvfrom",
-        "sendmsg",
-        "recvmsg",
-        "sendfile",
-        "copy_file_range",
-        "splice",
-        "tee",
-        "getrandom",
-    ]
-)
+MOVES_BYTES = _TRANSFERS | frozenset(["copy_file_range", "splice", "tee", "getrandom"])
 
 
 def architecture() -> int | None:
