@@ -36,9 +36,9 @@ def _gradients(
     gradient = StepGradient(
         loss or toy_loss(module), sums, limit or RowLimit(), World.alone(), lambda _: nullcontext(), on_split
     )
-    totals = gradient.take(batches)
+    summed_loss, totals = gradient.take(batches)
     assert totals["targets"] == sum(batch.num_targets for batch in batches)
-    return [gradient.clone() for gradient in sums.all()], totals["loss"]
+    return [gradient.clone() for gradient in sums.all()], summed_loss.item()
 
 
 @pytest.mark.property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from entrenar.errors import DataError
 from entrenar.model import Llama, TokenBatch
@@ -53,13 +54,13 @@ def evaluate(model: Llama, batches: Iterable[EvalBatch]) -> Evaluation:
         DataError: there is no target.
     """
     device = model.device
-    losses: list[float] = []
+    losses: list[Tensor] = []
     num_targets, num_bytes = 0, 0
     has_bytes = True
     for batch in batches:
-        targets = batch.targets.to(device)
-        losses.append(float(model.loss(batch.input_ids.to(device), targets, documents=batch.documents)))
-        num_targets += int((targets != -100).sum())
+        input_ids = batch.input_ids.to(device, non_blocking=True)
+        losses.append(model.loss(input_ids, batch.targets, documents=batch.documents))
+        num_targets += int((batch.targets != -100).sum())
         has_bytes = has_bytes and batch.num_bytes is not None
         num_bytes += batch.num_bytes or 0
     if num_targets == 0:
@@ -67,7 +68,7 @@ def evaluate(model: Llama, batches: Iterable[EvalBatch]) -> Evaluation:
             f"evaluation needs at least one target, got none in {len(losses)} batches; "
             "the held-out text is empty or entirely masked"
         )
-    total = math.fsum(losses)
+    total = math.fsum(torch.stack(losses).tolist())  # the one wait for the device
     loss = total / num_targets
     return Evaluation(
         loss=loss,

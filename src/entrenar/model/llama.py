@@ -26,7 +26,7 @@ from entrenar.model.kv_cache import KVCache
 from entrenar.model.recompute import recomputed
 from entrenar.model.rope_scaling import RotaryTable
 from entrenar.model.streaming import LayerStream, Stream
-from entrenar.model.token_check import check_token_ids
+from entrenar.model.token_check import AskedTargets, check_token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,14 +201,6 @@ def _select(x: Float[Tensor, "B T D"], asked: Int[Tensor, " N"] | None) -> Float
     return x if asked is None else x.flatten(0, 1).index_select(0, asked)[None]
 
 
-def asked_tokens(targets: Int[Tensor, "B T"]) -> Int[Tensor, " N"] | None:
-    """Return indices into B·T of the tokens that have a target; None for all."""
-    if torch.compiler.is_compiling():
-        return None  # how many there are is not known to the compiler
-    asked = (targets.flatten() != -100).nonzero()[:, 0]
-    return None if len(asked) == targets.numel() else asked
-
-
 class Llama(nn.Module):
     """A LLaMA with its head.
 
@@ -302,9 +294,9 @@ class Llama(nn.Module):
         documents: ops.DocumentSpans | None = None,
     ) -> Float[Tensor, ""]:
         """Return `loss`, going on from the state that enters block `layer`."""
-        asked = asked_tokens(targets)
-        hidden = self.model.blocks_and_norm(x, layer, self._context(x, documents, None), asked)
-        return self._loss_of_hidden(hidden, targets, asked)
+        asked = AskedTargets.find(targets, self.config.vocab_size, x.device)
+        hidden = self.model.blocks_and_norm(x, layer, self._context(x, documents, None), asked.places)
+        return self._loss_of_hidden(hidden, asked)
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Apply the head."""
@@ -322,16 +314,22 @@ class Llama(nn.Module):
     def loss(
         self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: ops.DocumentSpans | None = None
     ) -> Float[Tensor, ""]:
-        """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t."""
-        check_token_ids(input_ids, self.config.vocab_size, targets, documents)
-        asked = asked_tokens(targets)
-        hidden = self.model(input_ids, self._context(input_ids, documents, None), asked)
-        return self._loss_of_hidden(hidden, targets, asked)
+        """Return the cross entropy summed over the targets that are not -100; targets[t] is the token after input t.
 
-    def _loss_of_hidden(self, hidden: Tensor, targets: Tensor, asked: Tensor | None) -> Tensor:
-        wanted = targets.flatten() if asked is None else targets.flatten()[asked]
+        Targets may stay on the host while the ids are on a device: then the device is not asked which are -100.
+        """
+        check_token_ids(input_ids, self.config.vocab_size, targets, documents)
+        asked = AskedTargets.find(targets, self.config.vocab_size, input_ids.device)
+        hidden = self.model(input_ids, self._context(input_ids, documents, None), asked.places)
+        return self._loss_of_hidden(hidden, asked)
+
+    def _loss_of_hidden(self, hidden: Tensor, asked: AskedTargets) -> Tensor:
         return ops.linear_cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, wanted, compute_dtype=self.compute_dtype
+            hidden.flatten(0, 1),
+            self.head_weight,
+            asked.ids,
+            compute_dtype=self.compute_dtype,
+            is_checked=asked.are_checked,
         )
 
     def init_weights(self, generator: torch.Generator) -> None:

@@ -3,13 +3,54 @@
 Torch would read beyond the embedding on a GPU, broadcast a wrong shape, or say "index out of range in self".
 """
 
+from dataclasses import dataclass
+
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from entrenar.errors import DataError
 from entrenar.ops import DocumentSpans
 
+IGNORED = -100
 _WHOLE_NUMBERS = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class AskedTargets:
+    """The targets of a batch that are asked for.
+
+    Attributes:
+        places: indices into B·T of the tokens that have a target; None for all.
+        ids: their targets, on the device of the tokens.
+        are_checked: they were looked at on the host: none is ignored, each is in the vocabulary, and nobody has to
+            ask the device.
+    """
+
+    places: Int[Tensor, " N"] | None
+    ids: Int[Tensor, " N"]
+    are_checked: bool
+
+    @staticmethod
+    def find(targets: Int[Tensor, "B T"], vocab_size: int, device: torch.device) -> "AskedTargets":
+        """Look the targets up where they lie.
+
+        Raises: DataError for a target outside the vocabulary, if they lie on the host and the tokens do not.
+        """
+        if torch.compiler.is_compiling():
+            return AskedTargets(None, targets.flatten().to(device), are_checked=False)  # it cannot know how many
+        places = (targets.flatten() != IGNORED).nonzero()[:, 0]
+        ids = targets.flatten()[places]
+        is_ahead = targets.device != device  # on the CPU the loss itself checks
+        if is_ahead and len(ids):
+            least, most = (int(bound) for bound in torch.aminmax(ids))
+            if least < 0 or most >= vocab_size:
+                raise DataError(
+                    f"targets must be {IGNORED} (ignored) or in [0, {vocab_size}), got {least if least < 0 else most}: "
+                    "the tokenizer's vocabulary must fit the model's"
+                )
+        moved = None if len(places) == targets.numel() else places.to(device, non_blocking=True)
+        return AskedTargets(moved, ids.to(device, non_blocking=True), are_checked=is_ahead)
 
 
 def check_token_ids(

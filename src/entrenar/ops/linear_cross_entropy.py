@@ -146,8 +146,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    is_checked: bool = False,
 ) -> Float32[Tensor, ""] | Float64[Tensor, ""]:
     """Sum over the targets that are not ignored: the cross entropy of the logits x Wᵀ, multiplied in `compute_dtype`.
+
+    `is_checked` says that none is ignored and each is a row of the weight, so that a device need not be asked.
 
     Raises:
         ConfigError: chunk_size is not positive.
@@ -156,18 +159,26 @@ def linear_cross_entropy(
     chunk_size = default_chunk_size(weight.shape[0]) if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ConfigError(f"chunk_size must be at least 1 token, got {chunk_size}: leave it out for the default")
-    kept = (targets != ignore_index).nonzero().squeeze(-1)
-    if len(kept) < len(targets):
-        x = x.index_select(0, kept)
-    targets = targets.index_select(0, kept).long()
-    if len(kept) and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
-        row = int(((targets < 0) | (targets >= weight.shape[0])).nonzero()[0])
-        raise DataError(
-            f"targets must be {ignore_index} (ignored) or in [0, {weight.shape[0]}), got {int(targets[row])} "
-            f"in row {int(kept[row])}: the tokenizer's vocabulary must fit the model's"
-        )
+    if not is_checked:
+        x, targets = _asked_rows(x, targets, ignore_index, weight.shape[0])
+    targets = targets.long()
     if not torch.is_grad_enabled():
         x = x.detach()  # needs_input_grad alone would not say that no gradient is wanted
         weight = weight.detach() if isinstance(weight, Tensor) else weight
     apply: Callable[..., Tensor] = LinearCrossEntropyFunction.apply
     return apply(x, weight, targets, chunk_size, compute_dtype or x.dtype)
+
+
+def _asked_rows(x: Tensor, targets: Tensor, ignore_index: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the rows whose target is not ignored, and their targets."""
+    kept = (targets != ignore_index).nonzero().squeeze(-1)
+    if len(kept) < len(targets):
+        x = x.index_select(0, kept)
+    targets = targets.index_select(0, kept)
+    if len(kept) and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+        row = int(((targets < 0) | (targets >= vocab_size)).nonzero()[0])
+        raise DataError(
+            f"targets must be {ignore_index} (ignored) or in [0, {vocab_size}), got {int(targets[row])} "
+            f"in row {int(kept[row])}: the tokenizer's vocabulary must fit the model's"
+        )
+    return x, targets

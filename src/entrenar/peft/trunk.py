@@ -65,6 +65,11 @@ class CutModel(Protocol):
     config: Any
     compute_dtype: torch.dtype | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        ...
+
     def hidden_below(self, input_ids: Tensor, layer: int, *, documents: DocumentSpans | None = None) -> Tensor:
         """Return the state that enters block `layer`."""
 
@@ -124,9 +129,12 @@ class TrunkCache:
     def loss(
         self, input_ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], *, documents: DocumentSpans | None = None
     ) -> Float[Tensor, ""]:
-        """Return what the model's own `loss` returns, up to the rounding of the rows."""
+        """Return what the model's own `loss` returns, up to the rounding of the rows.
+
+        The batch may stay on the host, where its documents are looked up; the states go to the model's device.
+        """
         if not self.is_active:
-            return self._model.loss(input_ids, targets, documents=documents)
+            return self._model.loss(input_ids.to(self._model.device), targets, documents=documents)
         x = self.states(input_ids, targets, documents)
         return self._model.loss_from(x, self.cut, targets, documents=documents)
 
@@ -137,7 +145,7 @@ class TrunkCache:
 
         Nobody sees those documents (padding, most of them), but a norm must not divide by their zero.
         """
-        x = torch.ones(*input_ids.shape, self._format.width, dtype=self._dtype, device=input_ids.device)
+        x = torch.ones(*input_ids.shape, self._format.width, dtype=self._dtype, device=self._model.device)
         spans = list(_trained_documents(input_ids, targets, documents))
         missing: dict[int, list[tuple[str, int, int]]] = {}
         was_read = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
@@ -167,7 +175,7 @@ class TrunkCache:
         rows = sorted(missing)
         packed = None if documents is None else tuple(documents[row] for row in rows)
         with torch.no_grad():
-            states = self._model.hidden_below(input_ids[rows], self.cut, documents=packed)
+            states = self._model.hidden_below(input_ids[rows].to(x.device), self.cut, documents=packed)
         for row, row_states in zip(rows, states, strict=True):
             for document, start, end in missing[row]:
                 encoded = self._format.encode(row_states[start:end])
@@ -178,7 +186,8 @@ class TrunkCache:
     def _checked(self, x: Tensor, was_read: Tensor, input_ids: Tensor, documents: DocumentSpans | None) -> Tensor:
         """Return x if the tokens that were read are what the layers give, else what the layers give."""
         with torch.no_grad():
-            computed = self._model.hidden_below(input_ids, self.cut, documents=documents)
+            computed = self._model.hidden_below(input_ids.to(x.device), self.cut, documents=documents)
+        was_read = was_read.to(x.device)
         expected, got = computed[was_read].float(), x[was_read].float()
         difference = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         allowed = self._format.largest_error + _ROUNDING[self._dtype]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from entrenar.config import FinetuneConfig
@@ -144,7 +143,7 @@ def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) ->
     put_into_training(model, config.train)
     loss = batch_loss(model, started.device, is_compiled=config.train.compile)
     if parts.trunk is not None:
-        loss = _cached_loss(parts.trunk, started.device)
+        loss = _cached_loss(parts.trunk)
 
     def evaluate() -> dict[str, float]:
         figures = held_out.figures_by(loss)
@@ -241,10 +240,9 @@ def _loader(started: Start[FinetuneConfig], examples: Sequence[Example]) -> SftL
     return loader
 
 
-def _cached_loss(trunk: TrunkCache, device: torch.device) -> BatchLoss:
+def _cached_loss(trunk: TrunkCache) -> BatchLoss:
     def loss(batch: TokenBatch) -> Tensor:
-        moved = batch.to(device)
-        return trunk.loss(moved.input_ids, moved.targets, documents=moved.documents)
+        return trunk.loss(batch.input_ids, batch.targets, documents=batch.documents)
 
     return loss
 

@@ -223,18 +223,22 @@ class _Training:
 
     def _figures(self, batches: list[SplittableBatch], stop: StopSignals) -> tuple[StepFigures, bool]:
         """Take the gradient; return what all ranks agree on, and whether a signal asked any of them to stop."""
-        totals = self.gradient.take(batches, lambda: self._report(stop))
+        summed_loss, totals = self.gradient.take(batches, lambda: self._report(stop))
         targets = max(int(totals["targets"]), 1)
         with self._phase("optimizer"):
             horizon = self.progress.horizon(totals["elapsed_s"])
+            norm = self.optimizer.gradient_norm()
+            # The one moment of a step in which the host waits for a device.
+            loss, grad_norm = torch.stack([summed_loss.to(norm.device), norm.double()]).tolist()
+            own_gradient_s = time.perf_counter() - self.step_started
             figures = StepFigures(
-                loss=totals["loss"] / targets,
+                loss=loss / targets,
                 lr=self.settings.optim.lr * lr_multiplier(self.settings.schedule, self.progress.step + 1, horizon),
-                grad_norm=self.optimizer.gradient_norm().item() / targets,
+                grad_norm=grad_norm / targets,
                 targets=int(totals["targets"]),
                 micro_batches=math.ceil(totals["micro_batches"] / self.world.size),  # a rank's is a share of one
                 elapsed_s=totals["elapsed_s"],
-                gradient_s=totals["gradient_s"],
+                gradient_s=own_gradient_s if self.world.size == 1 else totals["gradient_s"],
             )
         return figures, totals["signals"] > 0
 

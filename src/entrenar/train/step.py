@@ -71,11 +71,11 @@ class StepGradient:
 
     def take(
         self, batches: Sequence[SplittableBatch], report: Callable[[], Mapping[str, float]] = dict
-    ) -> dict[str, float]:
+    ) -> tuple[Tensor, dict[str, float]]:
         """Leave the gradient of the summed loss of `batches` of all ranks in `gradients`.
 
-        Returns, summed over all ranks by one reduction: `loss`, `targets`, `micro_batches`, and whatever `report`
-        adds, which is called just before.
+        Returns: that loss in float64, which a device may still be computing; and, summed over all ranks by the same
+        reduction, `targets`, `micro_batches`, and whatever `report` adds, which is called just before.
 
         Raises: OutOfMemoryError.
         """
@@ -84,30 +84,31 @@ class StepGradient:
             loss, failure = self._attempt(batches)
             totals = self.world.sum(
                 out_of_memory=float(failure is not None),
-                loss=loss,
+                loss=loss.item() if self.world.size > 1 else 0.0,
                 targets=sum(batch.num_targets for batch in batches),
                 micro_batches=len(batches),
                 **report(),
             )
             if not totals["out_of_memory"]:
                 self.world.add_up(self.gradients.all())
-                return totals
+                total = totals.pop("loss")
+                return torch.tensor(total, dtype=torch.float64) if self.world.size > 1 else loss, totals
             self._undo(before)
             rows = max((len(batch.split(1)) for batch in batches), default=0)
             reason = failure or "on another rank"
             self.limit.halve(self.world.largest(rows), reason)
             self.on_split(f"memory ran out ({reason}); the step is repeated with {self.limit.rows} rows at a time")
 
-    def _attempt(self, batches: Sequence[SplittableBatch]) -> tuple[float, str | None]:
+    def _attempt(self, batches: Sequence[SplittableBatch]) -> tuple[Tensor, str | None]:
         """Return the summed loss, or the reason why memory ran out."""
         passes = self.limit.cut(batches)
         try:
             self.gradients.begin(len(passes) * self.world.size)
-            return forward_backward(passes, self.loss, self.phase).item(), None
+            return forward_backward(passes, self.loss, self.phase), None
         except (RuntimeError, MemoryError) as error:
             if not is_oom(error):
                 raise
-            return 0.0, str(error).partition("\n")[0]
+            return torch.zeros((), dtype=torch.float64), str(error).partition("\n")[0]
 
     def _undo(self, before: dict[str, Any]) -> None:
         # Outside the handler, so that the traceback and the activations its frames hold are gone.
