@@ -22,7 +22,7 @@ MAX_NESTING = 3
 
 # Imports run downwards only: a package may import those of lower floors, never its own floor or a higher one.
 FLOORS = {
-    "errors": 0, "files": 0, "stats": 0, "runs": 0,
+    "errors": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0,
     "ops": 1, "data": 1, "train": 1, "trace": 1, "quality": 1, "report": 1,
     "model": 2, "peft": 2,
     "interop": 3, "infer": 3, "quantize": 3, "scale": 3,
@@ -32,15 +32,15 @@ FLOORS = {
     "cli": 7, "api": 7, "__main__": 8,
 }  # fmt: skip
 # The ground floor is one room: its modules raise the errors, and a run's records are written as files.
-SAME_FLOOR = {("files", "errors"), ("runs", "errors"), ("runs", "files")}
-STANDARD_LIBRARY_ONLY = ("errors", "files", "stats", "runs")
+SAME_FLOOR = {("files", "errors"), ("runs", "errors"), ("runs", "files"), ("locks", "errors"), ("locks", "files")}
+STANDARD_LIBRARY_ONLY = ("errors", "files", "locks", "stats", "runs")
 
 # Lines of code, without docstrings, comments and blanks. Raise a number in the commit that needs it, and say why.
 BUDGETS = {
     "ops": 2200, "model": 1100, "peft": 1500, "quantize": 600, "data": 4400, "train": 2600, "interop": 3600,
     "infer": 900,
     "planning": 1500, "recipe": 1700, "trace": 6000, "quality": 5000, "report": 1500, "scale": 1200, "cli": 4000,
-    "errors": 80, "files": 220, "stats": 60, "runs": 160, "config": 160, "config_file": 300, "api": 120,
+    "errors": 80, "files": 220, "locks": 60, "stats": 60, "runs": 160, "config": 160, "config_file": 300, "api": 120,
     "__main__": 5,
 }  # fmt: skip
 

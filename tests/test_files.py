@@ -1,5 +1,6 @@
 """Files are whole or are not there, whatever happens while they are written."""
 
+import errno
 import hashlib
 import os
 import resource
@@ -75,9 +76,17 @@ def test_a_place_that_refuses_writing_is_a_machine_error(tmp_path: Path, monkeyp
         files.atomic_write(tmp_path / "a.txt", b"x")
 
 
-def test_other_os_errors_keep_their_own_type(tmp_path: Path) -> None:
-    """A missing folder is the caller's mistake and stays a FileNotFoundError."""
-    with pytest.raises(FileNotFoundError):
+@pytest.mark.parametrize("number", sorted(set(errno.errorcode) - {errno.EINTR}))
+def test_every_error_of_the_system_is_explained(tmp_path: Path, number: int) -> None:
+    """There is no list of those that count: whatever the system says, the message names the file."""
+    expected = DiskFullError if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else MachineError
+    with pytest.raises(expected, match=r"a\.txt"), files.explained_disk_errors(tmp_path / "a.txt"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    """It may have been moved away under a run."""
+    with pytest.raises(MachineError, match=r"cannot write .*a\.txt: No such file or directory"):
         files.atomic_write(tmp_path / "no" / "a.txt", b"x")
 
 

@@ -25,9 +25,6 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _HASH_BLOCK_BYTES = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (
-    errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-)  # fmt: skip
 
 
 def fsync_directory(path: Path) -> None:
@@ -52,7 +49,7 @@ def fsync_file(path: Path) -> None:
 def explained_disk_errors(path: Path) -> Iterator[None]:
     """Turn an OSError raised while writing `path` into our own error.
 
-    Raises: DiskFullError when space, quota or the file-size limit ran out; MachineError when writing is not allowed.
+    Raises: DiskFullError when space, quota or the file-size limit ran out; MachineError for every other reason.
     """
     try:
         yield
@@ -61,9 +58,7 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"no space left to write {path} ({error.strerror}); free space and try again"
             ) from error
-        if error.errno in _NOT_WRITABLE:
-            raise MachineError(f"cannot write {path}: {error.strerror}") from error
-        raise
+        raise MachineError(f"cannot write {path}: {error.strerror or error}; see that it can be written") from error
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:

@@ -9,6 +9,8 @@
       report.html       the page that `entrenar report` writes
       checkpoints/
         step-00000100/  one committed checkpoint; its model or adapter is in model/
+      rescue/           the state of a run that had diverged, kept apart; no resume takes it
+      .lock             held by the process that trains
 
 `train` writes these files; the report, the tracer and the command line read them. None of the readers needs torch.
 A crash can cut the last line of a JSONL file, so a reader stops at the first damaged line.
@@ -110,6 +112,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def rescue(self) -> Path:
+        """The folder of states that are not fit to resume from."""
+        return self.path / "rescue"
+
+    @property
+    def lock(self) -> Path:
+        """The file that the training process holds a lock on."""
+        return self.path / ".lock"
 
     def read_steps(self) -> Iterator[StepRecord]:
         """Yield the recorded steps in order; a loss or norm that was not finite is NaN.

@@ -22,6 +22,7 @@ from entrenar.files import sha256_file
 from entrenar.infer import evaluate
 from entrenar.planning import MemoryLimit, machine
 from entrenar.recipe import pretrain
+from entrenar.runs import RunFolder
 from entrenar.train import latest_good
 
 VOCAB_SIZE = 300
@@ -200,6 +201,42 @@ def test_resuming_and_overwriting_at_once_is_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other; leave one out"):
         recipe.train(config_for(corpus, tmp_path), resume=True, overwrite=True)
     assert latest_good(tmp_path / "trial" / "checkpoints").step == 1
+
+
+@pytest.mark.parametrize("mode", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_runs_in_one_folder_are_refused(corpus, tmp_path, mode):
+    """The second one names the process of the first, exits with 3, and leaves its folder as it is."""
+    config = config_for(corpus, tmp_path, train__max_steps="1")
+    recipe.train(config)
+    run = RunFolder(config.run_dir)
+    hold = (
+        "import sys; from pathlib import Path; from entrenar import locks\nwith locks.held(Path(sys.argv[1]), 'x'):\n"
+    )
+    command = [sys.executable, "-c", f"{hold} print('held', flush=True); sys.stdin.read()", str(run.lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        before = sorted(run.path.rglob("*"))
+        with pytest.raises(MachineError, match=rf"trial is in use by process {other.pid}: wait for its end") as raised:
+            recipe.train(config, **mode)
+        assert raised.value.exit_code == 3
+        assert sorted(run.path.rglob("*")) == before
+    recipe.train(config, overwrite=True)
+
+
+def test_a_run_that_began_meanwhile_is_not_replaced(corpus, tmp_path, monkeypatch):
+    """Two fresh runs of one name: the second one got as far as its folder when the first had just ended there."""
+    config = config_for(corpus, tmp_path, train__max_steps="1")
+    build = pretrain._build_model
+
+    def slow(*arguments):
+        monkeypatch.undo()
+        recipe.train(config)
+        return build(*arguments)
+
+    monkeypatch.setattr(pretrain, "_build_model", slow)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        recipe.train(config)
+    assert latest_good(config.run_dir / "checkpoints").step == 1
 
 
 def test_a_run_folder_that_cannot_be_made_is_the_machines_fault(corpus, tmp_path):

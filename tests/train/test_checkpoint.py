@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,12 @@ from safetensors import SafetensorError
 from train_toy import write_model
 
 from entrenar.errors import CheckpointError, DiskFullError
+from entrenar.files import sha256_file
 from entrenar.runs import checkpoint_name, list_checkpoints
-from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, load, verify
+from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, load, manifest, verify
 from entrenar.train.checkpoint import Snapshot
+
+STATE = {"rng": {}, "monitor": {}, "rows": None, "config": {}, "git_revision": "abc"}
 
 
 def _snapshot(step: int, held_out_loss: float | None = None) -> Snapshot:
@@ -26,7 +32,7 @@ def _snapshot(step: int, held_out_loss: float | None = None) -> Snapshot:
         step=step,
         weights={"w": torch.randn(4, 3, generator=generator)},
         optimizer={"w.mean": torch.randn(4, 3, generator=generator), "step": torch.tensor(float(step))},
-        state={"loader": {"index": step}, "git_revision": "abc"},
+        state=STATE | {"counters": {"step": step}, "loader": {"index": step}},
         held_out_loss=held_out_loss,
     )
 
@@ -44,9 +50,9 @@ def test_what_is_written_is_loaded(tmp_path: Path) -> None:
     assert (loaded.step, loaded.state, loaded.loader_state) == (7, original.state, {"index": 7})
     assert torch.equal(loaded.optimizer()["w.mean"], original.optimizer["w.mean"])
     assert (loaded.model / "model.safetensors").is_file()
-    manifest = verify(path)
-    assert manifest["files"].keys() == {"model/model.safetensors", "optimizer.safetensors", "state.json"}
-    assert (manifest["held_out_loss"], manifest["git_revision"]) == (1.5, "abc")
+    listed = verify(path)
+    assert listed["files"].keys() == {"model/model.safetensors", "optimizer.safetensors", "state.json"}
+    assert (listed["held_out_loss"], listed["git_revision"]) == (1.5, "abc")
 
 
 @pytest.mark.chaos
@@ -100,9 +106,129 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
+def _forge(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest, and give it the hash that fits."""
+    content = json.loads((path / "manifest.json").read_text())
+    change(content)
+    (path / "manifest.json").write_text(json.dumps(content | {"manifest_sha256": manifest._hash(content)}))
+
+
+def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update({key: value})
+
+
+def _set_file(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["files"].update({name: value})
+
+
+_SHA = {"size": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_set("step", None), "step must be a whole number, got None"),
+        (lambda content: content.update(step=True), "step must be a whole number, got True"),
+        (_set("step", -1), "step must be a whole number, got -1"),
+        (_set("held_out_loss", "low"), "held_out_loss must be a number or null"),
+        (_set("files", None), "files must be a table of names"),
+        (_set("files", ["state.json"]), "files must be a table of names"),
+        (_set("files", {}), "it lists no optimizer.safetensors"),
+        (lambda content: content["files"].pop("state.json"), "it lists no state.json"),
+        (lambda content: content["files"].pop("model/model.safetensors"), "it lists no model/"),
+        (_set_file("../step-00000001/state.json", _SHA), "lies outside the checkpoint"),
+        (_set_file("/etc/hostname", _SHA), "lies outside the checkpoint"),
+        (_set_file("", _SHA), "lies outside the checkpoint"),
+        (_set_file("state.json", None), "state.json needs a size and a sha256, got None"),
+        (_set_file("state.json", {"size": "9", "sha256": "0"}), "state.json needs a size and a sha256"),
+        (_set_file("state.json", {"size": 9}), "state.json needs a size and a sha256"),
+        (_set_file("model/other.safetensors", _SHA), "model/other.safetensors cannot be read"),
+        (lambda content: content.pop("version"), "has checkpoint format None"),
+    ],
+)
+def test_a_forged_manifest_is_stepped_over(tmp_path: Path, change: Callable[[Any], None], told: str) -> None:
+    """With a hash that fits, each entry is looked at: nothing is read outside, nothing unlisted is trusted."""
+    _write(tmp_path, 1)
+    _forge(_write(tmp_path, 2), change)
+    found = latest_good(tmp_path)
+    assert found.step == 1
+    assert told in found.skipped[0]
+
+
+def test_a_forged_manifest_is_not_counted_among_those_to_keep(tmp_path: Path) -> None:
+    """With one checkpoint to keep, the good one stays beside it."""
+    _write(tmp_path, 1)
+    _forge(_write(tmp_path, 2), _set("files", {}))
+    checkpoint.prune(tmp_path, newest=2, keep_last=1, keep_best=True)
+    assert list(list_checkpoints(tmp_path)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda _: [], "it must be a table"),
+        (lambda state: state | {"counters": None}, "counters must be a table"),
+        (lambda state: state | {"counters": {"step": 3}}, "its step is 3, the manifest's 2"),
+        (lambda state: {key: value for key, value in state.items() if key != "rng"}, "rng must be a table"),
+        (lambda state: {key: value for key, value in state.items() if key != "loader"}, "loader is missing"),
+    ],
+)
+def test_a_state_that_no_run_can_go_on_from_is_stepped_over(
+    tmp_path: Path, change: Callable[[Any], Any], told: str
+) -> None:
+    """Its hash fits, and still it is looked at before a run is set up with it."""
+    _write(tmp_path, 1)
+    path = _write(tmp_path, 2)
+    (path / "state.json").write_text(json.dumps(change(json.loads((path / "state.json").read_text()))))
+    entry = {"size": (path / "state.json").stat().st_size, "sha256": sha256_file(path / "state.json")}
+    _forge(path, _set_file("state.json", entry))
+    found = latest_good(tmp_path)
+    assert found.step == 1
+    assert told in found.skipped[0]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model/model.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "link"])
+def test_what_is_no_file_is_stepped_over_and_never_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    """In the place of a file: a folder, a pipe nobody writes to, an endless device, a link to the right content."""
+    _write(tmp_path, 1)
+    place = _write(tmp_path, 2) / name
+    kept = place.rename(tmp_path / "kept")
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/zero" if kind == "device" else kept)
+    found = latest_good(tmp_path)
+    assert found.step == 1
+    assert "regular file" in found.skipped[0]
+
+
+def test_a_copy_under_another_step_is_not_taken(tmp_path: Path) -> None:
+    """`cp -r step-00000002 step-00000999`: it is reported with its remedy, and the right one is resumed."""
+    shutil.copytree(_write(tmp_path, 2), tmp_path / "step-00000999")
+    found = latest_good(tmp_path)
+    assert (found.step, found.path.name) == (2, "step-00000002")
+    assert "holds step 2: a copy under another name" in found.skipped[0]
+    shutil.rmtree(found.path)
+    with pytest.raises(CheckpointError, match="give it back the name step-00000002"):
+        latest_good(tmp_path)
+
+
+def test_a_file_that_nobody_vouches_for_is_told(tmp_path: Path) -> None:
+    """Weights laid next to the ones that were saved would be read with them; a hidden file of a file system not."""
+    path = _write(tmp_path, 1)
+    (path / "model" / ".nfs0001").write_text("x")
+    assert load(path).step == 1
+    (path / "model" / "model-2.safetensors").write_text("x")
+    with pytest.raises(CheckpointError, match=r"model/model-2\.safetensors is not in the manifest"):
+        load(path)
+
+
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of a later format says which version wrote it."""
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 2)
     path = _write(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="has checkpoint format 2, this program reads 1; use the version that"):

@@ -32,12 +32,13 @@ from entrenar.errors import (
     ConfigError,
     DataError,
     DiskFullError,
+    MachineError,
     NonFiniteError,
     OutOfMemoryError,
     TrainingHalted,
 )
-from entrenar.runs import Event, StepRecord, list_checkpoints, read_records
-from entrenar.train import Outcome, Run, Task, fit, latest_good
+from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints, read_records
+from entrenar.train import Outcome, Run, Task, checkpoint, fit, latest_good
 from entrenar.train.optim import Optimizer
 
 
@@ -137,6 +138,70 @@ def test_a_non_finite_step_moves_nothing_and_ends_the_run(tmp_path: Path, value:
     assert torch.equal(read_model(saved.model)["up.weight"], module.up.weight)
     assert saved.optimizer()["step"] == 5.0
     assert _events(tmp_path) == [(6, "non_finite"), (5, "checkpoint_saved")]
+
+
+def _wrecking(module: Toy, value: float) -> Callable[[ToyBatch], Tensor]:
+    """Return the toy loss; once step 7 has moved the weights, they are `value` times what they were."""
+    loss, step = toy_loss(module), 0
+
+    def run(batch: ToyBatch) -> Tensor:
+        nonlocal step
+        step += 1
+        if step == 8:
+            with torch.no_grad():
+                module.down.weight.mul_(value)
+        return loss(batch) * (math.nan if step == 8 else 1.0)
+
+    return run
+
+
+@pytest.mark.parametrize("save_every", [6, 1])
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_a_diverged_run_keeps_its_ruin_apart(tmp_path: Path, value: float, save_every: int) -> None:
+    """Step 7 wrecks the weights, step 8 notices: the newest checkpoint is step 6, even with keep_last 1.
+
+    The ruin is in `rescue`, also if step 7 had been saved already; an event says why, and a resume takes step 6.
+    """
+    module = Toy()
+    with pytest.raises(NonFiniteError, match="step 8"):
+        _fit(
+            tmp_path, module, task={"loss": _wrecking(module, value)}, save_every=save_every, keep_last=1,
+            keep_best=False,
+        )  # fmt: skip
+    assert list(list_checkpoints(tmp_path / "checkpoints")) == [6]
+    assert [path.name for path in (tmp_path / "rescue").iterdir()] == ["step-00000007"]
+    reason = "not finite" if math.isnan(value) else "the loss of the batch that was just trained on went from"
+    (event,) = [e for e in RunFolder(tmp_path).read_events() if e.kind == "checkpoint_rejected"]
+    assert event.step == 7
+    assert reason in event.message
+    resumed = latest_good(tmp_path / "checkpoints")
+    outcome = fit(toy_task(module, resumed.loader_state), toy_settings(), Run(tmp_path, {}, resumed))
+    assert (outcome.reason, outcome.step) == ("steps", 12)
+
+
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    """A learning rate of 1e38 overflows the weights in a step of finite loss: the save refuses, the old one stays."""
+    module = Toy()
+    _fit(tmp_path, module, max_steps=2, save_every=1, schedule="constant", keep_last=1, keep_best=False)
+    resumed = latest_good(tmp_path / "checkpoints")
+    settings = toy_settings(lr=3e38, weight_decay=1.0, save_every=1, schedule="constant", keep_last=1, keep_best=False)
+    with pytest.raises(NonFiniteError, match=r"step 3: not saved, because \d+ of \d+ tensors are not finite"):
+        fit(toy_task(module, resumed.loader_state), settings, Run(tmp_path, {}, resumed))
+    assert latest_good(tmp_path / "checkpoints").step == 2
+    assert [path.name for path in (tmp_path / "rescue").iterdir()] == ["step-00000003"]
+
+
+def test_tidying_that_fails_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that cannot be deleted is an event; training goes on, and everything is saved."""
+
+    def stuck(path: Path) -> None:
+        raise MachineError(f"cannot write {path}: Input/output error")
+
+    monkeypatch.setattr(checkpoint, "remove", stuck)
+    outcome = _fit(tmp_path, save_every=3, keep_last=1, keep_best=False)
+    assert outcome.step == 12
+    assert list(list_checkpoints(tmp_path / "checkpoints")) == [3, 6, 9, 12]
+    assert "prune_failed" in [kind for _, kind in _events(tmp_path)]
 
 
 def test_non_finite_steps_may_be_skipped(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_it_returns_before_the_disk_has_answered_and_waits_only_until_the_tensor
         committing.wait(10)
         order.append("committed")
 
-    saver = Saver(tmp_path, slow_model, before_commit=slow_commit, after_commit=lambda step: order.append(f"{step}"))
+    saver = Saver(tmp_path, slow_model, before_commit=slow_commit)
     saver.start(_snapshot(4))
     assert saver.take(wait=False) is None
     order.append("started")
@@ -44,7 +44,7 @@ def test_it_returns_before_the_disk_has_answered_and_waits_only_until_the_tensor
     committing.set()
     assert saver.take(wait=True) == (4, None)
     saver.close()
-    assert order == ["started", "read", "moved", "committed", "4"]
+    assert order == ["started", "read", "moved", "committed"]
     assert list(list_checkpoints(tmp_path)) == [4]
     assert saver.take(wait=True) is None
 
@@ -55,7 +55,7 @@ def test_a_machine_failure_is_an_outcome_and_frees_the_loop(tmp_path: Path) -> N
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    saver = Saver(tmp_path, full, before_commit=lambda: None, after_commit=lambda _: pytest.fail("nothing to prune"))
+    saver = Saver(tmp_path, full, before_commit=lambda: None)
     saver.start(_snapshot(4))
     saver.wait_staged()
     step, error = saver.take(wait=True)
@@ -71,7 +71,7 @@ def test_lack_of_memory_in_the_thread_is_an_outcome(tmp_path: Path) -> None:
     def hungry(*_: object) -> None:
         raise MemoryError
 
-    saver = Saver(tmp_path, hungry, before_commit=lambda: None, after_commit=lambda _: None)
+    saver = Saver(tmp_path, hungry, before_commit=lambda: None)
     saver.start(_snapshot(4))
     _, error = saver.take(wait=True)
     saver.close()
@@ -87,7 +87,7 @@ def test_thread_and_reserve_are_there_before_memory_is_short(tmp_path: Path, mon
         held.append(len(saver._reserve))
         write_model(folder, weights)
 
-    saver = Saver(tmp_path, measuring, before_commit=lambda: None, after_commit=lambda _: None)
+    saver = Saver(tmp_path, measuring, before_commit=lambda: None)
     monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a thread was started"))
     before = len(saver._reserve)
     saver.start(_snapshot(4))
@@ -104,7 +104,7 @@ def test_a_fault_in_the_model_writer_comes_through(tmp_path: Path) -> None:
     def broken(*_: object) -> None:
         raise KeyError("no such weight")
 
-    saver = Saver(tmp_path, broken, before_commit=lambda: None, after_commit=lambda _: None)
+    saver = Saver(tmp_path, broken, before_commit=lambda: None)
     saver.start(_snapshot(4))
     saver.wait_staged()
     while not (tmp_path.exists() and saver._writing.done()):

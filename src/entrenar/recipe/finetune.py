@@ -35,8 +35,8 @@ from entrenar.recipe.start import (
     Start,
     carry_out,
     check_unchanged,
-    open_run_folder,
     put_into_training,
+    run_folder,
     start,
 )
 from entrenar.runs import RunFolder
@@ -99,16 +99,16 @@ def finetune(
         tokenizer = tokenizer_to_train(tokenizer, config.sft.prompt_format)
     bits = None if started.is_resumed else config.quantize.bits
     rounded = None if bits is None else round_base(config, bits, model, tokenizer, observer)
-    open_run_folder(started, kept=QUARANTINE_FILE)
-    if rounded is not None:
-        model, folder = keep_base(config, rounded, started.device, observer)
-    base = _choose_trained(started, model, folder, observer)
-    trunk = _open_trunk(config, model, tokenizer, rows, observer)
-    try:
-        return _train(started, _Parts(model, tokenizer, rows, base, trunk), observer)
-    finally:
-        if trunk is not None:
-            trunk.close()
+    with run_folder(started, kept=QUARANTINE_FILE):
+        if rounded is not None:
+            model, folder = keep_base(config, rounded, started.device, observer)
+        base = _choose_trained(started, model, folder, observer)
+        trunk = _open_trunk(config, model, tokenizer, rows, observer)
+        try:
+            return _train(started, _Parts(model, tokenizer, rows, base, trunk), observer)
+        finally:
+            if trunk is not None:
+                trunk.close()
 
 
 def _check_ranks(started: Start[FinetuneConfig]) -> None:

@@ -38,8 +38,8 @@ from entrenar.recipe.start import (
     carry_out,
     check_unchanged,
     find_checkpoint,
-    open_run_folder,
     put_into_training,
+    run_folder,
     start,
 )
 from entrenar.runs import RunFolder
@@ -80,16 +80,16 @@ def train(
     ready = _ready(config, Mode(resume, overwrite, allow_changes, adds_time), observer)
     started, config = ready.started, ready.started.config
     model = _build_model(started, ready.tokenizer, observer)
-    open_run_folder(started)
-    held_out = _HeldOut(config, model, ready.corpora)
-    before = None
-    if not started.is_resumed:
-        observer.on_stage("Held-out loss before training" if held_out.is_there else _NOTHING_HELD_OUT)
-        before = held_out.measure() if held_out.is_there else None
-        observer.on_look(model, ready.tokenizer)
-    put_into_training(model, config.train)
-    outcome = carry_out(started, _task(ready, model, held_out, observer), observer)
-    return TrainReport(outcome, config.run_dir, before, held_out.after(outcome))
+    with run_folder(started):
+        held_out = _HeldOut(config, model, ready.corpora)
+        before = None
+        if not started.is_resumed:
+            observer.on_stage("Held-out loss before training" if held_out.is_there else _NOTHING_HELD_OUT)
+            before = held_out.measure() if held_out.is_there else None
+            observer.on_look(model, ready.tokenizer)
+        put_into_training(model, config.train)
+        outcome = carry_out(started, _task(ready, model, held_out, observer), observer)
+        return TrainReport(outcome, config.run_dir, before, held_out.after(outcome))
 
 
 def check(

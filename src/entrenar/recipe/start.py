@@ -1,13 +1,15 @@
 """Begin a run: what pre-training and fine-tuning have in common, in the order in which it happens.
 
-    start -> check_unchanged -> open_run_folder -> put_into_training -> carry_out
+    start -> check_unchanged -> run_folder -> put_into_training -> carry_out
 
-Nothing is written before `open_run_folder`: a fault in a new run must not cost the old one.
+Nothing is written before `run_folder`: a fault in a new run must not cost the old one. From there to its end the run
+holds a lock on its folder.
 """
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -21,6 +23,7 @@ from entrenar.config_file import to_toml
 from entrenar.data import Batch, Progress, Tokenizer
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.files import atomic_write, explained_disk_errors
+from entrenar.locks import check_free, held
 from entrenar.model import Llama
 from entrenar.planning import settle_compute_dtype
 from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
@@ -104,11 +107,14 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
 
     Raises:
         ConfigError, CheckpointError: the machine lacks the device, or the folder is not free, or cannot be resumed.
+        MachineError: another process trains there.
     """
     prepare_process(config.train)
     device, world = choose_device(config), current_world()
     if world.size > 1 and device.type != "cpu":
         raise ConfigError(f'device must be cpu for several ranks, got {device}; set device = "cpu"')
+    if world.is_writer:
+        check_free(RunFolder(config.run_dir).lock, str(config.run_dir))
     checkpoint = find_checkpoint(config.run_dir, mode)
     _check_same_start(world, config, mode, checkpoint)
     recorded = checkpoint.state["config"]["compute_dtype"] if checkpoint else None
@@ -186,38 +192,46 @@ def check_unchanged(started: Start[ConfigT]) -> None:
     check_same_config(started.checkpoint.state["config"], _recorded(config), may_differ=changeable(type(config)))
 
 
-def open_run_folder(started: Start[ConfigT], kept: str = "") -> None:
-    """Make the run's folder and write the config into it; in mode overwrite, delete what an earlier run left there.
+@contextmanager
+def run_folder(started: Start[ConfigT], kept: str = "") -> Iterator[None]:
+    """Make the run's folder, write the config into it and hold it; in mode overwrite, delete what was left there.
 
-    Files whose name ends in `kept` stay. Call it once everything else has been checked. Of several ranks the writer
+    Files whose name ends in `kept` stay. Enter it once everything else has been checked. Of several ranks the writer
     alone touches the folder, and every other one gets a log in it.
 
     Raises:
         ConfigError: the ranks do not share the folder.
-        DiskFullError, MachineError.
+        DiskFullError, MachineError: among them that another process trains there.
     """
-    if started.world.is_writer:
-        _make_run_folder(started, kept)
-    check_same(started.world, {"config": _recorded(started.config)})  # the writer has made the folder
-    check_shared(started.world, started.config.run_dir)
-    if not started.world.is_writer:
-        logging.getLogger("entrenar").addHandler(rank_log(started.config.run_dir, started.world.rank))
+    world, run_dir = started.world, started.config.run_dir
+    with _made_and_held(started, kept) if world.is_writer else nullcontext():
+        check_same(world, {"config": _recorded(started.config)})  # the writer has made the folder
+        check_shared(world, run_dir)
+        if not world.is_writer:
+            logging.getLogger("entrenar").addHandler(rank_log(run_dir, world.rank))
+        yield
 
 
-def _make_run_folder(started: Start[ConfigT], kept: str) -> None:
-    config = started.config
-    with explained_disk_errors(config.run_dir):
-        if started.mode.overwrite and config.run_dir.is_dir():
-            _clear(config.run_dir, kept)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(RunFolder(config.run_dir).config, to_toml(config))
+@contextmanager
+def _made_and_held(started: Start[ConfigT], kept: str) -> Iterator[None]:
+    run = RunFolder(started.config.run_dir)
+    with explained_disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+    with held(run.lock, str(run.path)):
+        if not started.is_resumed:
+            find_checkpoint(run.path, started.mode)  # another process may have trained there meanwhile
+        if started.mode.overwrite:
+            with explained_disk_errors(run.path):
+                _clear(run, kept)
+        atomic_write(run.config, to_toml(started.config))
+        yield
 
 
-def _clear(run_dir: Path, kept: str) -> None:
-    for old in run_dir.iterdir():
+def _clear(run: RunFolder, kept: str) -> None:
+    for old in run.path.iterdir():
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
-        elif not kept or not old.name.endswith(kept):
+        elif old != run.lock and not (kept and old.name.endswith(kept)):
             old.unlink()
 
 

@@ -11,8 +11,6 @@ load almost every file with one flipped bit without a word, so `load` checks all
 checkpoint; never pickle.
 """
 
-import hashlib
-import json
 import logging
 import re
 import shutil
@@ -26,14 +24,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from entrenar.errors import CheckpointError, FormatError
-from entrenar.files import TEMPORARY_PREFIX, atomic_directory, read_json, sha256_file, write_json
-from entrenar.runs import MODEL_FOLDER, list_checkpoints
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
+from entrenar.errors import CheckpointError
+from entrenar.files import (
+    TEMPORARY_PREFIX,
+    atomic_directory,
+    explained_disk_errors,
+    fsync_directory,
+    read_json,
+    write_json,
+)
+from entrenar.runs import MODEL_FOLDER, checkpoint_name, list_checkpoints
+from entrenar.train.manifest import OPTIMIZER, STATE, fault_of_state, faults_of_files, read_manifest, write_manifest
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 _log = logging.getLogger(__name__)
@@ -94,20 +95,15 @@ def write(
             _stage(folder, snapshot, write_model)
         finally:
             staged()
-        files = {
-            file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
-        manifest = {
-            "version": FORMAT_VERSION,
-            "step": snapshot.step,
-            "held_out_loss": snapshot.held_out_loss,
-            "git_revision": snapshot.state.get("git_revision"),
-            "code": snapshot.state.get("code"),
-            "files": files,
-        }
-        write_json(folder / MANIFEST, manifest | {"manifest_sha256": _manifest_hash(manifest)})
+        write_manifest(
+            folder,
+            {
+                "step": snapshot.step,
+                "held_out_loss": snapshot.held_out_loss,
+                "git_revision": snapshot.state.get("git_revision"),
+                "code": snapshot.state.get("code"),
+            },
+        )
         before_commit()
 
 
@@ -124,50 +120,15 @@ def _stage(folder: Path, snapshot: Snapshot, write_model: Callable[[Path, Mappin
     write_json(folder / STATE, snapshot.state)
 
 
-def _manifest_hash(manifest: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and check it against its own hash.
-
-    Raises: CheckpointError when it is missing, damaged or of a version this program does not know.
-    """
-    try:
-        manifest = read_json(path / MANIFEST)
-    except (OSError, FormatError) as error:
-        raise CheckpointError(f"{path} has no readable manifest: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("manifest_sha256") != _manifest_hash(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its own sha256")
-    if manifest["version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {manifest['version']}, this program reads {FORMAT_VERSION}; "
-            "use the version that wrote it"
-        )
-    return manifest
-
-
 def verify(path: Path) -> dict[str, Any]:
     """Check every file of the checkpoint `path` against its manifest, and return the manifest.
 
     Raises: CheckpointError, naming every missing, truncated or altered file.
     """
     manifest = read_manifest(path)
-    faults = [fault for name, expected in manifest["files"].items() if (fault := _fault(path / name, name, expected))]
-    if faults:
+    if faults := faults_of_files(path, manifest):
         raise CheckpointError(f"{path} is damaged: {'; '.join(faults)}")
     return manifest
-
-
-def _fault(file: Path, name: str, expected: Mapping[str, Any]) -> str | None:
-    try:
-        size = file.stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        return None if sha256_file(file) == expected["sha256"] else f"{name} does not match its sha256"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
 
 
 def load(path: Path) -> Checkpoint:
@@ -176,7 +137,16 @@ def load(path: Path) -> Checkpoint:
     Raises: CheckpointError.
     """
     manifest = verify(path)
-    return Checkpoint(path=path, step=manifest["step"], state=read_json(path / STATE))
+    step = manifest["step"]
+    if path.name != checkpoint_name(step) and path.name.startswith("step-"):
+        raise CheckpointError(
+            f"{path} holds step {step}: a copy under another name; give it back the name "
+            f"{checkpoint_name(step)} to resume from it"
+        )
+    state = read_json(path / STATE)
+    if fault := fault_of_state(state, step):
+        raise CheckpointError(f"{path / STATE} is not what this program writes: {fault}")
+    return Checkpoint(path=path, step=step, state=state)
 
 
 def latest_good(folder: Path) -> Checkpoint:
@@ -218,23 +188,45 @@ def prune(folder: Path, *, newest: int, keep_last: int, keep_best: bool) -> None
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint so that a crash half-way leaves no damaged one behind."""
+    """Delete a checkpoint so that a crash half-way leaves no damaged one behind.
+
+    Raises: MachineError.
+    """
     doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
+    with explained_disk_errors(path):
+        path.rename(doomed)
+        fsync_directory(path.parent)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def move(path: Path, folder: Path) -> None:
+    """Move a checkpoint into `folder`, in the place of one of its name.
+
+    Raises: MachineError.
+    """
+    with explained_disk_errors(path):
+        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.rename(folder / path.name)
+        fsync_directory(path.parent)
+        fsync_directory(folder)
 
 
 def abandon_after(folder: Path, step: int) -> list[Path]:
     """Rename checkpoints newer than `step` to `abandoned-…`, so that no later resume continues from them."""
-    abandoned = []
-    for newer, path in list_checkpoints(folder).items():
-        if newer > step:
-            target = path.with_name(f"abandoned-{path.name}")
-            if target.exists():
-                shutil.rmtree(target)
-            abandoned.append(path.rename(target))
+    newer = [path for number, path in list_checkpoints(folder).items() if number > step]
+    with explained_disk_errors(folder):
+        abandoned = [_renamed(path, path.with_name(f"abandoned-{path.name}")) for path in newer]
+        if abandoned:
+            fsync_directory(folder)
     return abandoned
+
+
+def _renamed(path: Path, target: Path) -> Path:
+    if target.exists():
+        shutil.rmtree(target)
+    return path.rename(target)
 
 
 def check_same_config(

@@ -1,4 +1,8 @@
-"""Which checkpoints of a run exist: saved, taken up again, pruned, and rescued on the way out of an error."""
+"""Which checkpoints of a run exist: saved, taken up again, pruned, and rescued on the way out of an error.
+
+A checkpoint counts as good once a step has been taken from it, or the run has ended well. Until then no older one is
+deleted: what was saved may be what a diverging step left.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -27,9 +31,8 @@ class CheckpointKeeper:
     def __init__(self, task: Task[Any], run: Run, config: CheckpointConfig, journal: Journal, world: World) -> None:
         self._task, self._run, self._config, self._journal, self._world = task, run, config, journal, world
         self._folder = run.files.checkpoints
-        self._saver = Saver(
-            self._folder, task.write_model, before_commit=journal.sync, after_commit=self._prune
-        )  # fmt: skip
+        self._saver = Saver(self._folder, task.write_model, before_commit=journal.sync)
+        self._unconfirmed: int | None = None
         self.saved_step = 0
 
     def clean_up(self) -> None:
@@ -53,30 +56,64 @@ class CheckpointKeeper:
         """Start writing `state`, the weights and the moments."""
         self.report(wait=True)
         self.saved_step = state["counters"]["step"]
-        if not self._world.is_writer:
-            return
+        if self._world.is_writer:
+            self._unconfirmed = self.saved_step
+            self._saver.start(self._snapshot(state, optimizer))
+
+    def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot:
         weights = {name: parameter.detach() for name, parameter in self._task.module.named_parameters()}
         loss = (state["held_out"] or {}).get("loss")
-        self._saver.start(
-            checkpoint.Snapshot(self.saved_step, weights, optimizer.state_dict(), state, held_out_loss=loss)
-        )
+        return checkpoint.Snapshot(
+            state["counters"]["step"], weights, optimizer.state_dict(), state, held_out_loss=loss
+        )  # fmt: skip
 
-    def rescue(self, state: Mapping[str, Any] | None, optimizer: Optimizer) -> None:
-        """Save the last whole step on the way out of an error, so that nothing learned is lost."""
+    def confirm(self) -> None:
+        """Take the newest checkpoint for good, and delete those that it makes superfluous."""
+        if self._unconfirmed is not None:
+            step, self._unconfirmed = self._unconfirmed, None
+            self._saver.tidy(lambda: self._prune(step))
+
+    def rescue(self, state: Mapping[str, Any] | None, optimizer: Optimizer, fault: str | None) -> None:
+        """Keep the last whole step on the way out of an error, so that nothing learned is lost; delete nothing.
+
+        With a `fault`, which says why the state is not fit to resume from, it goes to a folder of its own, also when
+        it was saved already.
+        """
         self._journal.dismiss_listeners()  # the error may be a listener's: a terminal that is gone, a full disk
-        if state is None or state["counters"]["step"] <= self.saved_step:
+        if state is None or not self._world.is_writer:
             return
         try:
-            self.save(dict(state), optimizer)
+            self.report(wait=True)
+            self._rescue(dict(state), optimizer, fault)
             self.report(wait=True)
         except MachineError as error:
             _log.error("could not save on the way out: %s", error)  # the error under way has the traceback
+
+    def _rescue(self, state: dict[str, Any], optimizer: Optimizer, fault: str | None) -> None:
+        step = state["counters"]["step"]
+        apart = self._run.files.rescue
+        if fault is None:
+            if step > self.saved_step:
+                self.save(state, optimizer)
+            return
+        message = f"{checkpoint_name(step)} is kept apart in {apart}, because {fault}; --resume takes the one before"
+        self._journal.tell(Event(step, "checkpoint_rejected", message))
+        if step == self.saved_step:
+            checkpoint.move(self._folder / checkpoint_name(step), apart)
+        elif step > self.saved_step:
+            self._saver.start_apart(self._snapshot(state, optimizer), apart)
+            if outcome := self._saver.take(wait=True):
+                _, error = outcome
+                if error is not None:
+                    raise error
 
     def report(self, *, wait: bool, is_final: bool = False) -> None:
         """Report the outcome of the checkpoint being written; with `is_final`, a failure is an error.
 
         Raises: MachineError.
         """
+        if failure := self._saver.take_tidied():
+            self._journal.tell(Event(self.saved_step, "prune_failed", f"{failure}; the run continues"))
         outcome = self._saver.take(wait=wait)
         if outcome is None:
             return

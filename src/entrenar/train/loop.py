@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entrenar.errors import ConfigError, DataError, NonFiniteError, TrainingHalted
 from entrenar.runs import Event, StepRecord, list_checkpoints
 from entrenar.train import rng
+from entrenar.train.judge import TrainedOn, fault_of_loss, fault_of_numbers
 from entrenar.train.keeper import CheckpointKeeper
 from entrenar.train.metrics import Journal, open_journal
 from entrenar.train.offload import open_store
@@ -76,8 +78,8 @@ def fit(
     with closing(journal), StopSignals() as stop, closing(_Training(task, settings, run, journal, world)) as training:
         try:
             reason = training.run_until_end(stop)
-        except Exception:
-            training.rescue()
+        except Exception as error:
+            training.rescue(error)
             raise
     progress = training.progress
     return Outcome(reason, progress.step, progress.last_record, progress.counters.best_held_out_loss)
@@ -104,6 +106,7 @@ class _Training:
             phase=self._phase,
             on_split=lambda message: journal.tell(Event(self.progress.step + 1, "oom_split", message)),
         )
+        self.trained_on: TrainedOn | None = None
         self.phases = Phases(next(task.module.parameters()).device)
         self.step_started = time.perf_counter()
 
@@ -171,7 +174,9 @@ class _Training:
             )
         self._heed(self.progress.monitor.before_update(step, figures.loss, figures.grad_norm))
         if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
+            self.keeper.confirm()
             self._move(figures.lr, self._clip(figures.grad_norm) / figures.targets)
+            self.trained_on = TrainedOn(batches, figures.loss)
         else:
             self.optimizer.gradients.begin(0)
         self.progress.advance(figures)
@@ -208,10 +213,18 @@ class _Training:
         if self.keeper.saved_step != progress.step:
             self._save()
         self.keeper.report(wait=True, is_final=True)
+        held_out_loss = (progress.held_out or {}).get("loss", 0.0)
+        if math.isfinite(held_out_loss):
+            self.keeper.confirm()
 
-    def rescue(self) -> None:
-        """Save the last whole step on the way out of an error."""
-        self.keeper.rescue(self.progress.boundary, self.optimizer)
+    def rescue(self, error: Exception) -> None:
+        """Keep the last whole step on the way out of an error; judge it first if the run has diverged."""
+        fault = None
+        if self.progress.boundary is not None and isinstance(error, TrainingHalted):
+            fault = fault_of_numbers(self._tensors())
+            if fault is None and self.trained_on is not None:
+                fault = fault_of_loss(self.task.module, self.gradient.loss, self.trained_on, self.progress.limit.rows)
+        self.keeper.rescue(self.progress.boundary, self.optimizer, fault)
 
     def close(self) -> None:
         """Wait for the writers."""
@@ -293,10 +306,24 @@ class _Training:
             self.journal.record(complete)
 
     def _save(self) -> None:
+        """Start a checkpoint.
+
+        Raises: NonFiniteError for a state that holds NaN or infinity: it would take the place of a good one.
+        """
+        if fault := fault_of_numbers(self._tensors()):
+            step = self.progress.step
+            raise NonFiniteError(
+                f"step {step}: not saved, because {fault}: the step itself made them so; lower the learning rate, and "
+                f"resume from {self.run.files.checkpoints}"
+            )
         with self._phase("checkpoint"):
             self.progress.code = dict(self.run.inspect_code())
             state = self.progress.boundary or self.progress.mark_boundary()
             self.keeper.save({**state, "code": self.progress.code}, self.optimizer)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        trained = {name: one for name, one in self.task.module.named_parameters() if one.requires_grad}
+        return {**trained, **self.optimizer.state_dict()}
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self.phases(name, self.progress.step + 1)

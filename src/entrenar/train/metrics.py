@@ -24,12 +24,13 @@ class RecordFile:
     """An append-only JSONL file that continues after `step`."""
 
     def __init__(self, path: Path, *, after_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
-        atomic_write(path, "".join(_to_line(record) for record in kept))
+        with explained_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
+            atomic_write(path, "".join(_to_line(record) for record in kept))
+            # Unbuffered: a buffer would keep what a full disk refused, and fail once more in `close`.
+            self._stream = path.open("ab", buffering=0)
         self._path = path
-        # Unbuffered: a buffer would keep what a full disk refused, and fail once more in `close`.
-        self._stream = path.open("ab", buffering=0)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record; NaN and infinity become null. A line that fits only in part is cut off again.

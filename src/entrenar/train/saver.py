@@ -31,33 +31,57 @@ class Saver:
         write_model: Callable[[Path, Mapping[str, Tensor]], None],
         *,
         before_commit: Callable[[], None],
-        after_commit: Callable[[int], None],
     ) -> None:
         self._folder = folder
         self._write_model = write_model
         self._before_commit = before_commit
-        self._after_commit = after_commit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Allocated now and released for the write: when memory is short later, the last checkpoint must not fail for a
         # thread's stack, nor for safetensors' buffer of 1 MiB, without which its Rust code aborts the process.
         self._reserve = self._thread.submit(bytearray, _RESERVE_BYTES).result()
         self._writing: Future[None] | None = None
+        self._tidying: Future[None] | None = None
         self._step = 0
         self._staged = threading.Event()
         self._staged.set()
 
     def start(self, snapshot: checkpoint.Snapshot) -> None:
         """Start writing `snapshot`; the result of the previous one must have been taken."""
+        self._start(snapshot, self._folder)
+
+    def start_apart(self, snapshot: checkpoint.Snapshot, folder: Path) -> None:
+        """Start writing `snapshot` into another folder than the checkpoints'."""
+        self._start(snapshot, folder)
+
+    def _start(self, snapshot: checkpoint.Snapshot, folder: Path) -> None:
         self._step = snapshot.step
         self._staged.clear()
-        self._writing = self._thread.submit(self._write, snapshot)
+        self._writing = self._thread.submit(self._write, snapshot, folder)
 
-    def _write(self, snapshot: checkpoint.Snapshot) -> None:
+    def tidy(self, work: Callable[[], None]) -> None:
+        """Do `work` in the thread, after the checkpoint being written."""
+        self._tidying = self._thread.submit(work)
+
+    def take_tidied(self) -> MachineError | None:
+        """Return why the last `tidy` failed, if it has ended and did, once.
+
+        Raises: any error other than a MachineError.
+        """
+        if self._tidying is None or not self._tidying.done():
+            return None
+        tidying, self._tidying = self._tidying, None
+        try:
+            tidying.result()
+        except MachineError as error:
+            return error
+        return None
+
+    def _write(self, snapshot: checkpoint.Snapshot, folder: Path) -> None:
         self._reserve = bytearray()
         try:
             with explained_oom("writing a checkpoint"):
                 checkpoint.write(
-                    self._folder / checkpoint_name(snapshot.step),
+                    folder / checkpoint_name(snapshot.step),
                     snapshot,
                     self._write_model,
                     staged=self._staged.set,
@@ -65,7 +89,6 @@ class Saver:
                 )
         finally:
             self._staged.set()
-        self._after_commit(snapshot.step)
         with suppress(MemoryError):
             self._reserve = bytearray(_RESERVE_BYTES)
 
