@@ -15,7 +15,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 MUTATION ?=
 BASE ?= origin/main
 
-.PHONY: help quickstart finetune-demo test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
+.PHONY: help quickstart finetune-demo docs-verify test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
   tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-smoke mutation-llama fuzz fuzz-smoke chaos proofs \
   certificates certificates-check property-power property-10k profile-llama profile-llama-otlp profile-llama-anomaly \
   hooks hooks-run gates gates-selftest roadmap gate-p1 gate-p2 gate-p3 gate-p4
@@ -76,6 +76,11 @@ profile-llama-anomaly: $(VENV)/.test corpora/stdlib/manifest.json ## say what is
 test: $(VENV)/.test ## run the tests, and record which lines and branches they reach
 	@$(BIN)/coverage erase
 	$(ONE_THREAD) $(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+docs-verify: $(VENV)/.test ## hold every link, command, flag, path, table and code block of README and book against the program
+	$(BIN)/python -m tests.documentation
+	$(BIN)/python benchmarks/tables.py --check
+	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_docs.py tests/test_examples.py
 
 lint: $(VENV)/.test ## ruff, with every ignored rule's reason in pyproject.toml
 	$(BIN)/ruff check .
