@@ -72,7 +72,7 @@ def typed(text: str) -> list[str]:
         elif language in ("bash", "sh", "shell"):
             lines += [line for line in _statements(whole) if line and not line.startswith("#")]
         elif not language:
-            lines += re.findall(r"^((?:entrenar|make|python) .+)$", whole, re.MULTILINE)
+            lines += [line for line in _statements(whole) if re.match("(?:entrenar|make|python) ", line)]
     return lines
 
 
