@@ -26,6 +26,22 @@ def memory() -> str:
     return rows(header, lines) + note + _reduction(report["cells"])
 
 
+def methods() -> str:
+    """What each method takes, by the size of the model: added memory and speed of a step."""
+    report = result("memory") or {"cells": {}}
+    lines = []
+    for preset in ("124m", "1b", "7b"):
+        for method in ("full", "lora", "qlora", "qlora-streamed"):
+            for precision in ("float32", "bfloat16"):
+                cell = report["cells"].get(f"matrix {preset} {method} {precision}", {})
+                if peak := cell.get("added_peak_bytes"):
+                    speed = f"{cell['tokens_per_s']:.1f} (load {cell['load_average']})"
+                    lines.append([preset, method, precision, f"**{peak / 1e9:.2f}**", speed])
+    header = ["model", "method", "precision", "added memory, GB", "tokens/s"]
+    note = f"\n{report.get('cpu')}; torch {report.get('torch')}; {report.get('date')}; `python benchmarks/memory.py`\n"
+    return rows(header, lines) + note
+
+
 def _reduction(cells: dict[str, Any]) -> str:
     """Say how far each QLoRA lies below LoRA in float32, by the peaks that were added."""
     said = []

@@ -18,7 +18,7 @@ from figures import RESULTS, result, rows
 from headline import lines as headline_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "examples").glob("**/*.md"))]
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -267,7 +267,7 @@ def decode() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline, "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": memory_tables.bit_budget, "qlora": qlora,
-    "memory": memory_tables.memory, "test_data": test_data, "tiers": tiers,
+    "memory": memory_tables.memory, "methods": memory_tables.methods, "test_data": test_data, "tiers": tiers,
     **{name: functools.partial(of_quality, name) for name in quality_tables.TABLES},
     "debt": functools.partial(of_debt, debt_tables.repository, ROOT / ".pmat" / "tdg-baseline.json"),
     "debt_fixes": functools.partial(of_debt, debt_tables.fixes, RESULTS / "debt.json"),

@@ -1,6 +1,7 @@
 """What README and book say is so: links lead somewhere, commands exist, tables are those of the raw figures."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from entrenar.config_file import load_config
 from . import documentation
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
     tables = importlib.import_module("tables")
@@ -75,7 +75,7 @@ def test_what_holds_is_no_fault(holds):
     assert documentation.faults(ROOT / "docs" / "index.md", f"# A page\n\n{holds}\n") == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=by_name)
+@pytest.mark.parametrize("page", tables.PAGES, ids=by_name)
 def test_tables_are_those_of_the_raw_figures(page):
     """Nothing between the marks of a table was written by hand."""
     text = page.read_text(encoding="utf-8")
@@ -94,3 +94,32 @@ def test_the_specifications_own_line_is_valid():
     config = load_config(ROOT / "configs/124m.json", {flags["--epochs"]: "10", flags["--batch-size"]: "32"})
     assert (config.train.epochs, config.data.batch_size) == (10, 32)
     assert config.model.parameter_count() == 123_685_632
+
+
+def nav_entries() -> list[str]:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    return re.findall(r": ([\w/.-]+\.md)$", nav, flags=re.MULTILINE)
+
+
+def test_the_book_lists_every_page():
+    """Each page is in the navigation once, and each entry of the navigation is a page."""
+    assert sorted(nav_entries()) == sorted(str(page.relative_to(ROOT / "docs")) for page in ROOT.glob("docs/**/*.md"))
+
+
+def test_the_index_links_every_page_of_the_navigation():
+    """A reader on the forge, without the built book, finds each page from its index."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    own = ("index.md", "specifications/llama-integration.md")
+    assert [entry for entry in nav_entries() if f"]({entry})" not in index and entry not in own] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "examples/llama2/transpiled_finetuning.md", "examples/llama2/README.md", "examples/llama2/Makefile",
+        "scripts/analyze_training.sh", "docs/examples/llama2-finetuning.md", "docs/advanced/llama-tracing.md",
+    ],
+)  # fmt: skip
+def test_pages_of_the_specification_are_there(name):
+    """What the specification names exists under its name."""
+    assert (ROOT / name).is_file()

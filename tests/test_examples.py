@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from entrenar.data import train_bpe
+from entrenar.config_file import load_config, load_finetune_config
+from entrenar.data import PrepareConfig, prepare, train_bpe
 from entrenar.model import Llama, LlamaConfig
 from entrenar.recipe import write_model_folder
 
@@ -20,6 +21,19 @@ ROWS = [{"prompt": f"say {word}", "completion": f" {word}!"} for word in ("tea",
 ADAPTER = ["--model", "MODEL", "--data", "ROWS", "--out", "OUT", "--steps", "2"]
 CALLS = {
     "finetune_docstrings/make_rows.py": ["--out", "OUT"],
+    "llama2/architecture.py": [],
+    "llama2/train.py": [
+        "--config",
+        "TINY",
+        "--corpus",
+        "CORPUS",
+        "--runs-dir",
+        "OUT",
+        "--steps",
+        "2",
+        "--prompt",
+        "say",
+    ],
     "llama2/finetune_tiny.py": ["TEXTS", "OUT"],
     "llama2/transpile.py": [str(EXAMPLES / "llama2/finetune_tiny.py"), "--output", "OUT", "--source-map", "OUT"],
     "llama2/finetune_lora.py": ADAPTER,
@@ -27,7 +41,16 @@ CALLS = {
     "llama2/memory_benchmarks.py": ["--seq-len", "16", "--only", "QLoRA"],
 }
 # A word of what each prints when it is done.
-SAYS = {"llama2/finetune_lora.py": "reads back with logits that differ by", "llama2/memory_benchmarks.py": "QLoRA bf16"}
+SAYS = {
+    "llama2/architecture.py": "logits                (1, 4, 4096)",
+    "llama2/train.py": "bits per byte\ns",
+    "llama2/finetune_lora.py": "reads back with logits that differ by",
+    "llama2/memory_benchmarks.py": "QLoRA bf16",
+}
+SPECIFIED = (
+    "architecture", "train", "finetune_lora", "finetune_qlora", "memory_benchmarks",
+)  # fmt: skip
+CONFIGS = sorted((EXAMPLES / "llama2" / "configs").iterdir())
 
 
 def examples() -> list[str]:
@@ -48,12 +71,44 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     write_model_folder(folder / "model", model, dict(model.named_parameters()), tokenizer)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": row["prompt"]}) + "\n" for row in ROWS))
-    return {"MODEL": str(folder / "model"), "ROWS": str(folder / "rows.jsonl"), "TEXTS": str(folder / "texts.jsonl")}
+    (folder / "text.txt").write_text("\n\n".join(f"say tea {number} to bee {number + 1}" for number in range(600)))
+    prepare([folder / "text.txt"], folder / "corpus", PrepareConfig(vocab_size=300, val_fraction=0.2))
+    (folder / "tiny.toml").write_text(
+        'name = "page"\n[model]\nvocab_size = 300\nhidden_size = 32\nnum_layers = 1\nnum_heads = 2\n'
+        "intermediate_size = 32\n[data]\nbatch_size = 2\nseq_len = 32\n[train]\nthreads = 1\n"
+    )
+    own = {"CORPUS": str(folder / "corpus"), "TINY": str(folder / "tiny.toml")}
+    return own | {
+        "MODEL": str(folder / "model"),
+        "ROWS": str(folder / "rows.jsonl"),
+        "TEXTS": str(folder / "texts.jsonl"),
+    }
 
 
 def test_every_example_has_a_call() -> None:
     """An example that nobody runs is found."""
     assert [name for name in examples() if name not in CALLS] == []
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_the_pages_of_the_specification_fit_on_a_page(name: str) -> None:
+    """Each exists under its specified name, in at most 80 lines."""
+    assert len((EXAMPLES / "llama2" / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_of_the_examples_is_valid(path: Path) -> None:
+    """Those that name a model to fine-tune are configs of fine-tuning, the others of pre-training."""
+    is_finetuning = "method = " in path.read_text(encoding="utf-8")
+    config = load_finetune_config(path, {}) if is_finetuning else load_config(path, {})
+    assert config.name
+
+
+def test_the_specified_configs_are_there() -> None:
+    """The sizes of the specification, and the file of its own command line."""
+    assert {path.name for path in CONFIGS} == {
+        "tiny.toml", "124m.toml", "1b.toml", "7b.toml", "llama3-8b.toml", "124m.json",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", examples())

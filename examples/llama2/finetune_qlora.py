@@ -41,7 +41,6 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True)
     arguments.add_argument("--out", type=Path, default=Path("adapter"))
     arguments.add_argument("--steps", type=int, default=50)
-    arguments.add_argument("--rank", type=int, default=8)
     arguments.add_argument("--lr", type=float, default=1e-3)
     parsed = arguments.parse_args()
 
@@ -49,7 +48,7 @@ def main() -> None:
     model, tokenizer = open_base(parsed.model), Tokenizer.load(parsed.model)
     base = identify_base(model, str(parsed.model))
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    lora = LoraConfig(rank=parsed.rank, lora_alpha=2 * parsed.rank, target_modules=targets)
+    lora = LoraConfig(rank=8, lora_alpha=16, target_modules=targets)
     from_base(model, lora, torch.Generator().manual_seed(0))
     print(*memory_lines(model), *trainable_table(model).lines(), sep="\n")
 
@@ -57,7 +56,6 @@ def main() -> None:
     examples = read_examples(rows.data, tokenizer, rows).examples
     loader = SftLoader(examples, batch_size=4, seq_len=rows.seq_len, seed=0)
 
-    # Tiles of a weight are widened for a product and dropped; its backward widens them again.
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=parsed.lr, weight_decay=0.0))
     for step, (batch, _) in enumerate(islice(loader, parsed.steps), start=1):
         optimizer.gradients.begin(1)
