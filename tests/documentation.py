@@ -128,6 +128,8 @@ def _refusal(page: Path, command: list[str]) -> str | None:
         return parse_fault(command[1:])
     if name == "make":
         return next((f"no target {word}" for word in command[1:] if not _is_target(page, word)), None)
+    if name in ("torchrun", "python", "python3") and "entrenar" in command:
+        return parse_fault(command[command.index("entrenar") + 1 :])
     if name in ("python", "python3") and len(command) > 1:
         return _script_fault(page, command[1:])
     return None

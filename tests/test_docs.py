@@ -1,7 +1,9 @@
 """What README and book say is so: links lead somewhere, commands exist, tables are those of the raw figures."""
 
+import hashlib
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ def test_a_page_says_only_what_is_there(page):
         ("```console\n$ entrenar train --config configs/stdlib.toml --learning 1\n```", "not a flag: --learning"),
         ("```console\n$ entrenar trace run -- entrenar train --learning 1\n```", "not a flag: --learning"),
         ("```console\n$ entrenar quality tdg src --explian\n```", "not a flag: --explian"),
+        ("```bash\ntorchrun --nproc-per-node 2 -m entrenar train --learning 1\n```", "not a flag: --learning"),
         ("```console\n$ entrenar convert a b --to png\n```", "invalid choice"),
         ("```console\n$ entrenar train --config configs/nowhere.toml\n```", "no file configs/nowhere.toml"),
         ("```\nentrenar plan --presett 124m\n```", "--presett"),
@@ -123,3 +126,21 @@ def test_the_index_links_every_page_of_the_navigation():
 def test_pages_of_the_specification_are_there(name):
     """What the specification names exists under its name."""
     assert (ROOT / name).is_file()
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_pictures_were_drawn_from_the_figures_that_are_there():
+    """Each picture of a page is listed with the hash of its data; new figures ask for a new picture."""
+    listed = tomllib.loads((ROOT / "docs" / "pictures.toml").read_text(encoding="utf-8"))
+    shown = {
+        str((page.parent / name).resolve().relative_to(ROOT.resolve()))
+        for page in documentation.pages()
+        for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    assert shown == set(listed)
+    drawn = [(picture["data"], picture["sha256"]) for picture in listed.values() if "data" in picture]
+    assert [name for name, sha256 in drawn if digest(ROOT / name) != sha256] == [], "draw the picture again"
+    assert all("data" in picture or "reason" in picture for picture in listed.values())
