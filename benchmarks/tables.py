@@ -13,6 +13,7 @@ from typing import Any
 
 import debt_tables
 import memory_tables
+import option_tables
 import quality_tables
 from figures import RESULTS, result, rows
 from headline import lines as headline_lines
@@ -273,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "debt_fixes": functools.partial(of_debt, debt_tables.fixes, RESULTS / "debt.json"),
     "debt_tools": functools.partial(of_debt, debt_tables.tools, RESULTS / "debt.json"),
     "debt_time": functools.partial(of_debt, debt_tables.seconds, RESULTS / "debt.json"),
+    "options_of_runs": option_tables.options_of_runs, "options_of_finetuning": option_tables.options_of_finetuning,
     "decode": decode, "load": memory_tables.load, "plan": memory_tables.plan,
 }  # fmt: skip
 
