@@ -123,3 +123,23 @@ def test_an_example_runs_to_its_end(name: str, places: dict[str, str], tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert SAYS.get(name, "") in done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/examples/llama2-finetuning.md"])
+def test_the_python_block_of_a_page_runs(page: str, places: dict[str, str], tmp_path: Path) -> None:
+    """As it is printed, except for the paths of model and data and for two steps in place of 200."""
+    block = (EXAMPLES.parent / page).read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    assert "max_steps=200" in block
+    for printed, tiny in (("max_steps=200", "max_steps=2"), ('"DIR"', repr(places["MODEL"]))):
+        block = block.replace(printed, tiny)
+    (tmp_path / "configs").mkdir()
+    config = (
+        Path(places["TINY"]).read_text().replace("[data]\n", f"[data]\ncorpus = [{json.dumps(places['CORPUS'])}]\n")
+    )
+    (tmp_path / "configs" / "stdlib.toml").write_text(config)
+    (tmp_path / "rows.jsonl").write_text(Path(places["ROWS"]).read_text())
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
