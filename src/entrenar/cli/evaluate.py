@@ -5,11 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from entrenar import recipe
 from entrenar.cli import flags
-from entrenar.cli.train import describe
 
 
 def run(words: Sequence[str]) -> int:
@@ -22,6 +18,11 @@ def run(words: Sequence[str]) -> int:
     arguments.add_argument("--threads", type=flags.thread_count, help="CPU threads")
     arguments.add_argument("--json", action="store_true", help="print JSON")
     parsed = flags.parse(arguments, words)
+    import torch  # noqa: PLC0415  # seconds, which neither --help nor a usage error needs
+
+    from entrenar import recipe  # noqa: PLC0415
+    from entrenar.cli.train import describe  # noqa: PLC0415
+
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     result = recipe.evaluate_model(parsed.model, parsed.corpus, batch_size=parsed.batch_size, seq_len=parsed.seq_len)

@@ -1,21 +1,27 @@
-"""Turn every option of a run into a flag, described by the docstring of its field."""
+"""Turn every option of a run into a flag, described by the docstring of its field.
+
+The config models load torch, so the functions that need them import them: a command without such flags answers
+`--help` and usage errors at once.
+"""
 
 import argparse
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
-
-from entrenar.config import RunConfig, options
-from entrenar.config_file import elsewhere, load_config
 from entrenar.errors import ConfigError
+from entrenar.synonyms import elsewhere
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic_core import ErrorDetails
+
+    from entrenar.config import RunConfig
 
 _LARGEST, _MOST_DIGITS, _MOST_THREADS = 2**31 - 1, 20, 1024
-ModelT = TypeVar("ModelT", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound="BaseModel")
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -42,12 +48,14 @@ def add_run_flags(arguments: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_flags(arguments: argparse.ArgumentParser, model: type[BaseModel] = RunConfig) -> None:
-    """Add `--config FILE` and one flag for each option of `model`, grouped by the tables of the file."""
+def add_config_flags(arguments: argparse.ArgumentParser, model: "type[BaseModel] | None" = None) -> None:
+    """Add `--config FILE` and one flag for each option of `model` (a run's), grouped by the tables of the file."""
+    from entrenar.config import RunConfig, options  # noqa: PLC0415  # loads torch
+
     arguments.usage = f"{arguments.prog} [--config FILE] [flags]"
     arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags override it")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in options(model):
+    for option in options(model or RunConfig):
         table = option.path[0] if len(option.path) > 1 else "run"
         group = groups.setdefault(table, arguments.add_argument_group(f"[{table}]" if table != "run" else "run"))
         default = option.field.get_default(call_default_factory=True)
@@ -78,17 +86,21 @@ def _shown(default: object) -> str:
     return " ".join(str(item) for item in default) if isinstance(default, tuple) else str(default)
 
 
-def given_flags(parsed: argparse.Namespace, model: type[BaseModel] = RunConfig) -> dict[str, str]:
+def given_flags(parsed: argparse.Namespace, model: "type[BaseModel] | None" = None) -> dict[str, str]:
     """Return the config flags that were given, by dotted key."""
-    keys = {option.key for option in options(model)}
+    from entrenar.config import RunConfig, options  # noqa: PLC0415  # loads torch
+
+    keys = {option.key for option in options(model or RunConfig)}
     return {key: value for key, value in vars(parsed).items() if key in keys}
 
 
-def config_of(parsed: argparse.Namespace) -> RunConfig:
+def config_of(parsed: argparse.Namespace) -> "RunConfig":
     """Read the config file and apply the given flags over it.
 
     Raises: ConfigError with every fault.
     """
+    from entrenar.config_file import load_config  # noqa: PLC0415  # loads torch
+
     return load_config(parsed.config, given_flags(parsed))
 
 
@@ -142,7 +154,9 @@ def _nearest(flag: str, arguments: argparse.ArgumentParser) -> str:
     return f"; did you mean {match[0]}?" if match else f"; `{arguments.prog} --help` lists them all"
 
 
-def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], leave_out: Sequence[str] = ()) -> None:
+def add_field_flags(
+    arguments: argparse.ArgumentParser, model: "type[BaseModel]", leave_out: Sequence[str] = ()
+) -> None:
     """Add a flag for each field of one config model; a field with several values takes several words."""
     for name, field in model.model_fields.items():
         if name not in leave_out:
@@ -156,7 +170,7 @@ def add_field_flags(arguments: argparse.ArgumentParser, model: type[BaseModel], 
             )
 
 
-def _reason(fault: ErrorDetails) -> str:
+def _reason(fault: "ErrorDetails") -> str:
     own = fault.get("ctx", {}).get("error")
     return str(own) if own is not None else f"{fault['msg']}, got {fault['input']!r:.100}"
 
@@ -166,6 +180,8 @@ def from_fields(parsed: argparse.Namespace, model: type[ModelT]) -> ModelT:
 
     Raises: ConfigError with every fault.
     """
+    from pydantic import ValidationError  # noqa: PLC0415  # the model has loaded it
+
     given = {name: getattr(parsed, f"config.{name}") for name in model.model_fields if f"config.{name}" in parsed}
     try:
         return model.model_validate(given)

@@ -45,7 +45,7 @@ Train and fine-tune LLaMA models, with proof that the result is right.
 _EPILOG = """
 Exit codes: 0 done; 1 a gate failed or a training alarm stopped the run; 2 wrong input; 3 the machine failed (memory,
 disk); 5 not measured.
-Start with `make quickstart`, or `entrenar COMMAND --help`.
+Start with `entrenar quickstart`, or `entrenar COMMAND --help`.
 """
 
 

@@ -3,13 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from entrenar.cli import flags
-from entrenar.interop.hf_peft import BaseIdentity
-from entrenar.peft import MergeReport
-from entrenar.recipe.merge import MergeOptions, merge_adapter
+
+if TYPE_CHECKING:
+    from entrenar.interop.hf_peft import BaseIdentity
+    from entrenar.peft import MergeReport
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,6 +17,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def run(words: Sequence[str]) -> int:
     """Merge; return the exit code."""
     parsed = flags.parse(_arguments(), words)
+    import torch  # noqa: PLC0415  # seconds, which neither --help nor a usage error needs
+
+    from entrenar.recipe.merge import MergeOptions, merge_adapter  # noqa: PLC0415
+
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     options = MergeOptions(
@@ -35,7 +39,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _own_model(base: BaseIdentity) -> str:
+def _own_model(base: "BaseIdentity") -> str:
     if base.is_within_budget:
         return f"a budget of bits: its own model is {base.name or 'that rounded one'}"
     held = base.held
@@ -63,7 +67,7 @@ def _arguments() -> argparse.ArgumentParser:
     return arguments
 
 
-def _lines(report: MergeReport, out: Path) -> list[str]:
+def _lines(report: "MergeReport", out: Path) -> list[str]:
     return [
         f"merged into {out}",
         f"largest |Δlogit| against the unmerged model: {report.largest_difference:.3g} over {report.tokens} tokens",
