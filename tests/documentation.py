@@ -8,9 +8,9 @@ written from their raw JSON by `benchmarks/tables.py`, and a picture must be as 
 import argparse
 import ast
 import contextlib
-import importlib
 import importlib.util
 import io
+import pkgutil
 import re
 import shlex
 import sys
@@ -64,16 +64,16 @@ def anchors(text: str) -> set[str]:
 
 def typed(text: str) -> list[str]:
     """Return the commands of a page's shell blocks: lines after `$` in a console, all lines of a script."""
-    lines = []
-    for language, block in _FENCE.findall(text):
-        whole = re.sub(r"\\\n\s*", "", block)
-        if language == "console" or whole.startswith("$ "):
-            lines += re.findall(r"^\$ (.+)$", whole, re.MULTILINE)
-        elif language in ("bash", "sh", "shell"):
-            lines += [line for line in _statements(whole) if line and not line.startswith("#")]
-        elif not language:
-            lines += [line for line in _statements(whole) if re.match("(?:entrenar|make|python) ", line)]
-    return lines
+    return [line for language, block in _FENCE.findall(text) for line in _typed_in(language, block)]
+
+
+def _typed_in(language: str, block: str) -> list[str]:
+    whole = re.sub(r"\\\n\s*", "", block)
+    if language == "console" or whole.startswith("$ "):
+        return re.findall(r"^\$ (.+)$", whole, re.MULTILINE)
+    if language in ("bash", "sh", "shell"):
+        return [line for line in _statements(whole) if line and not line.startswith("#")]
+    return [line for line in _statements(whole) if not language and re.match("(?:entrenar|make|python) ", line)]
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -147,14 +147,20 @@ def _is_target(page: Path, word: str) -> bool:
 def _script_fault(page: Path, words: Sequence[str]) -> str | None:
     if words[0] == "-m":
         return None if importlib.util.find_spec(words[1]) else f"no module {words[1]}"
-    if words[0] == "-c":
-        return None
-    places = [place for place in (ROOT / words[0], page.parent / words[0]) if place.is_file()]
-    if not places:
-        return None if words[0].startswith("generated") or _PATH.fullmatch(words[0]) else f"no script {words[0]}"
-    source = places[0].read_text(encoding="utf-8")
-    flags = [word.partition("=")[0] for word in words[1:] if word.startswith("--")]
-    return next((f"{words[0]} has no flag {flag}" for flag in flags if f'"{flag}"' not in source), None)
+    if (
+        words[0] == "-c"
+        or words[0].startswith("generated")
+        or (_PATH.fullmatch(words[0]) and not _exists(page, words[0]))
+    ):
+        return None  # a program on the line, one that the page makes, or a path that is reported as missing already
+    place = next((place for place in (ROOT / words[0], page.parent / words[0]) if place.is_file()), None)
+    return _flag_fault(place, words[1:]) if place else f"no script {words[0]}"
+
+
+def _flag_fault(script: Path, words: Sequence[str]) -> str | None:
+    source = script.read_text(encoding="utf-8")
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return next((f"{script.name} has no flag {flag}" for flag in flags if f'"{flag}"' not in source), None)
 
 
 class _ParsedError(Exception):
@@ -209,20 +215,26 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 def of_inline(page: Path, text: str) -> Iterator[str]:
     """Yield commands, flags, paths and modules in running text that are not there."""
     for code in _INLINE.findall(_FENCE.sub("", text)):
-        words = re.sub(r"[\[\]…]|\\\|\S+", " ", code).split()
-        if words[:1] == ["entrenar"] and len(words) > 1:
-            if words[1] in program.COMMANDS:
-                fault = parse_fault(words[1:], only_flags=True)
-            else:
-                fault = None if words[1].isupper() or words[1].startswith("-") else f"no command {words[1]}"
-            if fault:
-                yield f"`{code}`: {fault}"
-        elif words[:1] == ["make"] and len(words) == 2 and not _is_target(page, words[1]):
-            yield f"`{code}`: no such target"
-        elif _PATH.fullmatch(code) and not _exists(page, code):
-            yield f"`{code}`: no such file"
-        elif re.fullmatch(r"entrenar(\.\w+)+", code) and not resolves(code):
-            yield f"`{code}`: no such name"
+        if (fault := _inline_fault(page, code)) is not None:
+            yield f"`{code}`: {fault}"
+
+
+def _inline_fault(page: Path, code: str) -> str | None:
+    words = re.sub(r"[\[\]…]|\\\|\S+", " ", code).split()
+    if words[:1] == ["entrenar"]:
+        return _mention_fault(words[1:])
+    if words[:1] == ["make"] and len(words) == 2:
+        return None if _is_target(page, words[1]) else "no such target"
+    if _PATH.fullmatch(code):
+        return None if _exists(page, code) else "no such file"
+    is_dotted = re.fullmatch(r"entrenar(\.\w+)+", code)
+    return "no such name" if is_dotted and not resolves(code) else None
+
+
+def _mention_fault(words: Sequence[str]) -> str | None:
+    if not words or words[0].isupper() or words[0].startswith("-"):
+        return None
+    return parse_fault(words, only_flags=True) if words[0] in program.COMMANDS else f"no command {words[0]}"
 
 
 def _exists(page: Path, name: str) -> bool:
@@ -232,31 +244,26 @@ def _exists(page: Path, name: str) -> bool:
 
 def resolves(dotted: str) -> bool:
     """Return whether a dotted name is a module, or a name in one."""
-    parts = dotted.split(".")
-    for cut in range(len(parts), 0, -1):
-        with contextlib.suppress(ImportError):
-            found: object = importlib.import_module(".".join(parts[:cut]))
-            for name in parts[cut:]:
-                if not hasattr(found, name):
-                    return False
-                found = getattr(found, name)
-            return True
-    return False
+    try:
+        pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def of_python(page: Path, text: str) -> Iterator[str]:
     """Yield Python blocks that do not compile, or use a name that the program does not have."""
     for language, block in _FENCE.findall(text):
-        if language != "python":
-            continue
-        try:
-            tree = ast.parse(block)
-        except SyntaxError as error:
-            yield f"Python block: {error}"
-            continue
-        for name in _names(tree):
-            if name.startswith("entrenar.") and not resolves(name):
-                yield f"Python block: no {name}"
+        if language == "python":
+            yield from (f"Python block: {fault}" for fault in _block_faults(block))
+
+
+def _block_faults(block: str) -> list[str]:
+    try:
+        tree = ast.parse(block)
+    except SyntaxError as error:
+        return [str(error)]
+    return [f"no {name}" for name in _names(tree) if name.startswith("entrenar.") and not resolves(name)]
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
