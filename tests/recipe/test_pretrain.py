@@ -423,3 +423,12 @@ def test_the_command_line_answers_a_fault_with_exit_code_2(tmp_path, capsys):
     assert "--batchsize is not a flag of entrenar train; did you mean --batch-size?" in capsys.readouterr().err
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert main(["nonsense"]) == 2
+
+
+def test_a_missing_tensorboard_is_found_before_the_run_folder_is_made(corpus, tmp_path, monkeypatch):
+    """The package is looked for first, so that the same command works after the install."""
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    config = config_for(corpus, tmp_path, train__tensorboard="true")
+    with pytest.raises(ConfigError, match=r"tensorboard = true needs the tensorboard package; pip install"):
+        recipe.train(config)
+    assert not config.run_dir.exists()

@@ -6,6 +6,7 @@ Nothing is written before `run_folder`: a fault in a new run must not cost the o
 holds a lock on its folder.
 """
 
+import importlib.util
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -106,9 +107,12 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
     """Set up the process and find the device and the checkpoint; the compute dtype is settled in the config returned.
 
     Raises:
-        ConfigError, CheckpointError: the machine lacks the device, or the folder is not free, or cannot be resumed.
+        ConfigError, CheckpointError: the machine lacks the device or a package, or the folder is not free, or cannot be
+            resumed.
         MachineError: another process trains there.
     """
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard = true needs the tensorboard package; pip install 'entrenar[tensorboard]'")
     prepare_process(config.train)
     device, world = choose_device(config), current_world()
     if world.size > 1 and device.type != "cpu":
