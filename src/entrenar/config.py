@@ -169,7 +169,11 @@ class _Need:
 
 
 _NEEDS = (
-    _Need(("optim.muon_momentum", "optim.muon_excluded"), "optimizer = muon", lambda c: c.optim.optimizer == "muon"),
+    _Need(
+        ("optim.muon_momentum", "optim.muon_dtype", "optim.muon_excluded"),
+        "optimizer = muon",
+        lambda c: c.optim.optimizer == "muon",
+    ),
     _Need(("schedule.wsd_decay_ratio",), "schedule = wsd", lambda c: c.schedule.schedule == "wsd"),
     _Need(("train.offload_dir", "train.offload_budget_gb"), "offload = disk", lambda c: c.train.offload == "disk"),
 )

@@ -287,12 +287,13 @@ def test_the_last_step_is_measured_once(corpus, tmp_path, monkeypatch):
 
 def test_the_measured_compute_dtype_is_kept_for_the_life_of_a_run(corpus, tmp_path, monkeypatch):
     """A machine that has become faster at another type does not change the arithmetic of a run."""
-    flags = {"train__precision": "bfloat16", "compute_dtype": "auto"}
+    flags = {"train__precision": "bfloat16", "compute_dtype": "auto", "optim__optimizer": "muon"}
     monkeypatch.setattr(machine, "fastest_compute_dtype", lambda *_: torch.float32)
     recipe.train(config_for(corpus, tmp_path, train__max_steps="1", **flags))
     monkeypatch.setattr(machine, "fastest_compute_dtype", lambda *_: torch.bfloat16)
     recipe.train(config_for(corpus, tmp_path, train__max_steps="2", **flags), resume=True)
-    assert latest_good(tmp_path / "trial" / "checkpoints").state["config"]["compute_dtype"] == "float32"
+    recorded = latest_good(tmp_path / "trial" / "checkpoints").state["config"]
+    assert recorded["compute_dtype"] == recorded["optim"]["muon_dtype"] == "float32"
 
 
 def test_a_dry_run_checks_what_a_run_would_and_changes_nothing(corpus, tmp_path, capsys):

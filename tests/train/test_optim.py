@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from entrenar.errors import CheckpointError, ConfigError
-from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer
+from entrenar.train.optim import OptimConfig, Optimizer, build_optimizer, orthogonalized
 from entrenar.train.precision import join_master
 
 STEPS = 5
@@ -171,6 +171,39 @@ def test_the_gradients_are_gone_after_the_step() -> None:
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step(0.1, 1.0)
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 60), (60, 8), (1, 5)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_newton_schulz_is_the_same_in_each_dtype_up_to_its_rounding(
+    shape: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    """Against the same five steps in float64; the singular values of the result are near one, and the input stays."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = matrix.clone()
+    exact, found = orthogonalized(matrix, torch.float64), orthogonalized(matrix.to(dtype), dtype).double()
+    assert torch.equal(matrix, kept)
+    assert (found - exact).norm() / exact.norm() <= bound
+    sizes = torch.linalg.svdvals(exact)
+    assert 0.4 <= float(sizes.min()) <= float(sizes.max()) <= 1.3
+
+
+def test_muon_multiplies_in_the_dtype_it_is_told() -> None:
+    """float32 and bfloat16 move the weights differently, and each as the function says."""
+    moved = {}
+    for name in ("float32", "bfloat16"):
+        module = _module()
+        config = OptimConfig(optimizer="muon", lr=1e-2, weight_decay=0.0, muon_dtype=name)
+        optimizer = build_optimizer(module.named_parameters(), config, "float32")
+        before, gradient = module[0].weight.detach().clone(), _gradients(module, 0, torch.float32)[0]
+        module[0].weight.grad = gradient.clone()
+        optimizer.step(1e-2, 1.0)
+        mean = gradient * 0.05
+        size = 0.2 * max(before.shape) ** 0.5
+        expected = before - 1e-2 * size * orthogonalized(gradient.lerp(mean, 0.95), getattr(torch, name)).float()
+        torch.testing.assert_close(module[0].weight, expected, rtol=1e-5, atol=1e-7)
+        moved[name] = module[0].weight.detach()
+    assert not torch.equal(moved["float32"], moved["bfloat16"])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "muon"])

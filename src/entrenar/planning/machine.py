@@ -4,10 +4,10 @@ import math
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -130,13 +130,22 @@ def _least_s(work: Callable[[], object]) -> float:
     return min(times[1:])
 
 
-def settle_compute_dtype(config: ConfigT, device: torch.device, recorded: str | None = None) -> ConfigT:
-    """Replace compute_dtype = "auto" by the dtype that is fastest here, or by the one that a resumed run recorded.
+def settle_compute_dtype(config: ConfigT, device: torch.device, recorded: Mapping[str, Any] | None = None) -> ConfigT:
+    """Replace "auto" in compute_dtype and muon_dtype by what is fastest here, or by what a resumed run `recorded`.
 
     Another dtype would change the last bits, so it is measured once in the life of a run.
     """
-    if config.compute_dtype != "auto":
-        return config
-    fastest = recorded or str(fastest_compute_dtype(getattr(torch, config.train.precision), device))
+    changes: dict[str, Any] = {}
+    if config.compute_dtype == "auto":
+        stored = getattr(torch, config.train.precision)
+        changes["compute_dtype"] = recorded["compute_dtype"] if recorded else _fastest(stored, device)
+    optim = config.optim
+    if optim.optimizer == "muon" and optim.muon_dtype == "auto":
+        before = recorded and recorded["optim"].get("muon_dtype", "bfloat16")  # all that earlier versions had
+        changes["optim"] = optim.model_copy(update={"muon_dtype": before or _fastest(torch.bfloat16, device)})
     # mypy takes the copy of a union's member for the union.
-    return cast(ConfigT, config.model_copy(update={"compute_dtype": fastest.removeprefix("torch.")}))
+    return cast(ConfigT, config.model_copy(update=changes)) if changes else config
+
+
+def _fastest(stored: torch.dtype, device: torch.device) -> str:
+    return str(fastest_compute_dtype(stored, device)).removeprefix("torch.")

@@ -121,12 +121,13 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
         check_free(RunFolder(config.run_dir).lock, str(config.run_dir))
     checkpoint = find_checkpoint(config.run_dir, mode)
     _check_same_start(world, config, mode, checkpoint)
-    recorded = checkpoint.state["config"]["compute_dtype"] if checkpoint else None
+    recorded = checkpoint.state["config"] if checkpoint else None
     if mode.adds_time and checkpoint is not None:
         config = _with_more_time(config, checkpoint.state["counters"]["elapsed_s"])
     config = settle_compute_dtype(config, device, recorded)
     if world.size > 1:  # another rank may have measured another dtype as the fastest
-        config = config.model_copy(update={"compute_dtype": world.broadcast(config.compute_dtype)})
+        optim = config.optim.model_copy(update={"muon_dtype": world.broadcast(config.optim.muon_dtype)})
+        config = config.model_copy(update={"compute_dtype": world.broadcast(config.compute_dtype), "optim": optim})
     return Start(config, mode, device, checkpoint, world)
 
 
