@@ -233,3 +233,41 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(FormatError, match=r"a\.json is not valid JSON"):
             files.read_json(path)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from entrenar import files
+with getattr(files, sys.argv[1])(Path(sys.argv[2])) as place:
+    (place / "a" if place.is_dir() else place).write_text("half")
+    print(place, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("kind", ["atomic_directory", "atomic_file"])
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path, kind: str) -> None:
+    """The next write to the same place cleans up; another name's leftovers are another's."""
+    target = tmp_path / "model"
+    write = getattr(files, kind)
+
+    def begun(path: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _KILLED, kind, str(path)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with begun(target) as killed, begun(target) as living, begun(tmp_path / "model-2") as other:
+        places = [Path(process.stdout.readline().strip()) for process in (killed, living, other)]
+        for process in (killed, other):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        with write(target) as place:
+            assert [path.exists() for path in places] == [False, True, True]
+            if place.is_dir():
+                (place / "a").write_text("whole")
+        assert target.exists()
+        living.kill()
+    with write(target):
+        pass
+    assert _names(tmp_path) == sorted([places[2].name, "model"])

@@ -7,12 +7,14 @@ by the rename of a sibling.
 
 import ctypes
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,21 +87,81 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` by one rename when the block ends without an error.
 
     Every file in it is fsynced first. A folder already at `path` is replaced.
-    On an error nothing is left behind.
+    On an error nothing is left behind; what an earlier process left that was killed is removed.
 
     Raises: DiskFullError, MachineError.
     """
-    with explained_disk_errors(path):
-        _make_durable_parents(path.parent)
-        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-        temporary.mkdir()
-        try:
-            yield temporary
-            _fsync_tree(temporary)
-            _replace_directory(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with explained_disk_errors(path), _temporary(path, Path.mkdir) as temporary:
+        yield temporary
+        _fsync_tree(temporary)
+        _replace_directory(temporary, path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file, to be written in any way, that becomes `path` as `atomic_directory` does.
+
+    Raises: DiskFullError, MachineError.
+    """
+    with explained_disk_errors(path), _temporary(path, Path.touch) as temporary:
+        yield temporary
+        fsync_file(temporary)
+        temporary.replace(path)
+        fsync_directory(path.parent)
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a new sibling of `path`, locked while it is in use, and remove it if it is still there at the end."""
+    _make_durable_parents(path.parent)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    with _locked(path.parent):  # so that nobody finds it before it is locked
+        _remove_abandoned(path)
+        make(temporary)
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        _lock(descriptor)
+    try:
+        yield temporary
+    finally:
+        os.close(descriptor)
+        _delete(temporary)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed had begun to write for `path`."""
+    for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(path.name)}-????????"):
+        with _locked(leftover) as is_abandoned:
+            if is_abandoned:
+                _delete(leftover)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file or folder, and say whether it could be had: not if another process uses it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _make_durable_parents(folder: Path) -> None:
@@ -154,10 +216,7 @@ def remove_incomplete(parent: Path) -> list[Path]:
         aside.rename(target if not target.exists() else aside.with_name(f"{TEMPORARY_PREFIX}{aside.name}"))
     leftovers = sorted(parent.glob(f"{TEMPORARY_PREFIX}*"))
     for leftover in leftovers:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _delete(leftover)
     return leftovers
 
 

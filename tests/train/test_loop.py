@@ -191,6 +191,24 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "rescue").iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.chaos
+def test_a_checkpoint_on_demand_is_saved_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
+    """SIGUSR1 in step 3 saves step 3, once; the run ends as it would have."""
+    module, count = Toy(), 0
+    loss = toy_loss(module)
+
+    def asking(batch: ToyBatch) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loss(batch)
+
+    outcome = _fit(tmp_path, module, task={"loss": asking}, save_every=0, keep_last=9)
+    assert (outcome.reason, outcome.step) == ("steps", 12)
+    assert list(list_checkpoints(tmp_path / "checkpoints")) == [3, 12]
+
+
 def test_tidying_that_fails_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that cannot be deleted is an event; training goes on, and everything is saved."""
 

@@ -5,9 +5,7 @@ loss is over a threshold of the user's, leaves nothing behind.
 """
 
 import re
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from entrenar.errors import ConfigError, GateFailed
-from entrenar.files import TEMPORARY_PREFIX, atomic_directory, fsync_directory, fsync_file
+from entrenar.files import atomic_directory, atomic_file
 from entrenar.interop import hf, llama2c
 from entrenar.interop.generation_config import write_generation_config
 from entrenar.interop.gguf import GGUFType, save_gguf
@@ -137,7 +135,7 @@ def convert(source: Source, target: Target, refuse_if: Sequence[Threshold] = ())
     check_target(source, target)
     if (target.format == "nf-bits") != (source.rounded is not None):
         raise ConfigError("a model that was rounded to a budget of bits is written as nf-bits, and no other is")
-    with (_atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
+    with (atomic_file if target.format == "gguf" else atomic_directory)(target.path) as place:
         _write(source, place, target, dtype)
         readback = READERS[target.format](place)
         report = verify(readback, source.origin(), source.tokenizer, _bound(source, target, dtype))
@@ -192,16 +190,3 @@ def _write(source: Source, place: Path, target: Target, dtype: str) -> None:
 
 def _gguf_type(dtype: str) -> GGUFType:
     return next(name for name in get_args(GGUFType) if name == dtype)
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        yield temporary
-        fsync_file(temporary)
-        temporary.replace(path)
-        fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -107,6 +107,7 @@ class _Training:
             on_split=lambda message: journal.tell(Event(self.progress.step + 1, "oom_split", message)),
         )
         self.trained_on: TrainedOn | None = None
+        self.wants_checkpoint = False
         self.phases = Phases(next(task.module.parameters()).device)
         self.step_started = time.perf_counter()
 
@@ -187,7 +188,7 @@ class _Training:
     def conclude_step(self, record: StepRecord, reason: Reason | None) -> Reason | None:
         """Evaluate, record and save what is due after a step; return why the run ends here, if it does."""
         train, save = self.settings.train, self.settings.checkpoint
-        is_saving = _is_due(record.step, save.save_every)
+        is_saving = _is_due(record.step, save.save_every) or self.wants_checkpoint
         is_ending = reason not in (None, "signal")
         self.progress.held_out = None
         if _is_due(record.step, train.eval_every) or is_ending or (is_saving and save.keep_best):
@@ -253,6 +254,8 @@ class _Training:
                 elapsed_s=totals["elapsed_s"],
                 gradient_s=own_gradient_s if self.world.size == 1 else totals["gradient_s"],
             )
+        self.wants_checkpoint = totals["wishes"] > 0
+        stop.wants_checkpoint = False
         return figures, totals["signals"] > 0
 
     def _report(self, stop: StopSignals) -> dict[str, float]:
@@ -262,6 +265,7 @@ class _Training:
             "elapsed_s": clock * self.progress.elapsed_s(),
             "gradient_s": clock * (time.perf_counter() - self.step_started),
             "signals": float(stop.requested is not None),
+            "wishes": float(stop.wants_checkpoint),
         }
 
     def _heed(self, events: list[Event]) -> None:
