@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,16 @@ ACCUMULATION = 3
 STEPS = 12
 MOST_KILLS = 20
 KINDS = [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
+
+
+@pytest.fixture(autouse=True)
+def _started_from_a_terminal() -> Iterator[None]:
+    """Under nohup or in the background of a script, a process begins with signals ignored."""
+    numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _kill_at(count: int, folder: Path, *, saved: int) -> Callable[[int], None]:
