@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "write a model in another format, and prove the file: hf, gguf, llama2c, nf4",
     "eval": "held-out loss, perplexity and bits per byte of a model",
     "merge": "merge an adapter into the weights of its base, and measure the change",
+    "runs": "list, show, compare or delete runs",
     "report": "one HTML page about a run, or several compared",
     "config": "print, validate, diff, or give the JSON schema of run configs",
     "trace": "see where a program's time goes: spans, system calls with their Python lines, anomalies",

@@ -49,7 +49,7 @@ def _summary(history: History) -> dict[str, Any]:
         "folder": str(history.folder),
         "steps": f"{history.num_steps:,}",
         "targets": f"{last.targets:,}",
-        "hours": _duration(last.elapsed_s),
+        "hours": duration(last.elapsed_s),
         "rate": f"{median_rate(history.records):,.0f}",
         "loss": f"{history.smooth[-1]:.4f}",
         "best": "not measured" if best is None or best.held_out is None else f"{best.held_out['loss']:.4f}",
@@ -57,7 +57,7 @@ def _summary(history: History) -> dict[str, Any]:
         "is_cut": history.is_cut,
         "findings": findings(history),
         "phases": [
-            (name, _duration(seconds), round(100 * seconds / total, 1) if total else 0.0)
+            (name, duration(seconds), round(100 * seconds / total, 1) if total else 0.0)
             for name, seconds in sorted(history.phase_s.items(), key=lambda item: -item[1])
         ],
         "events": history.events[-200:],
@@ -102,7 +102,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds in words: 3 min 10 s, 2 h 05 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
