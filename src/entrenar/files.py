@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +69,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     Raises: DiskFullError, MachineError; the old content is then intact.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    with explained_disk_errors(path):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-            fsync_directory(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with explained_disk_errors(path), _replacing(path) as temporary, temporary.open("wb") as stream:
+        stream.write(data)
 
 
 @contextmanager
@@ -91,10 +82,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     Raises: DiskFullError, MachineError.
     """
-    with explained_disk_errors(path), _temporary(path, Path.mkdir) as temporary:
-        yield temporary
-        _fsync_tree(temporary)
-        _replace_directory(temporary, path)
+    with explained_disk_errors(path):
+        _make_durable_parents(path.parent)
+        with _temporary(path, Path.mkdir) as temporary:
+            yield temporary
+            _fsync_tree(temporary)
+            _replace_directory(temporary, path)
 
 
 @contextmanager
@@ -103,7 +96,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     Raises: DiskFullError, MachineError.
     """
-    with explained_disk_errors(path), _temporary(path, Path.touch) as temporary:
+    with explained_disk_errors(path):
+        _make_durable_parents(path.parent)
+        with _replacing(path) as temporary:
+            yield temporary
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    with _temporary(path, Path.touch) as temporary:
         yield temporary
         fsync_file(temporary)
         temporary.replace(path)
@@ -113,7 +114,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """Yield a new sibling of `path`, locked while it is in use, and remove it if it is still there at the end."""
-    _make_durable_parents(path.parent)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     with _locked(path.parent):  # so that nobody finds it before it is locked
         _remove_abandoned(path)
@@ -161,7 +161,8 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is left will be removed by the next writer
+            path.unlink(missing_ok=True)
 
 
 def _make_durable_parents(folder: Path) -> None:
