@@ -167,11 +167,12 @@ def main() -> None:
         for name, road in ROADS.items():
             if sys.argv[1:] and name not in sys.argv[1:]:
                 continue
-            first = folder / "first"
-            first.mkdir()
-            road(folder, first)
-            whole = content(first)
-            shutil.rmtree(first)
+            undisturbed = folder / "out"  # the same place: some files hold their own path
+            shutil.rmtree(undisturbed, ignore_errors=True)
+            undisturbed.mkdir()
+            road(folder, undisturbed)
+            whole = content(undisturbed)
+            shutil.rmtree(undisturbed)
 
             def one(at: int, kind: str, *, is_lasting: bool, road: Any = road, whole: Any = whole) -> str:
                 out = folder / "out"

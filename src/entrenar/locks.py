@@ -23,8 +23,9 @@ def held(path: Path, what: str) -> Iterator[None]:
     descriptor = _open(path)
     try:
         _take(descriptor, what)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # a message without the number is still one
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -45,8 +45,8 @@ class QuickstartConfig(BaseModel):
 
     text: Path | None = None
     """A folder or file of your own text to learn from, instead of the stories."""
-    minutes: float = Field(default=2.5, gt=0.0)
-    """Minutes of training; everything else takes about one more."""
+    minutes: float = Field(default=4.0, gt=0.0)
+    """Minutes of training; everything else takes about half a one more."""
     name: str = "quickstart"
     """The run's folder under `runs_dir`."""
     runs_dir: Path = Path("runs")

@@ -139,7 +139,7 @@ class Optimizer:
             torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
             for each in self._trained
             if (gradient := self.gradients.of(each.parameter)) is not None
-            for part in torch.split(gradient.reshape(-1), _chunk_size(gradient.device))
+            for part in _pieces(gradient.reshape(-1), _chunk_size(gradient.device))
         ]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
@@ -166,7 +166,7 @@ class Optimizer:
         weights = each.parameter.data
         remainders = weights if each.remainder is None else each.remainder
         flat = (t.reshape(-1) for t in (weights, gradient, each.mean, all_squares, remainders))
-        for number, pieces in enumerate(zip(*(torch.split(t, chunk) for t in flat), strict=True)):
+        for number, pieces in enumerate(zip(*(_pieces(t, chunk) for t in flat), strict=True)):
             weight, piece, mean, squares, remainder = pieces
             size = weight.numel()
             scaled = scratch.gradient[:size].copy_(piece).mul_(gradient_scale)
@@ -290,6 +290,15 @@ def _scratch_key(parameter: nn.Parameter) -> tuple[torch.device, torch.dtype]:
 
 def _chunk_size(device: torch.device) -> int:
     return _CPU_CHUNK if device.type in ("cpu", "meta") else _GPU_CHUNK
+
+
+def _pieces(flat: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut into pieces; where there is nothing to compute, in the plan of a run, the first stands for all.
+
+    Each takes the same memory and gives it back, and a model of billions has fifty thousand.
+    """
+    pieces = torch.split(flat, size)
+    return pieces[:1] if flat.is_meta else pieces
 
 
 def _new_scratch(device: torch.device, dtype: torch.dtype, *, is_coded: bool) -> _Scratch:
