@@ -46,7 +46,7 @@ class QuickstartConfig(BaseModel):
     text: Path | None = None
     """A folder or file of your own text to learn from, instead of the stories."""
     minutes: float = Field(default=4.0, gt=0.0)
-    """Minutes of training; everything else takes about half a one more."""
+    """Minutes of training; everything else takes about half a minute more."""
     name: str = "quickstart"
     """The run's folder under `runs_dir`."""
     runs_dir: Path = Path("runs")
