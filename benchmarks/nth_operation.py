@@ -90,8 +90,9 @@ _TIMED = ("metrics.jsonl", "events.jsonl", "state.json", "manifest.json", "repor
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Return a hash of each file."""
+    """Return a hash of each file; a cache may hold more or less, as long as what is computed over it is the same."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _TIMED]
+    files = [path for path in files if "trunk" not in path.relative_to(folder).parts]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
