@@ -199,7 +199,7 @@ def check_unchanged(started: Start[ConfigT]) -> None:
 
 @contextmanager
 def run_folder(started: Start[ConfigT], kept: str = "") -> Iterator[None]:
-    """Make the run's folder, write the config into it and hold it; in mode overwrite, delete what was left there.
+    """Make the run's folder, write the config into it and hold it; in mode overwrite, delete earlier content.
 
     Files whose name ends in `kept` stay. Enter it once everything else has been checked. Of several ranks the writer
     alone touches the folder, and every other one gets a log in it.
