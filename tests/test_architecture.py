@@ -22,7 +22,7 @@ MAX_NESTING = 3
 
 # Imports run downwards only: a package may import those of lower floors, never its own floor or a higher one.
 FLOORS = {
-    "errors": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0,
+    "errors": 0, "version": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0,
     "ops": 1, "data": 1, "train": 1, "trace": 1, "quality": 1, "report": 1,
     "model": 2, "peft": 2,
     "interop": 3, "infer": 3, "quantize": 3, "scale": 3,
@@ -33,14 +33,14 @@ FLOORS = {
 }  # fmt: skip
 # The ground floor is one room: its modules raise the errors, and a run's records are written as files.
 SAME_FLOOR = {("files", "errors"), ("runs", "errors"), ("runs", "files"), ("locks", "errors"), ("locks", "files")}
-STANDARD_LIBRARY_ONLY = ("errors", "files", "locks", "stats", "runs", "synonyms")
+STANDARD_LIBRARY_ONLY = ("errors", "version", "files", "locks", "stats", "runs", "synonyms")
 
 # Lines of code, without docstrings, comments and blanks. Raise a number in the commit that needs it, and say why.
 BUDGETS = {
     "ops": 2200, "model": 1100, "peft": 1500, "quantize": 600, "data": 4400, "train": 2600, "interop": 3600,
     "infer": 900,
     "planning": 1500, "recipe": 1700, "trace": 6000, "quality": 5000, "report": 1500, "scale": 1200, "cli": 4000,
-    "errors": 80, "files": 220, "locks": 60, "stats": 60, "runs": 160, "synonyms": 40, "config": 160,
+    "errors": 80, "version": 5, "files": 220, "locks": 60, "stats": 60, "runs": 160, "synonyms": 40, "config": 160,
     "config_file": 300, "api": 120,
     "__main__": 5,
 }  # fmt: skip
@@ -59,6 +59,7 @@ TOO_LARGE = {
 # Modules that no test imports and that have no test file of their name: where they are tested. A package stands for
 # the modules in it.
 TESTED_BY = {
+    "version": "test_deployment.py",
     "__main__": "test_errors.py",
     "cli.convert": "interop/test_convert.py",
     "cli.evaluate": "recipe/test_pretrain.py",
@@ -266,10 +267,10 @@ def _loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_package_loads_nothing():
-    """`import entrenar` brings no part of it and no torch."""
+    """`import entrenar` brings no part of it but its version, and no torch."""
     loaded = _loaded_by("import entrenar")
     assert "torch" not in loaded
-    assert not any(name.startswith("entrenar.") for name in loaded)
+    assert {name for name in loaded if name.startswith("entrenar.")} == {"entrenar.version"}
 
 
 FAST = [

@@ -6,7 +6,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from entrenar.version import __version__
 
 __all__ = ["LlamaConfig", "__version__", "convert", "evaluate", "finetune", "generate", "load", "plan", "pretrain"]
 

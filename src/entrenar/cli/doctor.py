@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from entrenar import __version__, ops
+from entrenar import ops
 from entrenar.cli import flags
 from entrenar.errors import ConfigError, EntrenarError, GateFailed, NotMeasured
 from entrenar.recipe import Observer
 from entrenar.recipe.gradient_checks import GradientCheck, gradient_checks
 from entrenar.recipe.numerics import Numerics, compare_ways
+from entrenar.version import __version__
 
 _EXTRAS = {
     "pyarrow": "parquet sources",

@@ -9,9 +9,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from entrenar import __version__
 from entrenar.cli import streams
 from entrenar.errors import EntrenarError, MachineError, OutOfMemoryError
+from entrenar.version import __version__
 
 COMMANDS = {
     "quickstart": "train a first model in five minutes and see what it learned",

@@ -1,4 +1,4 @@
-"""`entrenar runs list|show|compare|rm`: what was run, how it ended, what differs."""
+"""`entrenar runs list|show|compare|rm`: the runs there are, how each ended, what differs."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
 def _arguments() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="entrenar runs",
-        description="See what was run, when, how it ended, and what differed.",
+        description="See the runs there are, when each began, how it ended, and what differs.",
         epilog="example: entrenar runs compare quickstart second",
         allow_abbrev=False,
     )

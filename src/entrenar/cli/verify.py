@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from entrenar import __version__
 from entrenar.errors import ConfigError, GateFailed
 from entrenar.files import write_json
 from entrenar.quality.certificate import (
@@ -28,6 +27,7 @@ from entrenar.quality.certificate import (
     demand_no_loss,
     mutants_of,
 )
+from entrenar.version import __version__
 
 _TESTS = ("tests/ops", "tests/proofs")
 _SINGLE_TESTS = ("tests/property_llama.py", "tests/gradient_llama.py")

@@ -18,7 +18,6 @@ from typing import Any, Generic
 import torch
 from torch import nn
 
-from entrenar import __version__
 from entrenar.config import AnyConfig, ConfigT, changeable
 from entrenar.config_file import to_toml
 from entrenar.data import Batch, Progress, Tokenizer
@@ -42,6 +41,7 @@ from entrenar.train import (
     latest_good,
     prepare_process,
 )
+from entrenar.version import __version__
 
 
 @dataclass(frozen=True)

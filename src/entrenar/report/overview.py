@@ -1,4 +1,4 @@
-"""The runs of a folder at a glance: what was run, when, how it ended, how good it became.
+"""The runs of a folder at a glance: when each began, how it ended, how good it became.
 
 A folder of runs holds whatever people left there, so nothing here raises for one of them: what cannot be read is
 listed with the reason.

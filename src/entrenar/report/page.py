@@ -12,9 +12,9 @@ from typing import Any
 
 import jinja2
 
-from entrenar import __version__
 from entrenar.report.findings import findings
 from entrenar.report.history import History, differences, median_rate
+from entrenar.version import __version__
 
 
 def render(histories: Sequence[History]) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from entrenar import __version__
 from entrenar.quality.debt import formula
 from entrenar.quality.debt.score import FileScore, Finding, TreeScore
+from entrenar.version import __version__
 
 SCHEMA = 1
 _SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
