@@ -216,6 +216,52 @@ def test_a_copy_under_another_step_is_not_taken(tmp_path: Path) -> None:
         latest_good(tmp_path)
 
 
+def test_what_is_moved_is_durable_before_anything_else_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting, setting aside and abandoning each end with the folders on disk; a second time replaces the first."""
+    synced: list[str] = []
+    monkeypatch.setattr(checkpoint, "fsync_directory", lambda path: synced.append(path.name))
+    for _ in range(2):
+        for step in (1, 2, 3):
+            _write(tmp_path / "checkpoints", step)
+        synced.clear()
+        checkpoint.move(tmp_path / "checkpoints" / "step-00000003", tmp_path / "rescue")
+        assert synced == ["checkpoints", "rescue"]
+        assert load(tmp_path / "rescue" / "step-00000003").step == 3
+        synced.clear()
+        checkpoint.remove(tmp_path / "checkpoints" / "step-00000002")
+        assert synced == ["checkpoints"]
+        synced.clear()
+        checkpoint.abandon_after(tmp_path / "checkpoints", 0)
+        assert synced == ["checkpoints"]
+        synced.clear()
+        assert checkpoint.abandon_after(tmp_path / "checkpoints", 0) == []
+        assert synced == []
+
+
+def test_a_manifest_in_another_order_is_the_same(tmp_path: Path) -> None:
+    """Its hash is of the content, not of the order in which another program wrote the keys."""
+    path = _write(tmp_path, 1)
+    content = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(dict(reversed(content.items()))))
+    assert load(path).step == 1
+
+
+def test_a_checkpoint_before_the_first_step_is_one(tmp_path: Path) -> None:
+    """Step 0 is a step."""
+    assert load(_write(tmp_path, 0)).step == 0
+
+
+def test_files_that_nobody_vouches_for_are_told_in_order(tmp_path: Path) -> None:
+    """A message is the same on every file system."""
+    path = _write(tmp_path, 1)
+    names = [f"{letter}.txt" for letter in "qwertyuiop"]
+    for name in names:
+        (path / name).write_text("x")
+    assert manifest.faults_of_files(path, manifest.read_manifest(path)) == [
+        f"{name} is not in the manifest" for name in sorted(names)
+    ]
+
+
 def test_a_file_that_nobody_vouches_for_is_told(tmp_path: Path) -> None:
     """Weights laid next to the ones that were saved would be read with them; a hidden file of a file system not."""
     path = _write(tmp_path, 1)

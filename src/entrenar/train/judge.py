@@ -37,7 +37,7 @@ def fault_of_numbers(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _extremes(tensors: Iterable[Tensor]) -> list[bool]:
     """Return whether each tensor is finite, in one pass without a copy; a device is asked once."""
-    ranges = [torch.stack(torch.aminmax(tensor.detach())).isfinite().all() for tensor in tensors]
+    ranges = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors]
     return torch.stack(ranges).tolist() if ranges else []
 
 
