@@ -112,8 +112,7 @@ class CheckpointKeeper:
 
         Raises: MachineError.
         """
-        if failure := self._saver.take_tidied():
-            self._journal.tell(Event(self.saved_step, "prune_failed", f"{failure}; the run continues"))
+        self._report_tidying()
         outcome = self._saver.take(wait=wait)
         if outcome is None:
             return
@@ -126,13 +125,18 @@ class CheckpointKeeper:
         if is_final:
             raise error
 
+    def _report_tidying(self) -> None:
+        while failure := self._saver.take_tidied():
+            self._journal.tell(Event(self.saved_step, "prune_failed", f"{failure}; nothing is lost"))
+
     def wait_staged(self) -> None:
         """Return when weights and moments may change again."""
         self._saver.wait_staged()
 
     def close(self) -> None:
-        """Wait for the checkpoint being written."""
+        """Wait for the checkpoint being written, and for the last one to be deleted."""
         self._saver.close()
+        self._report_tidying()
 
     def _prune(self, step: int) -> None:
         kept = self._config

@@ -40,7 +40,7 @@ class Saver:
         # thread's stack, nor for safetensors' buffer of 1 MiB, without which its Rust code aborts the process.
         self._reserve = self._thread.submit(bytearray, _RESERVE_BYTES).result()
         self._writing: Future[None] | None = None
-        self._tidying: Future[None] | None = None
+        self._tidying: list[Future[None]] = []
         self._step = 0
         self._staged = threading.Event()
         self._staged.set()
@@ -60,20 +60,18 @@ class Saver:
 
     def tidy(self, work: Callable[[], None]) -> None:
         """Do `work` in the thread, after the checkpoint being written."""
-        self._tidying = self._thread.submit(work)
+        self._tidying.append(self._thread.submit(work))
 
     def take_tidied(self) -> MachineError | None:
-        """Return why the last `tidy` failed, if it has ended and did, once.
+        """Return why a `tidy` failed that has ended since the last call; None if none did.
 
         Raises: any error other than a MachineError.
         """
-        if self._tidying is None or not self._tidying.done():
-            return None
-        tidying, self._tidying = self._tidying, None
-        try:
-            tidying.result()
-        except MachineError as error:
-            return error
+        while self._tidying and self._tidying[0].done():
+            try:
+                self._tidying.pop(0).result()
+            except MachineError as error:
+                return error
         return None
 
     def _write(self, snapshot: checkpoint.Snapshot, folder: Path) -> None:
