@@ -7,6 +7,7 @@ from torch import Tensor
 from entrenar.errors import EntrenarError
 from entrenar.ops.linear import linear
 from entrenar.ops.lora_linear import (
+    add_branch_gradient,
     draw_kept,
     lora_linear,
     reference_lora_linear,
@@ -154,6 +155,14 @@ def test_saved_tensors_are_not_written_to() -> None:
     y = lora_linear(*tensors, scale=SCALE, dropout=DROPOUT, generator=seeded())
     first, second = (torch.autograd.grad(y.sum(), tensors, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_branchs_gradient_is_added_to_a_sum_in_wider_numbers() -> None:
+    """dx in float32, the branch in bfloat16, without dropout: the product is widened, then added (eq. 4)."""
+    generator = torch.Generator().manual_seed(2)
+    dx, dlow, lora_a = (torch.randn(shape, generator=generator) for shape in ((3, 5), (3, 2), (2, 5)))
+    expected = dx + (dlow.bfloat16() @ lora_a.bfloat16()).float()
+    torch.testing.assert_close(add_branch_gradient(dx, dlow.bfloat16(), lora_a.bfloat16(), None), expected)
 
 
 def test_second_derivative_is_refused() -> None:

@@ -434,3 +434,16 @@ def test_a_model_without_storage_draws_nothing() -> None:
     before = generator.get_state()
     from_base(model, VARIANTS["plain"], generator)
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(("config", "has_start"), [(VARIANTS["plain"], False), (PISSA["pissa"], True)])
+def test_a_model_without_storage_has_the_constants_that_pissa_keeps(config: LoraConfig, *, has_start: bool) -> None:
+    """The plan of a run counts them: the start of A and of B, in their shapes, which nobody trains."""
+    with torch.device("meta"):
+        model = Llama(CONFIG)
+    from_base(model, config, torch.Generator())
+    low = next(wrapper for _, wrapper in wrappers(model)).adapters["default"]
+    starts = [low.start_a, low.start_b]
+    shapes = [low.lora_A.shape, low.lora_B.shape] if has_start else [None, None]
+    assert [None if start is None else start.shape for start in starts] == shapes
+    assert not any(start.requires_grad for start in starts if start is not None)

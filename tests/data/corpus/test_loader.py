@@ -275,6 +275,14 @@ def test_padding_behind_a_document_that_just_began_is_another(corpora: list[Corp
     assert batch.documents == (((0, 2), (2, 3), (3, 5)),)
 
 
+def test_a_document_that_begins_behind_a_window_is_none_of_its(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch):
+    """The boundary is the last target, whose token the window does not hold: no empty document comes of it."""
+    entry = corpora[0].manifest.tokenizer
+    monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7, entry.eos_id, entry.bos_id, 7, 7, entry.bos_id]))
+    (batch,) = validation_batches(corpora[0], batch_size=1, seq_len=5)
+    assert batch.documents == (((0, 2), (2, 5)),)
+
+
 def test_a_single_id_is_no_validation_split(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch):
     """It has no target."""
     monkeypatch.setattr(corpora[0], "stream", lambda _split: Ids([7]))

@@ -93,3 +93,9 @@ def test_it_lies_where_its_codes_lie():
 def test_codes_of_a_trained_weight_carry_no_graph():
     """What is quantized is frozen: no tensor of it has a gradient."""
     assert not any(tensor.requires_grad for tensor in quantize_int8(torch.nn.Parameter(draw(3, 70))).tensors().values())
+
+
+def test_a_code_has_eight_bits():
+    """What `bits` says is what a number takes in memory, without the scale of its row."""
+    weight = quantize_int8(draw(40, 75))
+    assert weight.bits == 8 * weight.codes.element_size() == 8

@@ -202,3 +202,16 @@ def test_large_weights_are_quantized_in_parts_that_agree(monkeypatch):
     whole = quantize_nf4(weight)
     assert sizes == [2**20, weight.numel() - 2**20]
     assert torch.equal(whole.codes[-100 * 768 :], quantize_nf4(weight[-100:]).codes)
+
+
+def test_a_code_has_four_bits():
+    """What `bits` says is what a number takes in memory, without the scale of its block."""
+    weight = quantize_nf4(draw((64, 64)))
+    assert weight.bits == 8 * weight.codes.numel() / math.prod(weight.shape) == 4
+
+
+def test_an_empty_weight_means_zero_until_it_is_filled():
+    """Its offset is a number that no file holds: zero."""
+    weight = Nf4Weight.empty((8, 64), lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+    assert weight.offset is not None
+    assert weight.offset.item() == 0
