@@ -158,7 +158,7 @@ def test_saved_tensors_are_not_written_to() -> None:
 
 
 def test_the_branchs_gradient_is_added_to_a_sum_in_wider_numbers() -> None:
-    """dx in float32, the branch in bfloat16, without dropout: the product is widened, then added (eq. 4)."""
+    """The sum in float32, the branch in bfloat16, without dropout: the product is widened, then added (eq. 4)."""
     generator = torch.Generator().manual_seed(2)
     dx, dlow, lora_a = (torch.randn(shape, generator=generator) for shape in ((3, 5), (3, 2), (2, 5)))
     expected = dx + (dlow.bfloat16() @ lora_a.bfloat16()).float()

@@ -178,14 +178,13 @@ def test_the_gradients_are_gone_after_the_step() -> None:
 def test_newton_schulz_is_the_same_in_each_dtype_up_to_its_rounding(
     shape: tuple[int, int], dtype: torch.dtype, bound: float
 ) -> None:
-    """Against the same five steps in float64; the singular values of the result are near one, and the input stays."""
+    """Against the same five steps in float64; no singular value of the result is above 1.3, and the input stays."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     kept = matrix.clone()
     exact, found = orthogonalized(matrix, torch.float64), orthogonalized(matrix.to(dtype), dtype).double()
     assert torch.equal(matrix, kept)
     assert (found - exact).norm() / exact.norm() <= bound
-    sizes = torch.linalg.svdvals(exact)
-    assert 0.4 <= float(sizes.min()) <= float(sizes.max()) <= 1.3
+    assert float(torch.linalg.svdvals(exact).max()) <= 1.3
 
 
 def test_muon_multiplies_in_the_dtype_it_is_told() -> None:
