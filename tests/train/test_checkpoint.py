@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from train_toy import write_model
 
 from entrenar.errors import CheckpointError, DiskFullError
@@ -23,7 +24,11 @@ from entrenar.runs import checkpoint_name, list_checkpoints
 from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, load, manifest, verify
 from entrenar.train.checkpoint import Snapshot
 
-STATE = {"rng": {}, "monitor": {}, "rows": None, "config": {}, "git_revision": "abc"}
+STATE = {
+    "rng": {"python": [], "numpy": {}, "torch": "", "cuda": []},
+    "monitor": {"windows": {}, "dead_steps": 0, "slow_steps": 0},
+    "rows": None, "config": {}, "git_revision": "abc",
+}  # fmt: skip
 
 
 def _snapshot(step: int, held_out_loss: float | None = None) -> Snapshot:
@@ -171,6 +176,8 @@ def test_a_forged_manifest_is_not_counted_among_those_to_keep(tmp_path: Path) ->
         (lambda state: state | {"counters": {"step": 3}}, "its step is 3, the manifest's 2"),
         (lambda state: {key: value for key, value in state.items() if key != "rng"}, "rng must be a table"),
         (lambda state: {key: value for key, value in state.items() if key != "loader"}, "loader is missing"),
+        (lambda state: state | {"monitor": {}}, "monitor.windows is missing"),
+        (lambda state: state | {"rng": {}}, "rng.python is missing"),
     ],
 )
 def test_a_state_that_no_run_can_go_on_from_is_stepped_over(
@@ -203,6 +210,43 @@ def test_what_is_no_file_is_stepped_over_and_never_waited_for(tmp_path: Path, na
     found = latest_good(tmp_path)
     assert found.step == 1
     assert "regular file" in found.skipped[0]
+
+
+@pytest.mark.parametrize("name", ["model", ""])
+def test_a_folder_that_is_a_link_is_stepped_over(tmp_path: Path, name: str) -> None:
+    """Its content lies elsewhere, where nobody keeps it from changing."""
+    _write(tmp_path / "checkpoints", 1)
+    place = _write(tmp_path / "checkpoints", 2) / name
+    place.rename(tmp_path / "kept")
+    place.symlink_to(tmp_path / "kept")
+    found = latest_good(tmp_path / "checkpoints")
+    assert found.step == 1
+    assert "is a link to a folder elsewhere" in found.skipped[0]
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"", "cannot be read"), (None, "it holds no step count")])
+def test_moments_that_are_none_are_stepped_over(tmp_path: Path, content: bytes | None, told: str) -> None:
+    """With hashes that fit: an empty file, and one of another kind."""
+    _write(tmp_path, 1)
+    file = _write(tmp_path, 2) / "optimizer.safetensors"
+    if content is None:
+        save_file({"other": torch.zeros(1)}, file)
+    else:
+        file.write_bytes(content)
+    _forge(file.parent, _set_file(file.name, {"size": file.stat().st_size, "sha256": sha256_file(file)}))
+    found = latest_good(tmp_path)
+    assert found.step == 1
+    assert told in found.skipped[0]
+
+
+def test_every_file_of_a_checkpoint_is_as_readable_as_the_user_wants_it(tmp_path: Path) -> None:
+    """By the umask, moments too."""
+    before = os.umask(0o027)
+    try:
+        path = _write(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert (path / "optimizer.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_copy_under_another_step_is_not_taken(tmp_path: Path) -> None:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from entrenar.errors import CheckpointError
+from entrenar.errors import CheckpointError, FormatError
 from entrenar.files import (
     TEMPORARY_PREFIX,
     atomic_directory,
@@ -111,7 +111,10 @@ def _stage(folder: Path, snapshot: Snapshot, write_model: Callable[[Path, Mappin
     (folder / MODEL_FOLDER).mkdir()
     try:
         write_model(folder / MODEL_FOLDER, snapshot.weights)
+        (folder / OPTIMIZER).touch()
+        mode = (folder / OPTIMIZER).stat().st_mode
         save_file(snapshot.optimizer, folder / OPTIMIZER)
+        (folder / OPTIMIZER).chmod(mode)  # the library's own lets no one else read the file
     except SafetensorError as error:
         # safetensors hides the errno in its sentence; give it back so that "disk full" is recognized as such.
         if code := _OS_ERROR.search(str(error)):
@@ -143,9 +146,16 @@ def load(path: Path) -> Checkpoint:
             f"{path} holds step {step}: a copy under another name; give it back the name "
             f"{checkpoint_name(step)} to resume from it"
         )
-    state = read_json(path / STATE)
+    try:
+        state = read_json(path / STATE)
+        with safe_open(path / OPTIMIZER, "pt") as optimizer:
+            names = set(optimizer.keys())
+    except (OSError, FormatError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if fault := fault_of_state(state, step):
         raise CheckpointError(f"{path / STATE} is not what this program writes: {fault}")
+    if "step" not in names:
+        raise CheckpointError(f"{path / OPTIMIZER} is not what this program writes: it holds no step count")
     return Checkpoint(path=path, step=step, state=state)
 
 

@@ -84,6 +84,8 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
 def faults_of_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Say which files of the checkpoint `path` are missing, truncated, altered, or not in its manifest."""
     listed = manifest["files"]
+    if links := [one.name for one in (path, *sorted(path.rglob("*"))) if one.is_symlink() and one.is_dir()]:
+        return [f"{links[0]} is a link to a folder elsewhere"]
     faults = [fault for name, expected in listed.items() if (fault := _fault_of_file(path / name, name, expected))]
     return faults + [f"{name} is not in the manifest" for name in _unlisted(path, listed)]
 
@@ -114,7 +116,9 @@ def fault_of_state(state: Any, step: int) -> str | None:
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             return f"{key} must be a table, got {state.get(key)!r:.100}"
-    if missing := [key for key in ("loader", "rows") if key not in state]:
+    needed = {"rng": ("python", "numpy", "torch", "cuda"), "monitor": ("windows", "dead_steps", "slow_steps")}
+    missing = [f"{key}.{part}" for key, parts in needed.items() for part in parts if part not in state[key]]
+    if missing := [*missing, *(key for key in ("loader", "rows") if key not in state)]:
         return f"{missing[0]} is missing"
     if state["counters"].get("step") != step:
         return f"its step is {state['counters'].get('step')!r:.100}, the manifest's {step}"

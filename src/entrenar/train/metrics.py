@@ -9,11 +9,12 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from entrenar.errors import ConfigError
+from entrenar.errors import ConfigError, MachineError
 from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.runs import Event, RunFolder, StepRecord, read_records
 
@@ -147,7 +148,9 @@ class Journal:
             sink.sync()
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Make what was told last durable, if the disk lets us, and close the sinks."""
+        with suppress(MachineError):  # each record that counts was synced before its checkpoint
+            self.sync()
         for sink in (*self._metrics, *self._events):
             sink.close()
 
