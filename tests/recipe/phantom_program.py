@@ -81,6 +81,8 @@ def finetuning(folder: Path, runs: Path, flags: dict[str, str]) -> FinetuneConfi
         "train.max_steps": str(STEPS), "optim.lr": "0.01", "train.precision": "bfloat16", "compute_dtype": "float32",
         "train.threads": "1", "task.sample_answers": "0", "sft.eval_fraction": "0", "train.eval_every": "0",
     }  # fmt: skip
+    if "trunk.cache_trunk" in flags:
+        given["trunk.trunk_dir"] = str(runs / "trunk")
     return load_finetune_config(None, given | flags)
 
 
