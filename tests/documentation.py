@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
+from entrenar.cli import flags
 from entrenar.cli import main as program
 
 ROOT = Path(__file__).parents[1]
@@ -159,8 +160,8 @@ def _script_fault(page: Path, words: Sequence[str]) -> str | None:
 
 def _flag_fault(script: Path, words: Sequence[str]) -> str | None:
     source = script.read_text(encoding="utf-8")
-    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    return next((f"{script.name} has no flag {flag}" for flag in flags if f'"{flag}"' not in source), None)
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return next((f"{script.name} has no flag {flag}" for flag in given if f'"{flag}"' not in source), None)
 
 
 class _ParsedError(Exception):
@@ -176,7 +177,7 @@ def parse_fault(words: Sequence[str], *, only_flags: bool = False) -> str | None
         if not parser.add_help:  # one that only looks for a flag before the real parser is made
             return real(parser, *given, **named)  # type: ignore[call-overload]
         if depth == 0 and only_flags:
-            known = set(_options(parser))
+            known = set(flags.flags_of(parser))
             raise _ParsedError(", ".join(sorted(set(_FLAG.findall(" ".join(words))) - known - {"--help"})))
         depth += 1
         result = real(parser, *given, **named)  # type: ignore[call-overload]
@@ -202,14 +203,6 @@ def _with_config(words: Sequence[str]) -> list[str]:
             named = ROOT / given[place + 1]
             given[place + 1] = str(named if named.is_file() else ROOT / "configs" / "stdlib.toml")
     return given
-
-
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield from action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                yield from _options(inner)
 
 
 def of_inline(page: Path, text: str) -> Iterator[str]:

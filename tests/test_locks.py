@@ -1,5 +1,6 @@
 """A lock has one holder, and a dead one is none."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -63,6 +64,20 @@ def test_asking_makes_no_file_and_takes_nothing(tmp_path: Path) -> None:
     locks.check_free(path, "runs/a")
     with locks.held(path, "runs/a"):
         pass
+
+
+def test_a_look_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two may look at once; who takes the lock meanwhile asks again and has it; without a file nobody holds it."""
+    path = tmp_path / ".lock"
+    assert not locks.is_held(path)
+    path.touch()
+    look = os.open(path, os.O_RDONLY)
+    locks.fcntl.flock(look, locks.fcntl.LOCK_SH)
+    assert not locks.is_held(path)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: os.close(look))
+    with locks.held(path, "x"):
+        assert locks.is_held(path)
+    assert not locks.is_held(path)
 
 
 def test_a_lock_that_cannot_be_written_is_the_machines_fault(tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """Yield a new sibling of `path`, locked while it is in use, and remove it if it is still there at the end."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
-    with _locked(path.parent):  # so that nobody finds it before it is locked
-        _remove_abandoned(path)
+    with _locked(path.parent) as is_ours:  # so that nobody finds it before it is locked
+        if is_ours:
+            _remove_abandoned(path)
         make(temporary)
         descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         _lock(descriptor)

@@ -6,12 +6,16 @@ process number is in the file, for the message.
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from entrenar.errors import MachineError
 from entrenar.files import explained_disk_errors
+
+# A look (`is_held`) takes a share of the lock for a moment: who wants the whole asks again.
+_LOOKS, _LOOK_S = 5, 0.01
 
 
 @contextmanager
@@ -20,9 +24,10 @@ def held(path: Path, what: str) -> Iterator[None]:
 
     Raises: MachineError when it is taken, or the file cannot be written.
     """
-    descriptor = _open(path)
+    with explained_disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _take(descriptor, what)
+        _take(descriptor, path, what)
         with suppress(OSError):  # a message without the number is still one
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -31,33 +36,47 @@ def held(path: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Return whether a process holds the lock. A look needs no right to write; where none is possible, nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def check_free(path: Path, what: str) -> None:
     """Refuse what another process holds.
 
     Raises: MachineError.
     """
-    if path.exists():
-        descriptor = _open(path)
+    if is_held(path):
+        raise _in_use(path, what)
+
+
+def _take(descriptor: int, path: Path, what: str) -> None:
+    for _ in range(_LOOKS):
         try:
-            _take(descriptor, what)
-        finally:
-            os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_S)
+        except OSError:
+            return  # a file system without locks: nobody can be refused there
+        else:
+            return
+    raise _in_use(path, what)
 
 
-def _open(path: Path) -> int:
-    with explained_disk_errors(path):
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-
-def _take(descriptor: int, what: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = ""
-        with suppress(OSError, ValueError):
-            holder = f" {int(os.pread(descriptor, 32, 0))}"
-        raise MachineError(
-            f"{what} is in use by process{holder}: wait for its end or stop it, or choose another name"
-        ) from error
-    except OSError:
-        return  # a file system without locks: nobody can be refused there
+def _in_use(path: Path, what: str) -> MachineError:
+    holder = ""
+    with suppress(OSError, ValueError):
+        holder = f" {int(path.read_text(encoding='ascii'))}"
+    return MachineError(f"{what} is in use by process{holder}: wait for its end or stop it, or choose another name")

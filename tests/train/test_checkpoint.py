@@ -26,7 +26,7 @@ from entrenar.train.checkpoint import Snapshot
 
 STATE = {
     "rng": {"python": [], "numpy": {}, "torch": "", "cuda": []},
-    "monitor": {"windows": {}, "dead_steps": 0, "slow_steps": 0},
+    "monitor": {"windows": {}, "dead_steps": 0, "slow_steps": 0, "skipped_steps": 0},
     "rows": None, "config": {}, "git_revision": "abc",
 }  # fmt: skip
 

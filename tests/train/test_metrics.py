@@ -1,6 +1,6 @@
 """Records are one story: a cut line is dropped, a resume forgets what came after it, NaN is null."""
 
-import builtins
+import importlib.util
 import json
 import logging
 import math
@@ -127,14 +127,7 @@ def test_tensorboard_reads_the_scalars_back(tmp_path: Path) -> None:
 
 def test_a_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra, the error names it, and no file of the run has been touched."""
-    real_import = builtins.__import__
-
-    def refuse(name, *arguments, **named):
-        if name.startswith("torch.utils.tensorboard"):
-            raise ImportError(name)
-        return real_import(name, *arguments, **named)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs the tensorboard package; pip install 'entrenar\[tensorboard\]'"):
         open_journal(RunFolder(tmp_path), print, print, after_step=0, is_on_board=True)
     assert not list(tmp_path.iterdir())

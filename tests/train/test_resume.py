@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import train_toy
-from train_toy import BATCHES_PER_EPOCH, fingerprint, in_child, losses, run_toy
+from train_toy import BATCHES_PER_EPOCH, fingerprint, in_child, losses, run_toy, signals_by_default
 
 from entrenar.runs import list_checkpoints
 from entrenar.train import rng
@@ -25,12 +25,8 @@ KINDS = [("float32", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")]
 
 @pytest.fixture(autouse=True)
 def _started_from_a_terminal() -> Iterator[None]:
-    """Under nohup or in the background of a script, a process begins with signals ignored."""
-    numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with signals_by_default():
+        yield
 
 
 def _kill_at(count: int, folder: Path, *, saved: int) -> Callable[[int], None]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from train_toy import in_child
+from train_toy import in_child, signals_by_default
 
 from entrenar.train.signals import StopSignals
 
@@ -15,12 +15,8 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def _started_from_a_terminal() -> Iterator[None]:
-    """Under nohup or in the background of a script, a process begins with signals ignored."""
-    numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with signals_by_default():
+        yield
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,16 @@ def run_toy(
     task = toy_task(module, resumed.loader_state if resumed else None, loss=counted, evaluate=held_out(module))
     fit(task, toy_settings(**changes), Run(folder, {"lr": 1e-2}, resumed))
     return module
+
+
+@contextmanager
+def signals_by_default() -> Iterator[None]:
+    """Under nohup or in the background of a script, a process begins with signals ignored."""
+    numbers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def in_child(action: Callable[[], object]) -> int:

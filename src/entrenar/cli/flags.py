@@ -136,16 +136,17 @@ def parse(arguments: argparse.ArgumentParser, words: Sequence[str]) -> argparse.
     return parsed
 
 
-def _flags_of(arguments: argparse.ArgumentParser) -> Iterator[str]:
+def flags_of(arguments: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield every flag of a parser and of its subcommands."""
     for action in arguments._actions:
         yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                yield from _flags_of(inner)
+                yield from flags_of(inner)
 
 
 def _nearest(flag: str, arguments: argparse.ArgumentParser) -> str:
-    known = [word for word in _flags_of(arguments) if word.startswith("--")]
+    known = [word for word in flags_of(arguments) if word.startswith("--")]
     given = flag.partition("=")[0]
     names = [word[2:].replace("-", "_") for word in known]
     if (ours := elsewhere(given.lstrip("-").replace("-", "_"), names)) is not None:

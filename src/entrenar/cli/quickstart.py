@@ -1,6 +1,7 @@
 """`entrenar quickstart`: train a first model in five minutes, and see what it learned."""
 
 import argparse
+import logging
 import shlex
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ _LIVE_CHARACTERS = 300
 
 def run(words: Sequence[str]) -> int:
     """Train and show; return the exit code."""
+    logging.basicConfig(level=logging.ERROR)  # the view tells each event once
     config = flags.from_fields(flags.parse(_arguments(), words), QuickstartConfig)
     console = Console(highlight=False, soft_wrap=False)
     subject = "small stories" if config.text is None else str(config.text)

@@ -6,7 +6,6 @@ Nothing is written before `run_folder`: a fault in a new run must not cost the o
 holds a lock on its folder.
 """
 
-import importlib.util
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +40,7 @@ from entrenar.train import (
     latest_good,
     prepare_process,
 )
+from entrenar.train.metrics import need_tensorboard
 from entrenar.version import __version__
 
 
@@ -111,8 +111,8 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
             resumed.
         MachineError: another process trains there.
     """
-    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tensorboard = true needs the tensorboard package; pip install 'entrenar[tensorboard]'")
+    if config.train.tensorboard:
+        need_tensorboard()
     prepare_process(config.train)
     device, world = choose_device(config), current_world()
     if world.size > 1 and device.type != "cpu":

@@ -8,13 +8,13 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from entrenar.errors import ConfigError, DataError, EntrenarError, MachineError
 from entrenar.files import explained_disk_errors
-from entrenar.locks import check_free
+from entrenar.locks import check_free, is_held
 from entrenar.report.history import History, read_history
 from entrenar.runs import RunFolder, list_checkpoints
 
@@ -80,18 +80,19 @@ def describe(folder: Path) -> Overview:
     run = RunFolder(folder)
     newest = max(list_checkpoints(run.checkpoints), default=None)
     begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(_begun_s(folder)))
-    nothing = Overview(folder.name, "", _live(run) or "", begun, 0, None, None, None, newest)
+    live = "runs now" if is_held(run.lock) else ""
+    nothing = Overview(folder.name, "", live, begun, 0, None, None, None, newest)
     try:
         history = read_history(folder)
     except DataError:
-        return _with_status(nothing, nothing.status or "no step was taken")
+        return replace(nothing, status=live or "no step was taken")
     except (EntrenarError, OSError, ValueError) as error:
-        return _with_status(nothing, nothing.status or f"cannot be read: {error}")
+        return replace(nothing, status=live or f"cannot be read: {error}")
     best = history.best
     return Overview(
         name=folder.name,
         kind=str(history.config.get("method", "pre-training" if history.config else "")),
-        status=_live(run) or _ending(history),
+        status=live or _ending(history),
         begun=begun,
         steps=history.num_steps,
         loss=history.smooth[-1] if math.isfinite(history.smooth[-1]) else None,
@@ -113,18 +114,6 @@ def remove(folder: Path) -> None:
     check_free(RunFolder(folder).lock, str(folder))
     with explained_disk_errors(folder):
         shutil.rmtree(folder)
-
-
-def _with_status(overview: Overview, status: str) -> Overview:
-    return Overview(**{**vars(overview), "status": status})
-
-
-def _live(run: RunFolder) -> str | None:
-    try:
-        check_free(run.lock, str(run.path))
-    except MachineError as error:
-        return "runs now" if "in use" in str(error) else None
-    return None
 
 
 def _ending(history: History) -> str:

@@ -30,12 +30,12 @@ class TrainedOn:
 def fault_of_numbers(tensors: Mapping[str, Tensor]) -> str | None:
     """Say which tensors hold NaN or infinity; None if all are finite."""
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
-    extremes = _extremes(tensors[name] for name in names)
-    bad = [name for name, is_good in zip(names, extremes, strict=True) if not is_good]
+    finite = _are_finite(tensors[name] for name in names)
+    bad = [name for name, is_good in zip(names, finite, strict=True) if not is_good]
     return f"{len(bad)} of {len(tensors)} tensors are not finite, {bad[0]} among them" if bad else None
 
 
-def _extremes(tensors: Iterable[Tensor]) -> list[bool]:
+def _are_finite(tensors: Iterable[Tensor]) -> list[bool]:
     """Return whether each tensor is finite, in one pass without a copy; a device is asked once."""
     ranges = [torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors]
     return torch.stack(ranges).tolist() if ranges else []

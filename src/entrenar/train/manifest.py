@@ -116,7 +116,10 @@ def fault_of_state(state: Any, step: int) -> str | None:
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             return f"{key} must be a table, got {state.get(key)!r:.100}"
-    needed = {"rng": ("python", "numpy", "torch", "cuda"), "monitor": ("windows", "dead_steps", "slow_steps")}
+    needed = {
+        "rng": ("python", "numpy", "torch", "cuda"),
+        "monitor": ("windows", "dead_steps", "slow_steps", "skipped_steps"),
+    }
     missing = [f"{key}.{part}" for key, parts in needed.items() for part in parts if part not in state[key]]
     if missing := [*missing, *(key for key in ("loader", "rows") if key not in state)]:
         return f"{missing[0]} is missing"

@@ -4,6 +4,7 @@ A crash can cut the last line; a reader drops it. A resumed run first drops the 
 that the file tells one continuous story however often the run was stopped.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -69,16 +70,22 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def need_tensorboard() -> None:
+    """Refuse `tensorboard = true` without its package.
+
+    Raises: ConfigError.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard = true needs the tensorboard package; pip install 'entrenar[tensorboard]'")
+
+
 class TensorBoard:
     """Writes records as TensorBoard scalars."""
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra: needed only when asked for
-        except ImportError as error:
-            raise ConfigError(
-                "tensorboard = true needs the tensorboard package; pip install 'entrenar[tensorboard]'"
-            ) from error
+        need_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra: needed only when asked for
+
         self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -148,7 +155,7 @@ class Journal:
             sink.sync()
 
     def close(self) -> None:
-        """Make what was told last durable, if the disk lets us, and close the sinks."""
+        """Make the last records durable, if the disk lets us, and close the sinks."""
         with suppress(MachineError):  # each record that counts was synced before its checkpoint
             self.sync()
         for sink in (*self._metrics, *self._events):

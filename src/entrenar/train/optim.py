@@ -1,7 +1,7 @@
 """AdamW, with Muon for matrices if wanted, over parameters that may be bfloat16 with float32 masters.
 
 torch's own kernel does AdamW's arithmetic (`torch._fused_adamw_`). Muon's is here: torch's always multiplies in
-bfloat16, which on a processor without units for it takes 2.7 times as long as float32. This module owns the state,
+bfloat16, which on a processor without units for it is slower than float32. This module owns the state,
 because `torch.optim.Optimizer.load_state_dict` casts moments to the parameter's type and so cannot resume bit for bit
 in bfloat16.
 
