@@ -38,7 +38,7 @@ _BIN_RATIO = 2.0 ** (1 / 8)
 # Readings of the machine that make a run slow, and from how many points of difference on they are told.
 _MACHINE = ("runqueue_percent", "steal_percent", "throttled_percent", "iowait_percent")
 _MACHINE_POINTS = 5.0
-Kind = Literal["phase", "block", "call", "line"]
+Level = Literal["phase", "block", "call", "line"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Change:
     is how much more time the second run spent there. None where a run has none.
     """
 
-    kind: Kind
+    kind: Level
     name: str
     before_ns: float | None
     after_ns: float | None
@@ -208,7 +208,7 @@ class _Bounds:
     floor_ns: int
 
 
-def _call_change(kind: Kind, name: str, pair: _Pair, bounds: _Bounds) -> Change:
+def _call_change(kind: Level, name: str, pair: _Pair, bounds: _Bounds) -> Change:
     before, after = pair
     counts = [sum(tally.calls for tally in run) for run in (before, after)]
     totals = [sum(tally.total_ns for tally in run) for run in (before, after)]
