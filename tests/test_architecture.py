@@ -277,7 +277,7 @@ FAST = [
     ["--help"],
     ["--version"],
     ["no-such-command"],
-    *([command, "--help"] for command in ("eval", "merge", "report", "verify")),
+    *([command, "--help"] for command in ("eval", "merge", "report", "verify", "watch")),
     ["eval", "model"],
     ["eval", "model", "--corpus", "corpus", "--learning-rate", "1"],
     ["eval", "model", "--corpus", "corpus", "--threads", "many"],

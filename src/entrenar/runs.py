@@ -19,7 +19,7 @@ A crash can cut the last line of a JSONL file, so a reader stops at the first da
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,22 +128,43 @@ class RunFolder:
 
         Raises: FormatError for a record without one of StepRecord's fields.
         """
-        for content in read_records(self.metrics):
-            nulls = {key: math.nan for key in ("loss", "grad_norm") if content.get(key, 0) is None}
-            yield _record(StepRecord, content | nulls, self.metrics)
+        path = self.metrics
+        for content in read_records(path):
+            yield to_step(content, path)
 
     def read_events(self) -> Iterator[Event]:
         """Yield the events in order.
 
         Raises: FormatError for a record without one of Event's fields.
         """
-        for content in read_records(self.events):
-            yield _record(Event, content, self.events)
+        path = self.events
+        for content in read_records(path):
+            yield to_event(content, path)
+
+
+def to_step(content: Mapping[str, Any], path: Path) -> StepRecord:
+    """Return the record that a line of `path` holds; a loss or norm that was not finite is NaN.
+
+    Raises: FormatError for one without one of StepRecord's fields.
+    """
+    nulls = {key: math.nan for key in ("loss", "grad_norm") if content.get(key, 0) is None}
+    return _record(StepRecord, {**content, **nulls}, path)
+
+
+def to_event(content: Mapping[str, Any], path: Path) -> Event:
+    """Return the event that a line of `path` holds.
+
+    Raises: FormatError for one without one of Event's fields.
+    """
+    return _record(Event, content, path)
+
+
+_NAMES: Mapping[type, Sequence[str]] = {kind: [field.name for field in fields(kind)] for kind in (StepRecord, Event)}
 
 
 def _record(kind: type[RecordT], content: Mapping[str, Any], path: Path) -> RecordT:
     """Build a record; fields that this version does not know are left out."""
-    names = [field.name for field in fields(kind)]
+    names = _NAMES[kind]
     missing = [name for name in names if name not in content]
     if missing:
         raise FormatError(f"{path}: a {kind.__name__} needs the field {missing[0]}, got {dict(content)!r:.200}")

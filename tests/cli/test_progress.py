@@ -1,10 +1,10 @@
 """What a person sees while a run goes."""
 
+import io
 from dataclasses import replace
 
-import pytest
-
-from entrenar.cli.progress import TrainingView, duration, quantity
+from entrenar.cli.progress import TrainingView
+from entrenar.data import Progress
 from entrenar.runs import StepRecord
 
 RECORD = StepRecord(
@@ -32,13 +32,21 @@ def test_a_resumed_run_does_not_conclude_earlier_epochs_again(capsys):
     assert concluded(capsys, [3.2, 3.6, 4.0]) == ["4/9,"]
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(42, "42s"), (190, "3m10s"), (7500, "2h05m")])
-def test_durations(seconds, said):
-    """As a person would write them."""
-    assert duration(seconds) == said
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-@pytest.mark.parametrize(("count", "said"), [(950, "950"), (12_300, "12.3k"), (4.5e6, "4.5M"), (2e9, "2.0G")])
-def test_quantities(count, said):
-    """With a unit."""
-    assert quantity(count) == said
+def test_a_line_never_wraps_on_a_narrow_terminal(monkeypatch):
+    """Forty columns: every rewritten line is shorter, and covers the one before."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout", out := Terminal())
+    view = TrainingView(None)
+    for step, eta_s in ((1, None), (123_456, 7500.0)):
+        view.record(replace(RECORD, step=step, eta_s=eta_s, held_out={"loss": 2.5}))
+    view._line._shown = float("-inf")
+    view.preparing(Progress("tokenizer", 1, 10, 10, 10, 123_456_789, 123_456_789_012))
+    written = out.getvalue().split("\r")[1:]
+    assert [len(line) for line in written] == [30, 38, 39]
+    assert written[0] == "1  loss 2.000  held 2.500  5/s"
+    assert written[1].rstrip() == "123456  loss 2.000  held 2.500  -2h05m"

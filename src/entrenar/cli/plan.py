@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from entrenar.cli import flags
-from entrenar.cli.progress import duration, quantity
+from entrenar.cli.step_line import duration, quantity
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.config_file import ConfigFile, load_config, load_finetune_config
 from entrenar.errors import GateFailed

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from entrenar.cli import flags
-from entrenar.cli.progress import TrainingView, quantity
+from entrenar.cli.progress import TrainingView
+from entrenar.cli.step_line import quantity
 from entrenar.data import Corpus, CorpusManifest, PrepareConfig, prepare
 
 

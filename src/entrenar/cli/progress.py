@@ -1,12 +1,14 @@
 """Show progress: one live line on a terminal, plain lines in a file or pipe."""
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from functools import partial
 
 from entrenar.cli.spans import trace_layers
+from entrenar.cli.step_line import duration, event_line, quantity, step_line
 from entrenar.data import Progress
 from entrenar.recipe import Observer
 from entrenar.runs import Event, StepRecord
@@ -14,24 +16,6 @@ from entrenar.train import Outcome
 
 _LIVE_EVERY_S = 0.2
 _PLAIN_EVERY_S = 10.0
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a person would write them: 42s, 3m10s, 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def quantity(count: float) -> str:
-    """Return a count with a unit: 950, 12.3k, 4.5M."""
-    for limit, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
-        if count < limit:
-            return f"{count / divisor:.0f}{unit}" if divisor == 1 else f"{count / divisor:.1f}{unit}"
-    return f"{count / 1e9:.1f}G"
 
 
 _ENDS = {
@@ -65,6 +49,11 @@ class Line:
         self._shown = float("-inf")
         self._width = 0
 
+    @property
+    def room(self) -> int | None:
+        """The columns that a rewritten line may take without wrapping; None where lines are not rewritten."""
+        return max(shutil.get_terminal_size().columns - 1, 1) if self._is_live else None
+
     def show(self, text: str, *, is_forced: bool = False) -> None:
         """Replace the line with `text`, if it is time to."""
         now = time.monotonic()
@@ -72,8 +61,9 @@ class Line:
             return
         self._shown = now
         if self._is_live:
-            sys.stdout.write("\r" + text.ljust(self._width))
-            self._width = len(text)
+            fitting = text[: self.room]
+            sys.stdout.write("\r" + fitting.ljust(min(self._width, self.room or 0)))
+            self._width = len(fitting)
         else:
             sys.stdout.write(text + "\n")
         sys.stdout.flush()
@@ -116,12 +106,8 @@ class TrainingView:
     def record(self, record: StepRecord) -> None:
         """Show a step."""
         self._held_out = record.held_out or self._held_out
-        held_out = f"  held-out {self._held_out['loss']:.4f}" if self._held_out else ""
-        left = f"  {duration(record.eta_s)} left" if record.eta_s is not None else ""
-        self._line.show(
-            f"step {record.step}  loss {record.loss:.4f}{held_out}  {quantity(record.targets_per_s)} tokens/s{left}",
-            is_forced=record.held_out is not None,
-        )
+        line = step_line(record, self._held_out, self._line.room)
+        self._line.show(line, is_forced=record.held_out is not None)
         self._conclude_epoch(record)
 
     def _conclude_epoch(self, record: StepRecord) -> None:
@@ -138,4 +124,4 @@ class TrainingView:
 
     def event(self, event: Event) -> None:
         """Show an event."""
-        self._line.note(f"step {event.step}: {event.kind.replace(chr(95), chr(32))}: {event.message}")
+        self._line.note(event_line(event))
