@@ -85,7 +85,9 @@ def modules(source: Path = ROOT / "src" / PACKAGE) -> list[Module]:
         parts = path.relative_to(source).with_suffix("").parts
         name = ".".join(parts).removesuffix(".__init__")
         if name != "__init__":
-            found.append(Module(path, name, path.read_text(encoding="utf-8")))
+            stub = path.with_suffix(".pyi")  # the imports of a package whose names are loaded on first use
+            files = [path, *([stub] if stub.is_file() else [])]
+            found.append(Module(path, name, "\n".join(file.read_text(encoding="utf-8") for file in files)))
     return found
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from entrenar.cli.main import COMMANDS
+
 from .house import Module, code_lines, cycles, import_graph, modules, past_the_front_door
 
 TESTS = Path(__file__).parent
@@ -22,7 +24,7 @@ MAX_NESTING = 3
 
 # Imports run downwards only: a package may import those of lower floors, never its own floor or a higher one.
 FLOORS = {
-    "errors": 0, "version": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0,
+    "errors": 0, "version": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0, "lazy": 0,
     "ops": 1, "data": 1, "train": 1, "trace": 1, "quality": 1, "report": 1,
     "model": 2, "peft": 2,
     "interop": 3, "infer": 3, "quantize": 3, "scale": 3,
@@ -33,7 +35,7 @@ FLOORS = {
 }  # fmt: skip
 # The ground floor is one room: its modules raise the errors, and a run's records are written as files.
 SAME_FLOOR = {("files", "errors"), ("runs", "errors"), ("runs", "files"), ("locks", "errors"), ("locks", "files")}
-STANDARD_LIBRARY_ONLY = ("errors", "version", "files", "locks", "stats", "runs", "synonyms")
+STANDARD_LIBRARY_ONLY = ("errors", "version", "files", "locks", "stats", "runs", "synonyms", "lazy")
 
 # Lines of code, without docstrings, comments and blanks. Raise a number in the commit that needs it, and say why.
 BUDGETS = {
@@ -41,6 +43,7 @@ BUDGETS = {
     "infer": 900,
     "planning": 1500, "recipe": 1700, "trace": 6000, "quality": 5000, "report": 1500, "scale": 1200, "cli": 4000,
     "errors": 80, "version": 5, "files": 220, "locks": 60, "stats": 60, "runs": 160, "synonyms": 40, "config": 160,
+    "lazy": 40,
     "config_file": 300, "api": 120,
     "__main__": 5,
 }  # fmt: skip
@@ -77,11 +80,14 @@ TESTED_BY = {
     "data.sft.settings": "data/sft/test_examples.py",
     "interop.gguf_metadata": "interop/test_gguf.py",
     "interop.peft_keys": "interop/test_hf_peft.py",
+    "infer.settings": "infer/test_generate.py",
+    "interop.formats": "interop/test_convert.py",
     "interop.proof.piece_encoder": "interop/test_convert.py",
     "model.batch_loss": "recipe/test_pretrain.py",
     "model.hf_config": "interop/test_hf.py",
     "ops.first_order": "ops/test_op_contract.py",
     "ops.quantized.kinds": "ops/quantized/test_protocol.py",
+    "peft.trunk_config": "peft/test_trunk.py",
     "peft.trainable": "peft/test_lora.py",
     "planning": "planning/test_rehearsal.py",
     "quality.debt.report": "cli/quality/test_debt.py",
@@ -277,8 +283,19 @@ FAST = [
     ["--help"],
     ["--version"],
     ["no-such-command"],
-    *([command, "--help"] for command in ("eval", "merge", "report", "verify", "watch")),
+    *([command, "--help"] for command in COMMANDS),
     ["eval", "model"],
+    ["train", "--lr", "fast"],
+    ["train", "--learning-rates", "1"],
+    ["finetune", "--model", "base"],
+    ["quickstart", "--minutes", "-1"],
+    ["prepare", "text"],
+    ["generate", "model", "--temperature", "-1"],
+    ["chat", "model", "--template", "no-such-file"],
+    ["convert", "model", "out", "--to", "hf", "--bits", "4"],
+    ["plan", "--preset", "huge"],
+    ["config", "print", "--preset", "tiny"],
+    ["doctor", "--json"],
     ["eval", "model", "--corpus", "corpus", "--learning-rate", "1"],
     ["eval", "model", "--corpus", "corpus", "--threads", "many"],
     ["merge", "base", "adapter"],

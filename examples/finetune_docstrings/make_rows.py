@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from entrenar.data.corpus.sources import STDLIB, SourceConfig, find_sources
+from entrenar.data.corpus.settings import SourceConfig
+from entrenar.data.corpus.sources import STDLIB, find_sources
 
 MIN_LINE, MAX_LINE, MAX_CODE = 12, 80, 600
 HELD_OUT_SHARE = 0.1

@@ -9,9 +9,8 @@ flag (`--lr`), so names are unique across the tables.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
@@ -21,6 +20,9 @@ from entrenar.model import LlamaConfig, PresetName
 from entrenar.peft import LoraConfig, QuantizeConfig, TrunkConfig
 from entrenar.runs import CHANGEABLE
 from entrenar.train import CheckpointConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
 
 _NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 
@@ -112,11 +114,13 @@ class FinetuneConfig(BaseModel):
         return self.runs_dir / self.name
 
     @property
-    def stored_dtype(self) -> torch.dtype | None:
+    def stored_dtype(self) -> "torch.dtype | None":
         """The dtype in which unquantized weights are loaded; None keeps the file's dtype.
 
         A frozen base is stored in what it is computed in; weights that learn start from what the file holds.
         """
+        import torch  # noqa: PLC0415  # a config is read without it
+
         if self.train.precision == "float32":
             return torch.float32
         return None if self.method == "full" else torch.bfloat16

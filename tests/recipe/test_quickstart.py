@@ -41,7 +41,7 @@ def test_the_first_run_trains_measures_and_tells(small, tmp_path):
     assert report.best_bits_per_byte < report.evaluation.bits_per_byte
     assert report.num_known == 0
     model, tokenizer = open_model(report.run_dir)
-    new = [story.text for story in stories.stories(12, module._NEW_SEED)]
+    new = [story.text for story in stories.stories(12, module.NEW_SEED)]
     assert module.measure(model, tokenizer, new) == report.evaluation
 
 

@@ -11,15 +11,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from entrenar import recipe
+from entrenar import infer, recipe
 from entrenar.cli import flags
-from entrenar.data import Tokenizer
-from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import ConfigError, DataError, FormatError
-from entrenar.infer import ChatConfig, ChatSession, named_tokens
+from entrenar.infer import ChatConfig
+
+if TYPE_CHECKING:
+    from entrenar.infer import ChatSession
 
 _COMMANDS = "/reset starts over, /system TEXT starts over with an instruction, /quit quits"
 
@@ -27,18 +27,23 @@ _COMMANDS = "/reset starts over, /system TEXT starts over with an instruction, /
 def run(words: Sequence[str]) -> int:
     """Chat until the end of input; return the exit code."""
     parsed = flags.parse(_arguments(), words)
-    if parsed.threads:
-        torch.set_num_threads(parsed.threads)
     config = flags.from_fields(parsed, ChatConfig)
     template = None if parsed.template is None else _template(parsed.template)
+    import torch  # noqa: PLC0415  # seconds, which neither --help nor a usage error needs
+
+    from entrenar.data import Tokenizer  # noqa: PLC0415
+    from entrenar.data.sft.chat_template import ChatTemplate  # noqa: PLC0415
+
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
     model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
     if template is not None:
         tokenizer = Tokenizer(dict(tokenizer.content), {**tokenizer.config, "chat_template": template})
     if parsed.eos is not None:
-        ends = named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
+        ends = infer.named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
         config = config.model_copy(update={"eos_token_ids": ends})
     with ChatTemplate(tokenizer) as chat:
-        conversation = ChatSession(model, tokenizer, chat, config)
+        conversation = infer.ChatSession(model, tokenizer, chat, config)
         conversation.reset(parsed.system)
         if sys.stdin.isatty():
             print(_COMMANDS)
@@ -53,7 +58,7 @@ def _template(path: Path) -> str:
         raise ConfigError(f"--template must be a text file with a chat template, got {path}: {error}") from error
 
 
-def _talk(conversation: ChatSession) -> None:
+def _talk(conversation: "ChatSession") -> None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -72,7 +77,7 @@ def _talk(conversation: ChatSession) -> None:
             _say(conversation, line)
 
 
-def _say(conversation: ChatSession, line: str) -> None:
+def _say(conversation: "ChatSession", line: str) -> None:
     try:
         for piece in conversation.answer(
             line, lambda: print("(forgot the oldest exchange: the conversation no longer fits the context)")

@@ -5,8 +5,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from entrenar.quality.andon import git_state, inspect_code
-
 
 def code_inspector(baseline: Path | None) -> Callable[[], Mapping[str, Any]]:
     """Return the callback of a run: git's state of the working folder, or with a baseline its score, held each time.
@@ -15,6 +13,8 @@ def code_inspector(baseline: Path | None) -> Callable[[], Mapping[str, Any]]:
 
     Raises: QualityRegression, ConfigError, FormatError, MachineError: see `quality.andon`.
     """
+    from entrenar.quality.andon import git_state, inspect_code  # noqa: PLC0415  # not needed by `--help`
+
     if baseline is None:
         return cache(partial(git_state, Path()))
     inspect = partial(inspect_code, baseline, Path())

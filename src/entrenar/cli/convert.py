@@ -6,27 +6,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from entrenar import recipe
+from entrenar import peft, recipe
 from entrenar.cli import flags
 from entrenar.errors import ConfigError
-from entrenar.interop.convert import Target, Threshold, check_target, convert
-from entrenar.interop.proof.bounds import Format
-from entrenar.interop.source import open_source
-from entrenar.peft import QuantizeConfig
+from entrenar.interop.formats import Format
 from entrenar.peft.quantize_config import Kind
-from entrenar.recipe.bit_budget import round_to_budget
 
 
 def run(words: Sequence[str]) -> int:
     """Convert; return the exit code."""
     parsed = flags.parse(_arguments(), words)
+    _check_budget(parsed)
+    from entrenar.interop.convert import Target, Threshold, check_target, convert  # noqa: PLC0415  # loads torch
+    from entrenar.interop.source import open_source  # noqa: PLC0415
+    from entrenar.recipe.bit_budget import round_to_budget  # noqa: PLC0415
+
     thresholds = [Threshold.parse(text) for text in parsed.refuse_if]
     path = recipe.model_folder(parsed.source) if _is_run(parsed.source) else parsed.source
-    _check_budget(parsed)
     source = open_source(path, parsed.tokenizer, is_streamed=parsed.to == "nf4")
     target = Target(
         parsed.target, parsed.to, parsed.dtype, parsed.overwrite, parsed.accept_tokenizer_differences,
-        parsed.llama2c_version, QuantizeConfig(embedding=parsed.embedding or "keep", head=parsed.head),
+        parsed.llama2c_version, peft.QuantizeConfig(embedding=parsed.embedding or "keep", head=parsed.head),
     )  # fmt: skip
     if parsed.no_tokenizer:
         source = replace(source, tokenizer=None)

@@ -3,17 +3,20 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from entrenar import recipe
+from entrenar import data, interop, recipe
 from entrenar.cli import flags
 from entrenar.config import options
-from entrenar.data import Example, SftConfig, SftRows, Tokenizer, grouped, read_examples, write_quarantine
+from entrenar.data import SftConfig
 from entrenar.errors import ConfigError, DataError
-from entrenar.interop import read_config
+
+if TYPE_CHECKING:
+    from entrenar.data import Example, SftRows, Tokenizer
 
 _TRAINED_STYLE = "bold green"
 _USED = (
@@ -29,7 +32,7 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     tokenizer, context = _tokenizer(parsed.model)
     config = _config(parsed, context)
-    rows = read_examples(config.data, tokenizer, config)
+    rows = data.read_examples(config.data, tokenizer, config)
     if parsed.action == "show":
         return _show(rows, tokenizer, config, parsed.rows)
     return _check(rows, config, parsed.quarantine)
@@ -67,17 +70,17 @@ def _config(parsed: argparse.Namespace, context: int | None) -> SftConfig:
         raise ConfigError("\n".join(faults)) from error
 
 
-def _tokenizer(path: Path) -> tuple[Tokenizer, int | None]:
+def _tokenizer(path: Path) -> "tuple[Tokenizer, int | None]":
     """Return a tokenizer and, if a model comes with it, the model's context: training keeps rows to that length."""
     if not (path / "config.json").is_file():
         try:
-            return Tokenizer.load(path), None
+            return data.Tokenizer.load(path), None
         except DataError:
             path = recipe.model_folder(path)
-    return Tokenizer.load(path), read_config(path).context_length
+    return data.Tokenizer.load(path), interop.read_config(path).context_length
 
 
-def _show(rows: SftRows, tokenizer: Tokenizer, config: SftConfig, count: int) -> int:
+def _show(rows: "SftRows", tokenizer: "Tokenizer", config: SftConfig, count: int) -> int:
     console = Console(highlight=False, soft_wrap=True)
     for example in rows.examples[:count]:
         trained = int(example.is_trained.sum())
@@ -86,14 +89,14 @@ def _show(rows: SftRows, tokenizer: Tokenizer, config: SftConfig, count: int) ->
         console.print(_marked(example, tokenizer, is_colored=console.is_terminal))
     for left_out in [*rows.not_trained[:count], *rows.too_long[:count]]:
         console.print(Text(f"left out: {left_out}"))
-    for fault in grouped(rows.bad)[:count]:
+    for fault in data.grouped(rows.bad)[:count]:
         console.print(Text(fault, style="red"))
     for note in rows.notes(config):
         console.print(Text(note))
     return 0
 
 
-def _marked(example: Example, tokenizer: Tokenizer, *, is_colored: bool) -> Text:
+def _marked(example: "Example", tokenizer: "Tokenizer", *, is_colored: bool) -> Text:
     """Return the text, its trained parts in color, or between marks where there is no color."""
     text = Text()
     for piece, is_trained in _pieces(example, tokenizer):
@@ -104,7 +107,7 @@ def _marked(example: Example, tokenizer: Tokenizer, *, is_colored: bool) -> Text
     return text
 
 
-def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+def _pieces(example: "Example", tokenizer: "Tokenizer") -> Iterator[tuple[str, bool]]:
     stream = tokenizer.decode_stream(skip_special=False)
     start = 0
     for end in range(1, len(example.ids) + 1):
@@ -114,8 +117,8 @@ def _pieces(example: Example, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]
             start = end
 
 
-def _check(rows: SftRows, config: SftConfig, quarantine: Path | None) -> int:
-    for line in grouped([*rows.bad, *rows.too_long, *rows.not_trained], has_kind=True):
+def _check(rows: "SftRows", config: SftConfig, quarantine: Path | None) -> int:
+    for line in data.grouped([*rows.bad, *rows.too_long, *rows.not_trained], has_kind=True):
         print(line)
     for later, first in rows.duplicates[:_DUPLICATES_SHOWN]:
         print(f"{later}: duplicate: the same tokens as {first}")
@@ -124,7 +127,7 @@ def _check(rows: SftRows, config: SftConfig, quarantine: Path | None) -> int:
     for note in rows.notes(config):
         print(note)
     if quarantine is not None and rows.bad:
-        write_quarantine(rows.bad, quarantine)
+        data.write_quarantine(rows.bad, quarantine)
         print(f"the faulty rows are in {quarantine}")
     if not rows.examples:
         print("no row can be trained on")

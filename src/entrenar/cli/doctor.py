@@ -14,16 +14,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from entrenar import ops
 from entrenar.cli import flags
 from entrenar.errors import ConfigError, EntrenarError, GateFailed, NotMeasured
-from entrenar.recipe import Observer
-from entrenar.recipe.gradient_checks import GradientCheck, gradient_checks
-from entrenar.recipe.numerics import Numerics, compare_ways
 from entrenar.version import __version__
+
+if TYPE_CHECKING:
+    from entrenar.recipe.gradient_checks import GradientCheck
+    from entrenar.recipe.numerics import Numerics
 
 _EXTRAS = {
     "pyarrow": "parquet sources",
@@ -53,6 +53,8 @@ def run(words: Sequence[str]) -> int:
         return _numerics(parsed)
     if parsed.json or parsed.compiled or flags.given_flags(parsed) or parsed.config:
         raise ConfigError("--config, its flags, --compiled and --json belong to --numerics; add it, or leave them out")
+    from entrenar.recipe.gradient_checks import gradient_checks  # noqa: PLC0415  # loads torch
+
     _print_rows("machine", _machine())
     _print_rows("install", _install())
     failed = _print_checks("gradients", gradient_checks())
@@ -72,6 +74,9 @@ def _numerics(parsed: argparse.Namespace) -> int:
         GateFailed: a way gives another gradient.
         NotMeasured: --compiled asked for a way that could not be measured here.
     """
+    from entrenar.recipe import Observer  # noqa: PLC0415  # loads torch
+    from entrenar.recipe.numerics import compare_ways  # noqa: PLC0415
+
     stage = Observer() if parsed.json else Observer(on_stage=lambda name: print(f"  … {name}", file=sys.stderr))
     found = compare_ways(flags.config_of(parsed), with_compiler=parsed.compiled, observer=stage)
     if parsed.json:
@@ -87,7 +92,7 @@ def _numerics(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _numerics_table(found: Numerics) -> Iterator[str]:
+def _numerics_table(found: "Numerics") -> Iterator[str]:
     yield f"{found.parameters:,} parameters in {found.precision}, products in {found.compute_dtype}"
     yield f"{found.rows} rows of {found.seq_len} tokens; the plain way is {found.rounding:.1e} off from float64"
     yield ""
@@ -107,6 +112,8 @@ def _print_rows(title: str, rows: Iterator[tuple[str, str]]) -> None:
 
 
 def _machine() -> Iterator[tuple[str, str]]:
+    import torch  # noqa: PLC0415  # seconds, which neither --help nor a usage error needs
+
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}"
     yield "cores", f"{len(os.sched_getaffinity(0))} for this process, {torch.get_num_threads()} threads in torch"
     yield "vector instructions", torch.backends.cpu.get_cpu_capability()
@@ -128,7 +135,7 @@ def _install() -> Iterator[tuple[str, str]]:
         yield package, importlib.metadata.version(package) if has else f"not installed: no {purpose}"
 
 
-def _print_checks(title: str, checks: Iterator[GradientCheck]) -> list[str]:
+def _print_checks(title: str, checks: "Iterator[GradientCheck]") -> list[str]:
     """Run each check, print its largest relative error, and return the names of the checks that failed."""
     print(f"\n{title} (largest relative difference in float64)")
     failed = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from entrenar import recipe
+from entrenar import planning, recipe
 from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
@@ -15,7 +15,6 @@ from entrenar.cli.ranks import one_of_ranks
 from entrenar.cli.train import describe
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
-from entrenar.planning import plan_run
 from entrenar.runs import RunFolder
 
 
@@ -30,7 +29,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _finetune(config: FinetuneConfig, parsed: argparse.Namespace, given: dict[str, str]) -> int:
-    planned = plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
+    planned = planning.plan_run(config, recipe.model_folder(config.model)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
     inspect_code = code_inspector(parsed.quality_gate)
@@ -71,7 +70,7 @@ def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> F
     return load_finetune_config(file, given)
 
 
-def _print_report(report: recipe.FinetuneReport, config: FinetuneConfig) -> None:
+def _print_report(report: "recipe.FinetuneReport", config: FinetuneConfig) -> None:
     print(f"\n{conclusion(report.outcome)}")
     for when, figures in (("before", report.before), ("after", report.after)):
         if figures is not None:

@@ -7,13 +7,14 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from entrenar import recipe
+from entrenar import infer, recipe
 from entrenar.cli import flags
-from entrenar.data import Tokenizer
-from entrenar.infer import GenerateConfig, named_tokens, stream_rows
+from entrenar.infer import GenerateConfig
+
+if TYPE_CHECKING:
+    from entrenar.data import Tokenizer
 
 _OWN = ("eos_token_ids", "allow_special")
 _TOGETHER = 16
@@ -23,11 +24,13 @@ def run(words: Sequence[str]) -> int:
     """Generate; return the exit code."""
     parsed = flags.parse(_arguments(), words)
     config = flags.from_fields(parsed, GenerateConfig)
+    import torch  # noqa: PLC0415  # seconds, which neither --help nor a usage error needs
+
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
     model, tokenizer = recipe.open_model(parsed.model, dtype=torch.float32)
     if parsed.eos is not None:
-        ends = named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
+        ends = infer.named_tokens(tokenizer, parsed.eos, model.config.vocab_size)
         config = config.model_copy(update={"eos_token_ids": ends})
     prompts = parsed.prompt or [sys.stdin.read()]
     if parsed.allow_special:
@@ -36,13 +39,13 @@ def run(words: Sequence[str]) -> int:
         _note_control_tokens(prompts, tokenizer)
     for start in range(0, len(prompts), _TOGETHER):
         some = prompts[start : start + _TOGETHER]
-        steps = stream_rows(model, tokenizer, some, config)
+        steps = infer.stream_rows(model, tokenizer, some, config)
         titles = [f"--- {start + row} ---\n" if len(prompts) > 1 else "" for row in range(1, len(some) + 1)]
         _write(steps, [title + prompt for title, prompt in zip(titles, some, strict=True)], is_first=start == 0)
     return 0
 
 
-def _note_control_tokens(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+def _note_control_tokens(prompts: Sequence[str], tokenizer: "Tokenizer") -> None:
     """Print a note on standard error if a prompt spells control tokens: they stay plain text."""
     names = [tokenizer.name_of(index) for index in sorted(tokenizer.special_ids)]
     found = next((name for prompt in prompts for name in names if name in prompt), None)

@@ -6,28 +6,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from entrenar import planning, recipe
 from entrenar.cli import flags
 from entrenar.cli.step_line import duration, quantity
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.config_file import ConfigFile, load_config, load_finetune_config
 from entrenar.errors import GateFailed
-from entrenar.planning import (
-    Advice,
-    Change,
-    MemoryLimit,
-    RunPlan,
-    advise,
-    memory_limit,
-    parse_bytes,
-    plan_run,
-    sized_for_corpus,
-    status_bytes,
-)
-from entrenar.recipe import model_folder
+
+if TYPE_CHECKING:
+    from entrenar.planning import Advice, Change, MemoryLimit, RunPlan
 
 _OF_FINETUNING = ("--model", "--method", "--data")
 
@@ -36,17 +27,21 @@ def run(words: Sequence[str]) -> int:
     """Print the plan; return 0 if the run fits, 1 if it does not."""
     kind = _kind(words)
     parsed = flags.parse(_arguments(kind), words)
-    limit = MemoryLimit(parse_bytes(parsed.memory), "--memory") if parsed.memory else None
+    limit = planning.MemoryLimit(planning.parse_bytes(parsed.memory), "--memory") if parsed.memory else None
     read = partial(_read, kind, parsed.config, flags.given_flags(parsed, kind))
     config = read({})
-    base = model_folder(config.model) if isinstance(config, FinetuneConfig) else None
-    planned = plan_run(config, base)
-    limit = limit or memory_limit()
+    base = recipe.model_folder(config.model) if isinstance(config, FinetuneConfig) else None
+    planned = planning.plan_run(config, base)
+    limit = limit or planning.memory_limit()
     fits = planned.step.peak_bytes <= limit.size_bytes
     if not parsed.json:
         print("\n".join(lines(planned, config)))
         print(f"memory       {_gb(limit.size_bytes)} ({limit.source}): {'it fits' if fits else 'it does NOT fit'}")
-    advice = None if fits else advise(read, base, planned, limit.size_bytes, lambda change: _show(change, parsed.json))
+    advice = (
+        None
+        if fits
+        else planning.advise(read, base, planned, limit.size_bytes, lambda change: _show(change, parsed.json))
+    )
     if parsed.json:
         print(json.dumps(_as_json(planned, limit, advice), indent=2))
     if advice is None:
@@ -64,16 +59,16 @@ def run(words: Sequence[str]) -> int:
     return 1
 
 
-def measured(planned: RunPlan | None) -> str:
+def measured(planned: "RunPlan | None") -> str:
     """Return the line after a run with the peak that the kernel measured, and the planned one if there is a plan."""
-    peak = status_bytes("VmHWM")
+    peak = planning.status_bytes("VmHWM")
     if planned is None:
         return f"  memory            peak {_gb(peak)}"
     plan = planned.step.peak_bytes
     return f"  memory            planned peak {_gb(plan)}, measured {_gb(peak)} ({plan / peak - 1:+.1%})"
 
 
-def lines(planned: RunPlan, config: AnyConfig) -> list[str]:
+def lines(planned: "RunPlan", config: AnyConfig) -> list[str]:
     """Return a plan as text."""
     step = planned.step
     share = 1 - step.trained_parameters / planned.parameters
@@ -125,10 +120,11 @@ def _kind(words: Sequence[str]) -> type[RunConfig] | type[FinetuneConfig]:
 def _read(kind: type[BaseModel], file: Path | None, given: Mapping[str, str], changed: Mapping[str, str]) -> AnyConfig:
     if kind is FinetuneConfig:
         return load_finetune_config(file, {**given, **changed})
-    return sized_for_corpus(load_config(file, {**given, **changed}))
+    config = load_config(file, {**given, **changed})
+    return planning.sized_for_corpus(config)
 
 
-def _show(change: Change, is_json: bool) -> None:  # noqa: FBT001 - a callback's last word
+def _show(change: "Change", is_json: bool) -> None:  # noqa: FBT001 - a callback's last word
     if not is_json:
         print(f"  {_words(change.flags):<44} peak {_gb(change.plan.step.peak_bytes)}, {_step(change.plan)} a step")
         sys.stdout.flush()
@@ -138,7 +134,7 @@ def _words(changed: Mapping[str, str]) -> str:
     return " ".join(f"--{key.rpartition('.')[2].replace('_', '-')} {value}" for key, value in changed.items())
 
 
-def _step(planned: RunPlan) -> str:
+def _step(planned: "RunPlan") -> str:
     seconds = planned.step.step_s
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g}s"
 
@@ -147,7 +143,7 @@ def _gb(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:,.0f} MB"
 
 
-def _as_json(planned: RunPlan, limit: MemoryLimit, advice: Advice | None) -> dict[str, Any]:
+def _as_json(planned: "RunPlan", limit: "MemoryLimit", advice: "Advice | None") -> dict[str, Any]:
     fits = planned.step.peak_bytes <= limit.size_bytes
     result = {"limit_bytes": limit.size_bytes, "limit": limit.source, "fits": fits, **_figures(planned)}
     if advice is not None:
@@ -156,7 +152,7 @@ def _as_json(planned: RunPlan, limit: MemoryLimit, advice: Advice | None) -> dic
     return result
 
 
-def _figures(planned: RunPlan) -> dict[str, Any]:
+def _figures(planned: "RunPlan") -> dict[str, Any]:
     step = planned.step
     return {
         "parameters": planned.parameters, "trained_parameters": step.trained_parameters,

@@ -3,21 +3,26 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from entrenar import data
 from entrenar.cli import flags
 from entrenar.cli.progress import TrainingView
 from entrenar.cli.step_line import quantity
-from entrenar.data import Corpus, CorpusManifest, PrepareConfig, prepare
+from entrenar.data import PrepareConfig
+
+if TYPE_CHECKING:
+    from entrenar.data import CorpusManifest
 
 
 def run(words: Sequence[str]) -> int:
     """Prepare a corpus; return the exit code."""
     parsed = flags.parse(_arguments(), words)
     if parsed.if_missing and parsed.out.exists():
-        Corpus.open(parsed.out)
+        data.Corpus.open(parsed.out)
         print(f"{parsed.out} is there and whole")
         return 0
-    manifest = prepare(
+    manifest = data.prepare(
         parsed.sources,
         parsed.out,
         flags.from_fields(parsed, PrepareConfig),
@@ -42,7 +47,7 @@ def _arguments() -> argparse.ArgumentParser:
     return arguments
 
 
-def _print_summary(out: Path, manifest: CorpusManifest) -> None:
+def _print_summary(out: Path, manifest: "CorpusManifest") -> None:
     print(f"\n{out}: vocabulary of {manifest.tokenizer.vocab_size:,}")
     for name, split in manifest.splits.items():
         ratio = split.bytes / max(split.tokens, 1)

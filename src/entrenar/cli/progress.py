@@ -6,13 +6,15 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
-from entrenar.cli.spans import trace_layers
 from entrenar.cli.step_line import duration, event_line, quantity, step_line
-from entrenar.data import Progress
-from entrenar.recipe import Observer
 from entrenar.runs import Event, StepRecord
-from entrenar.train import Outcome
+
+if TYPE_CHECKING:
+    from entrenar.data import Progress
+    from entrenar.recipe import Observer
+    from entrenar.train import Outcome
 
 _LIVE_EVERY_S = 0.2
 _PLAIN_EVERY_S = 10.0
@@ -26,7 +28,7 @@ _ENDS = {
 }
 
 
-def conclusion(outcome: Outcome) -> str:
+def conclusion(outcome: "Outcome") -> str:
     """Describe in one line how a run ended."""
     last = outcome.last_record
     if last is None:
@@ -88,8 +90,11 @@ class TrainingView:
         self._held_out: Mapping[str, float] | None = None
         self._epoch: int | None = None
 
-    def observer(self) -> Observer:
+    def observer(self) -> "Observer":
         """Return the callbacks for a recipe."""
+        from entrenar.cli.spans import trace_layers  # noqa: PLC0415  # loads torch
+        from entrenar.recipe import Observer  # noqa: PLC0415
+
         on_model = partial(trace_layers, is_compiled=self._is_compiled)
         return Observer(self.stage, self.record, self.event, self.preparing, on_model=on_model)
 
@@ -97,7 +102,7 @@ class TrainingView:
         """Announce a stage."""
         self._line.note(text)
 
-    def preparing(self, progress: Progress) -> None:
+    def preparing(self, progress: "Progress") -> None:
         """Show the progress of `prepare`."""
         share = progress.bytes_read / max(progress.total_bytes, 1)
         counts = f"{quantity(progress.documents)} documents  {quantity(progress.tokens)} tokens"

@@ -4,6 +4,7 @@ import argparse
 import logging
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.columns import Columns
 from rich.console import Console
@@ -13,7 +14,10 @@ from rich.text import Text
 
 from entrenar.cli import flags
 from entrenar.cli.progress import TrainingView
-from entrenar.recipe.quickstart import ENOUGH_STEPS, NUM_STORIES, Look, QuickstartConfig, QuickstartReport, quickstart
+from entrenar.recipe.quickstart_config import ENOUGH_STEPS, NUM_STORIES, QuickstartConfig
+
+if TYPE_CHECKING:
+    from entrenar.recipe.quickstart import Look, QuickstartReport
 
 _LIVE_CHARACTERS = 300
 
@@ -29,7 +33,7 @@ def run(words: Sequence[str]) -> int:
     )
     view = TrainingView(None)
 
-    def on_look(look: Look) -> None:
+    def on_look(look: "Look") -> None:
         shown = look.texts[0][:_LIVE_CHARACTERS].strip() or "(nothing)"
         kept = (
             ""
@@ -37,6 +41,8 @@ def run(words: Sequence[str]) -> int:
             else f"; {_share(look.check.keeps_characters, len(look.texts))} keep their characters"
         )
         view.stage(f"  it writes: {shown}{'…' if len(look.texts[0]) > _LIVE_CHARACTERS else ''}{kept}\n")
+
+    from entrenar.recipe.quickstart import quickstart  # noqa: PLC0415  # loads torch
 
     _show(console, quickstart(config, view.observer(), on_look), config)
     return 0
@@ -52,7 +58,7 @@ def _arguments() -> argparse.ArgumentParser:
     return arguments
 
 
-def _show(console: Console, report: QuickstartReport, config: QuickstartConfig) -> None:
+def _show(console: Console, report: "QuickstartReport", config: QuickstartConfig) -> None:
     before, after = report.before.texts[0], report.after.texts[0]
     half = max(20, (console.width - 2) // 2)
     console.print()
@@ -77,7 +83,7 @@ def _show(console: Console, report: QuickstartReport, config: QuickstartConfig) 
         console.print(f"      [dim]{effect}[/dim]")
 
 
-def _next_steps(report: QuickstartReport, config: QuickstartConfig) -> list[tuple[str, str]]:
+def _next_steps(report: "QuickstartReport", config: QuickstartConfig) -> list[tuple[str, str]]:
     run_dir, runs_dir = (shlex.quote(str(path)) for path in (report.run_dir, config.runs_dir))
     return [
         (f"entrenar train --config {run_dir}/config.toml --resume --max-time-s 300", "train it longer"),
@@ -86,7 +92,7 @@ def _next_steps(report: QuickstartReport, config: QuickstartConfig) -> list[tupl
     ]
 
 
-def _figures(report: QuickstartReport) -> Table:
+def _figures(report: "QuickstartReport") -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     evaluation = report.evaluation
     if evaluation is not None and evaluation.bits_per_byte is not None:
@@ -105,7 +111,7 @@ def _figures(report: QuickstartReport) -> Table:
     return table
 
 
-def _before(report: QuickstartReport) -> str:
+def _before(report: "QuickstartReport") -> str:
     check = report.before.check
     return "" if check is None else _share(check.keeps_characters, len(report.before.texts))
 

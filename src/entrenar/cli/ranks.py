@@ -5,8 +5,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
+from entrenar import scale
 from entrenar.errors import EntrenarError
-from entrenar.scale import joined
 
 _log = logging.getLogger("entrenar.ranks")
 
@@ -18,7 +18,7 @@ def one_of_ranks() -> Iterator[None]:
     Raises:
         MachineError: the ranks cannot meet.
     """
-    with joined() as world:
+    with scale.joined() as world:
         if world.is_writer:
             yield
             return

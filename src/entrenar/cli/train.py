@@ -5,8 +5,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from entrenar import recipe
+from entrenar import planning, recipe
 from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
@@ -14,9 +15,10 @@ from entrenar.cli.progress import TrainingView, conclusion
 from entrenar.cli.ranks import one_of_ranks
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
-from entrenar.infer import Evaluation
-from entrenar.planning import plan_run, sized_for_corpus
 from entrenar.runs import RunFolder
+
+if TYPE_CHECKING:
+    from entrenar.infer import Evaluation
 
 
 def run(words: Sequence[str]) -> int:
@@ -32,7 +34,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _train(config: RunConfig, parsed: argparse.Namespace, given: dict[str, str]) -> int:
-    planned = plan_run(sized_for_corpus(config)) if parsed.plan else None
+    planned = planning.plan_run(planning.sized_for_corpus(config)) if parsed.plan else None
     if planned is not None:
         print("\n".join(lines(planned, config)), flush=True)
     inspect_code = code_inspector(parsed.quality_gate)
@@ -68,7 +70,7 @@ def _config(file: Path | None, given: dict[str, str], *, is_resuming: bool) -> R
 
 
 def _dry_run(config: RunConfig, parsed: argparse.Namespace) -> int:
-    config = sized_for_corpus(config)
+    config = planning.sized_for_corpus(config)
     model = config.model
     tokens = config.data.batch_size * config.data.seq_len * config.train.grad_accum_steps
     print(f"run          {config.run_dir}")
@@ -86,7 +88,7 @@ def _dry_run(config: RunConfig, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _print_report(report: recipe.TrainReport) -> None:
+def _print_report(report: "recipe.TrainReport") -> None:
     print(f"\n{conclusion(report.outcome)}")
     if report.before is not None:
         print(f"  held-out before   {describe(report.before)}")
@@ -96,7 +98,7 @@ def _print_report(report: recipe.TrainReport) -> None:
     print(f"  metrics           {RunFolder(report.run_dir).metrics}")
 
 
-def describe(evaluation: Evaluation) -> str:
+def describe(evaluation: "Evaluation") -> str:
     """Return loss, perplexity and bits per byte as one line."""
     bits = "" if evaluation.bits_per_byte is None else f"   {evaluation.bits_per_byte:.4f} bits per byte"
     return f"loss {evaluation.loss:.4f}   perplexity {evaluation.perplexity:,.2f}{bits}"

@@ -1,28 +1,5 @@
 """Use a trained model: generate text, chat, and measure it on text."""
 
-from entrenar.infer.chat import ChatConfig, ChatSession
-from entrenar.infer.complete import Completion, TextTokenizer, complete, named_tokens, stream, stream_rows
-from entrenar.infer.evaluate import Evaluation, evaluate
-from entrenar.infer.generate import GenerateConfig, generate
-from entrenar.infer.task import Question, TaskConfig, accuracy, exact_match, token_hits, write_answers
+from entrenar import lazy
 
-__all__ = [
-    "ChatConfig",
-    "ChatSession",
-    "Completion",
-    "Evaluation",
-    "GenerateConfig",
-    "Question",
-    "TaskConfig",
-    "TextTokenizer",
-    "accuracy",
-    "complete",
-    "evaluate",
-    "exact_match",
-    "generate",
-    "named_tokens",
-    "stream",
-    "stream_rows",
-    "token_hits",
-    "write_answers",
-]
+lazy.attach(__name__)

@@ -3,28 +3,17 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from pydantic import Field
 
 from entrenar.data import Tokenizer
 from entrenar.data.sft.chat_template import ChatTemplate
 from entrenar.errors import DataError, EntrenarError
 from entrenar.infer.complete import GrowingText, with_stop_tokens
-from entrenar.infer.generate import GenerateConfig, generate
+from entrenar.infer.generate import generate
+from entrenar.infer.settings import GenerateConfig
 from entrenar.model import Llama
 
 # End-of-turn tokens of published chat models whose configs name another end token.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
-
-
-class ChatConfig(GenerateConfig):
-    """Settings for sampling an answer's tokens, and when the answer stops."""
-
-    max_new_tokens: int = Field(default=512, gt=0)
-    """Most tokens of an answer."""
-    temperature: float = Field(default=0.7, ge=0)
-    """Below 1 favors likely tokens, above 1 evens them out; 0 always takes the most likely token."""
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    """Choose among the fewest tokens whose probabilities reach this sum."""
 
 
 class ChatSession:

@@ -11,7 +11,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from entrenar.errors import ConfigError
-from entrenar.infer.generate import GenerateConfig, end_tokens, generate, room
+from entrenar.infer.generate import end_tokens, generate, room
+from entrenar.infer.settings import GenerateConfig
 from entrenar.model import Llama, LlamaConfig
 
 Finish = Literal["eos", "stop", "length", "context"]

@@ -9,48 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from entrenar.errors import DataError, NonFiniteError
 from entrenar.infer.decode_step import next_logits
 from entrenar.infer.sampling import candidates, draw, penalize_repetition
+from entrenar.infer.settings import GenerateConfig
 from entrenar.model import KVCache, Llama, LlamaConfig
-
-
-class GenerateConfig(BaseModel):
-    """Settings for sampling tokens, and when generation stops."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    max_new_tokens: int = Field(default=256, gt=0)
-    """Most new tokens; the model's context may end earlier."""
-    temperature: float = Field(default=1.0, ge=0)
-    """Below 1 favors likely tokens, above 1 evens them out; 0 always takes the most likely token."""
-    top_k: int | None = Field(default=None, gt=0)
-    """Choose among this many of the most likely tokens."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Choose among the fewest tokens whose probabilities reach this sum."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    """Choose among tokens at least this share as likely as the most likely one."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1, tokens of the prompt and of the text so far become less likely."""
-    seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
-    """Seed of the random choices: the same seed writes the same text."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the generation; they are not part of its result."""
-    allow_special: bool = False
-    """Read names of control tokens in a prompt, such as <s>, as those tokens; otherwise they are plain text."""
-    eos_token_ids: tuple[int, ...] | None = None
-    """Tokens that end the generation; the model's own when not given."""
-
-    @model_validator(mode="after")
-    def _stops_are_text(self) -> "GenerateConfig":
-        if "" in self.stop:
-            raise ValueError(
-                "stop must not contain the empty text, which would end every generation at once; remove it"
-            )
-        return self
 
 
 def generate(

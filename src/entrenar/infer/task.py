@@ -8,40 +8,19 @@
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from entrenar.data import Tokenizer
 from entrenar.errors import DataError
 from entrenar.infer.evaluate import EvalBatch
-from entrenar.infer.generate import GenerateConfig, end_tokens, generate
+from entrenar.infer.generate import end_tokens, generate
+from entrenar.infer.settings import GenerateConfig
 from entrenar.model import Llama
-from entrenar.runs import CHANGEABLE
 
-Metric = Literal["exact_match", "accuracy"]
 MAX_LABELS = 64
 _QUESTIONS_AT_ONCE = 8
-
-
-class TaskConfig(BaseModel):
-    """The questions asked of the model during fine-tuning, in addition to the held-out loss."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    task_data: Path | None = Field(default=None, json_schema_extra=CHANGEABLE)
-    """File of rows whose answers are asked for at each evaluation."""
-    metric: Metric = Field(default="exact_match", json_schema_extra=CHANGEABLE)
-    """exact_match writes the answer; accuracy chooses among all answers of the file, for tasks with labels."""
-    max_task_examples: int = Field(default=200, ge=1, json_schema_extra=CHANGEABLE)
-    """Most rows of `task_data` that are asked, from the first on."""
-    sample_answers: int = Field(default=2, ge=0, json_schema_extra=CHANGEABLE)
-    """Held-out prompts whose answers are shown at each evaluation."""
-    max_answer_tokens: int = Field(default=64, ge=1, json_schema_extra=CHANGEABLE)
-    """Most tokens of a written answer."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Other people's formats: each file is a load/save pair."""
 
-from entrenar.interop.hf import is_quantized, load_model, read_config, save_model
+from entrenar import lazy
 
-__all__ = ["is_quantized", "load_model", "read_config", "save_model"]
+lazy.attach(__name__)

@@ -15,9 +15,10 @@ import torch
 from entrenar.errors import ConfigError, GateFailed
 from entrenar.files import atomic_directory, atomic_file
 from entrenar.interop import hf, llama2c
+from entrenar.interop.formats import Format
 from entrenar.interop.generation_config import write_generation_config
 from entrenar.interop.gguf import GGUFType, save_gguf
-from entrenar.interop.proof.bounds import Bound, Format, bound_of, bound_of_rounded, bound_of_widened
+from entrenar.interop.proof.bounds import Bound, bound_of, bound_of_rounded, bound_of_widened
 from entrenar.interop.proof.verify import Report, verify
 from entrenar.interop.source import MODEL_BIN, READERS, Source, detect
 from entrenar.interop.tokenizers import tokenizer_bin

@@ -13,9 +13,9 @@ from torch import Tensor
 from entrenar.data import Tokenizer
 from entrenar.errors import DataError, FormatError
 from entrenar.interop import gguf_file, hf, llama2c
+from entrenar.interop.formats import Format
 from entrenar.interop.gguf import load_gguf
 from entrenar.interop.proof import read_gguf, read_hf, read_llama2c
-from entrenar.interop.proof.bounds import Format
 from entrenar.interop.proof.readback import Readback
 from entrenar.interop.proof.verify import Origin, origin_in, origin_of
 from entrenar.interop.safetensors_file import TensorReader

@@ -7,13 +7,15 @@ and YaRN (Peng 2023, arXiv:2309.00071), llama3 (Llama 3.1's own).
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entrenar.errors import ConfigError
 from entrenar.model import hf_config
+
+if TYPE_CHECKING:
+    import torch
 
 Checkpointing = Literal["none", "selective", "full"]
 _WIDE = 256
@@ -213,7 +215,7 @@ class LlamaConfig(BaseModel):
         """
         return hf_config.build(cls, hf_config.read(config))
 
-    def to_hf(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def to_hf(self, dtype: "torch.dtype | None" = None) -> dict[str, Any]:
         """Return `config.json` for LlamaForCausalLM, in the words of transformers 5 and of older readers at once."""
         return hf_config.write(self.model_dump(exclude_none=True), self.kv_heads, self.head_width, dtype)
 

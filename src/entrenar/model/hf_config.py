@@ -7,12 +7,14 @@ are passed over; a key that would change one is refused, never ignored.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ValidationError
 
 from entrenar.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -102,7 +104,7 @@ def build(cls: type[Config], fields: dict[str, Any]) -> Config:
         raise FormatError(f"config.json: {'; '.join(faults)}") from error
 
 
-def write(fields: Mapping[str, Any], kv_heads: int, head_width: int, dtype: torch.dtype | None) -> dict[str, Any]:
+def write(fields: Mapping[str, Any], kv_heads: int, head_width: int, dtype: "torch.dtype | None") -> dict[str, Any]:
     """Translate the fields of LlamaConfig (those that are set) to `config.json`."""
     names = _REQUIRED | {theirs: ours for theirs, (ours, _) in _OPTIONAL.items()}
     config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], **_MUST_BE}

@@ -14,12 +14,10 @@ explains, the cache is left alone from there on, and that is said.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from entrenar.errors import ConfigError
@@ -27,35 +25,13 @@ from entrenar.ops import DocumentSpans
 from entrenar.peft.fingerprint import fingerprint
 from entrenar.peft.lora import plain_state, wrappers
 from entrenar.peft.targets import layer_number
+from entrenar.peft.trunk_config import TrunkConfig
 from entrenar.peft.trunk_rows import RowFormat
 from entrenar.peft.trunk_store import TrunkStore
-from entrenar.runs import CHANGEABLE
 
 # Relative difference of two computations of one state in another packing, so in another order of the same sums.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 _NO_EFFECT_ON_STATES = {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "num_layers"}
-
-
-class TrunkConfig(BaseModel):
-    """Settings for caching the states of the frozen lower layers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    cache_trunk: bool = False
-    """Compute the frozen layers below the lowest adapter once and read them from disk in later epochs."""
-    trunk_dir: Path = Field(default=Path("trunk-cache"), json_schema_extra=CHANGEABLE)
-    """Folder of the cache; runs over the same base and data share it, one at a time."""
-    trunk_rows: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """How the states are kept: bfloat16 takes 2 bytes a number, int8 little more than 1."""
-    trunk_budget_gb: float = Field(default=20.0, gt=0, json_schema_extra=CHANGEABLE)
-    """Most disk space the cache may take, in 10^9 bytes."""
-    trunk_checks: int = Field(default=3, ge=0, json_schema_extra=CHANGEABLE)
-    """Batches read from disk that are computed the long way too and compared."""
-
-    @property
-    def cache_bytes(self) -> int:
-        """The most that the cache takes on the disk."""
-        return int(self.trunk_budget_gb * 1e9) if self.cache_trunk else 0
 
 
 @runtime_checkable

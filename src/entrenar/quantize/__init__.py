@@ -1,16 +1,5 @@
 """Choose a width for each matrix of a model, and round the model to a budget of bits."""
 
-from entrenar.quantize.budget import EMBEDDING, HEAD, Budget, check_budget
-from entrenar.quantize.calibration import calibration_rows
-from entrenar.quantize.rounding import NO_ADAPTERS, Adapters, quantize_to_budget
+from entrenar import lazy
 
-__all__ = [
-    "EMBEDDING",
-    "HEAD",
-    "NO_ADAPTERS",
-    "Adapters",
-    "Budget",
-    "calibration_rows",
-    "check_budget",
-    "quantize_to_budget",
-]
+lazy.attach(__name__)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from entrenar.config import RunConfig
 from entrenar.data import Corpus, DataConfig, Example, PrepareConfig, Tokenizer, held_out_batches, prepare, stories
@@ -24,39 +23,16 @@ from entrenar.model import Llama, LlamaConfig
 from entrenar.planning.threads import fastest_threads
 from entrenar.recipe.models import open_model
 from entrenar.recipe.pretrain import train
+from entrenar.recipe.quickstart_config import ENOUGH_STEPS, NEW_SEED, NUM_STORIES, QuickstartConfig
 from entrenar.recipe.start import Observer
 from entrenar.train import CheckpointConfig, OptimConfig, Outcome, ScheduleConfig, TrainConfig
 
-NUM_STORIES = 12_000
 NUM_NEW_STORIES = 200
 NUM_TOLD = 16
-ENOUGH_STEPS = 400  # below this the stories still mix up their characters
-_NEW_SEED = 1 << 20  # far from the seeds of training text
 _LIVE = 4  # stories told at each evaluation while training
 _TOKENS_PER_STORY = 256
 _STORY_VOCABULARY, _TEXT_VOCABULARY = 640, 2048
 _MOST_GZIPPED = 1 << 20  # tokens
-
-
-class QuickstartConfig(BaseModel):
-    """Settings for the first run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    text: Path | None = None
-    """A folder or file of your own text to learn from, instead of the stories."""
-    minutes: float = Field(default=4.0, gt=0.0)
-    """Minutes of training; everything else takes about half a minute more."""
-    name: str = "quickstart"
-    """The run's folder under `runs_dir`."""
-    runs_dir: Path = Path("runs")
-    """Where runs are kept."""
-    corpora_dir: Path = Path("corpora")
-    """Where corpora are kept."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads; by default the faster of one and torch's own number, measured at the start."""
-    seed: int = Field(default=0, ge=0, lt=_NEW_SEED)
-    """Seed of the stories, the weights and the order of the data."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +100,7 @@ def quickstart(
     model, tokenizer = open_model(trained.run_dir)
     after = _look(model, tokenizer, NUM_TOLD, config.seed + 1, is_story=config.text is None)
     known = {story.text for story in told}
-    new = list(stories.stories(NUM_NEW_STORIES, _NEW_SEED)) if told else []
+    new = list(stories.stories(NUM_NEW_STORIES, NEW_SEED)) if told else []
     texts = [story.text for story in new] or [_held_out_text(corpus, tokenizer)]
     evaluation = measure(model, tokenizer, texts) if new else trained.after
     return QuickstartReport(

@@ -1,9 +1,5 @@
 """Ranks on torch.distributed: several processes, started by torchrun, that train one model on shares of each batch."""
 
-from entrenar.scale.agreement import check_same, check_shared, gather
-from entrenar.scale.identity import weight_hashes
-from entrenar.scale.ranks import current_world, joined, rank_log
+from entrenar import lazy
 
-__all__ = [
-    "check_same", "check_shared", "current_world", "gather", "joined", "rank_log", "weight_hashes",
-]  # fmt: skip
+lazy.attach(__name__)

@@ -14,8 +14,35 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from entrenar.errors import ConfigError
 from entrenar.runs import CHANGEABLE
 from entrenar.train.monitor import MonitorConfig
-from entrenar.train.optim import OptimConfig
 from entrenar.train.schedule import ScheduleConfig
+
+
+class OptimConfig(BaseModel):
+    """The optimizer and its hyperparameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`adamw8bit` keeps moments in eight bits; `muon` updates the hidden matrices and leaves embeddings, head and
+    norms to AdamW."""
+    lr: float = Field(default=3e-4, gt=0.0)
+    """Peak learning rate; the schedule multiplies it."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Decoupled decay of parameters with two or more dimensions."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """AdamW: decay of the running mean of the gradient."""
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """AdamW: decay of the running mean of the squared gradient."""
+    eps: float = Field(default=1e-8, gt=0.0)
+    """AdamW: term added to the denominator."""
+    grad_clip: float = Field(default=1.0, ge=0.0)
+    """Largest norm of the whole gradient; a larger one is scaled down to it. 0 turns clipping off."""
+    muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Muon: decay of the momentum."""
+    muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Muon: the dtype of its products; `auto` takes what multiplies fastest here, and a resumed run keeps it."""
+    muon_excluded: tuple[str, ...] = ("embed_tokens", "lm_head")
+    """Muon: matrices whose name contains one of these are left to AdamW."""
 
 
 class TrainConfig(BaseModel):

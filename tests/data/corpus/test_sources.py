@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from entrenar.data.corpus.sources import ReadLog, SourceConfig, find_sources, read_documents
+from entrenar.data.corpus.settings import SourceConfig
+from entrenar.data.corpus.sources import ReadLog, find_sources, read_documents
 from entrenar.errors import DataError
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from entrenar.data.corpus.corpus import (
     FORMAT,
@@ -35,8 +34,9 @@ from entrenar.data.corpus.corpus import (
 )
 from entrenar.data.corpus.dedup import SeenHashes, document_hash
 from entrenar.data.corpus.document_encoder import DocumentEncoder, Texts, cores, threads_of_tokenizers
+from entrenar.data.corpus.settings import PrepareConfig
 from entrenar.data.corpus.shards import ShardWriter
-from entrenar.data.corpus.sources import STDLIB, CorpusSource, ReadLog, SourceConfig, find_sources, read_documents
+from entrenar.data.corpus.sources import STDLIB, CorpusSource, ReadLog, find_sources, read_documents
 from entrenar.data.tokenizer.tokenizer import Tokenizer
 from entrenar.data.tokenizer.train_bpe import train_bpe
 from entrenar.errors import DataError
@@ -49,23 +49,6 @@ _LEAST_PIECE_BYTES = 1 << 10
 # A source of up to this size is hashed before it is encoded, to see whether anything would be held out.
 _HASHED_FIRST_BYTES = 64 << 20
 _HASH_SPAN = 1 << 64
-
-
-class PrepareConfig(SourceConfig):
-    """Settings for building a corpus."""
-
-    val_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """Share of the documents held out for validation; 0 holds out none, and a run on the corpus measures nothing."""
-    dedup: bool = True
-    """Drop duplicate documents."""
-    shard_tokens: int = Field(default=1 << 26, ge=1)
-    """Tokens in a shard file."""
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    """Encoding threads; all cores if not given."""
-    vocab_size: int = Field(default=8192, ge=1)
-    """Vocabulary of the tokenizer that is trained when none is given."""
-    tokenizer_sample_bytes: int = Field(default=32 << 20, ge=1)
-    """Bytes of training text that a new tokenizer is trained on, to within a document."""
 
 
 @dataclass

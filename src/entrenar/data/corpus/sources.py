@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from entrenar.data.corpus.settings import SourceConfig
 from entrenar.data.row import BadRow, Row, RowFaultError
 from entrenar.data.rows import format_of, read_rows
 from entrenar.data.table_rows import parquet_columns, parquet_rows
@@ -28,23 +27,6 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 20
 _NAMES_KEPT = 20
-
-
-class SourceConfig(BaseModel):
-    """Settings for reading documents from sources."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    text_field: str = "text"
-    """Field of a row (jsonl, JSON, csv, tsv or parquet) that holds the document."""
-    document_separator: str | None = None
-    """Text between two documents of a text file, such as <|endoftext|>; without it a file is one document."""
-    include: tuple[str, ...] = ("*",)
-    """File names to take from a folder, as patterns (*.py)."""
-    max_file_bytes: int = Field(default=4 << 20, gt=0)
-    """Larger text files of a folder are left out."""
-    max_document_bytes: int = Field(default=1 << 20, ge=16)
-    """Longer documents are cut at line starts into several."""
 
 
 @dataclass(frozen=True)

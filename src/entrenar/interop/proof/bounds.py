@@ -5,16 +5,15 @@ a block's scale, half a gap between two levels.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from entrenar.interop import llama2c
+from entrenar.interop.formats import Format
 from entrenar.model import Llama, LlamaConfig
 from entrenar.peft import QuantizeConfig, quantized_weights
 
-Format = Literal["hf", "llama2c", "gguf", "nf4", "nf-bits"]
 # Two orders of multiplying level, scale and top.
 _SAME_NUMBER = 1e-6
 # The name of a weight and the weight give the largest error of each of its rows' numbers.

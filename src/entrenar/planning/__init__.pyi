@@ -1,0 +1,40 @@
+from entrenar.planning.advice import Advice, Change, advise
+from entrenar.planning.ledger import Ledger
+from entrenar.planning.machine import (
+    MemoryLimit,
+    Rates,
+    measure_rates,
+    memory_limit,
+    parse_bytes,
+    settle_compute_dtype,
+    status_bytes,
+)
+from entrenar.planning.rehearsal import Rehearsal, Scene, rehearse, take_step
+from entrenar.planning.run_plan import RunPlan, plan_run
+from entrenar.planning.sizing import check_room, sized, sized_for_corpus
+from entrenar.planning.step_plan import StepPlan, plan_step
+
+__all__ = [
+    "Advice",
+    "Change",
+    "Ledger",
+    "MemoryLimit",
+    "Rates",
+    "Rehearsal",
+    "RunPlan",
+    "Scene",
+    "StepPlan",
+    "advise",
+    "check_room",
+    "measure_rates",
+    "memory_limit",
+    "parse_bytes",
+    "plan_run",
+    "plan_step",
+    "rehearse",
+    "settle_compute_dtype",
+    "sized",
+    "sized_for_corpus",
+    "status_bytes",
+    "take_step",
+]
