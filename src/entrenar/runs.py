@@ -10,6 +10,7 @@
       checkpoints/
         step-00000100/  one committed checkpoint; its model or adapter is in model/
       rescue/           the state of a run that had diverged, kept apart; no resume takes it
+      replay/           one JSON file for each step whose alarm stopped the run: `entrenar replay` takes it again
       .lock             held by the process that trains
 
 `train` writes these files; the report, the tracer and the command line read them. None of the readers needs torch.
@@ -117,6 +118,11 @@ class RunFolder:
     def rescue(self) -> Path:
         """The folder of states that are not fit to resume from."""
         return self.path / "rescue"
+
+    @property
+    def replay(self) -> Path:
+        """The folder of the bundles of steps whose alarm stopped the run."""
+        return self.path / "replay"
 
     @property
     def lock(self) -> Path:

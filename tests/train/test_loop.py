@@ -137,7 +137,7 @@ def test_a_non_finite_step_moves_nothing_and_ends_the_run(tmp_path: Path, value:
     assert (saved.step, saved.loader_state) == (5, {"index": 5})
     assert torch.equal(read_model(saved.model)["up.weight"], module.up.weight)
     assert saved.optimizer()["step"] == 5.0
-    assert _events(tmp_path) == [(6, "non_finite"), (5, "checkpoint_saved")]
+    assert _events(tmp_path) == [(6, "non_finite"), (5, "checkpoint_saved"), (6, "bundle_written")]
 
 
 def _wrecking(module: Toy, value: float) -> Callable[[ToyBatch], Tensor]:

@@ -55,7 +55,7 @@ def test_non_finite_values_are_told_and_kept_out_of_the_windows(loss: float, nor
     monitor = Monitor(MonitorConfig())
     (event,) = monitor.before_update(3, loss, norm)
     assert event == Event(3, "non_finite", f"loss is {loss}, gradient norm is {norm}; no parameter was moved")
-    assert monitor.halts(event)
+    assert monitor.action(event) == "halt"
     assert monitor.state_dict()["windows"]["loss"] == []
 
 
@@ -63,7 +63,7 @@ def test_up_to_n_non_finite_steps_in_a_row_may_be_skipped() -> None:
     """With two allowed, the third in a row halts; a finite one between starts the count again."""
     monitor = Monitor(MonitorConfig(max_skipped_steps=2))
     losses = (math.nan, math.nan, 1.0, math.nan, math.nan, math.nan)
-    halted = [[monitor.halts(event) for event in monitor.before_update(1, loss, 1.0)] for loss in losses]
+    halted = [[monitor.action(event) == "halt" for event in monitor.before_update(1, loss, 1.0)] for loss in losses]
     assert halted == [[False], [False], [], [False], [False], [True]]
 
 
@@ -98,8 +98,8 @@ def test_a_drop_of_throughput_is_told() -> None:
 def test_only_the_chosen_cords_halt() -> None:
     """An event stops the run only if its kind is in `halt_on`."""
     monitor = Monitor(MonitorConfig(halt_on=("plateau",)))
-    assert monitor.halts(Event(1, "plateau", ""))
-    assert not monitor.halts(Event(1, "loss_spike", ""))
+    assert monitor.action(Event(1, "plateau", "")) == "halt"
+    assert monitor.action(Event(1, "loss_spike", "")) == "warn"
 
 
 def test_an_unknown_cord_is_refused() -> None:
@@ -126,3 +126,35 @@ def test_windows_survive_a_checkpoint() -> None:
         ]
         assert events == expected
         assert repr(second.state_dict()) == repr(whole.state_dict())
+
+
+def test_a_dead_layer_is_told_by_name() -> None:
+    """Layers without gradient are named once, at the fifth step; all of them dead is the other message."""
+    monitor = Monitor(MonitorConfig())
+    dead = {"model.layers.0": 0.0, "model.layers.1": 1e-9, "model.norm.weight": 1.0}
+    events = [event for step in range(1, 9) for event in monitor.before_update(step, 1.0, 1.0, dead)]
+    assert events == [
+        Event(5, "dead_gradient", "model.layers.0 and 1 more: gradient norm at most 1e-08 for 5 steps"),
+    ]
+    restored = Monitor(MonitorConfig())
+    restored.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert restored.before_update(9, 1.0, 1.0, dead) == []
+    assert monitor.before_update(9, 1.0, 1.0, dict.fromkeys(dead, 1.0)) == []
+    all_dead = [event for step in range(10, 16) for event in monitor.before_update(step, 1.0, 0.0, {"a": 0.0})]
+    assert [event.message for event in all_dead] == ["gradient norm at most 1e-08 for 5 steps"]
+
+
+def test_a_rise_of_the_held_out_loss_is_told_once() -> None:
+    """A tenth above the best is told; again only after it has come down. NaN is a rise; no best, no judgment."""
+    monitor = Monitor(MonitorConfig())
+    rising = [
+        bool(monitor.after_evaluation(step, loss, best))
+        for step, (loss, best) in enumerate([(9.0, None), (2.0, 9.0), (2.19, 2.0), (2.21, 2.0), (3.0, 2.0), (2.0, 2.0)])
+    ]
+    assert rising == [False, False, False, True, False, False]
+    assert monitor.after_evaluation(7, math.nan, 2.0) == [
+        Event(7, "held_out_rise", "held-out loss nan after a best of 2.0000")
+    ]
+    restored = Monitor(MonitorConfig())
+    restored.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert restored.after_evaluation(8, math.nan, 2.0) == []

@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": "merge an adapter into the weights of its base, and measure the change",
     "runs": "list, show, compare or delete runs",
     "watch": "see a run while it trains, in the terminal or in the browser",
+    "replay": "take a step again whose alarm stopped the run, and compare the bits",
     "report": "one HTML page about a run, or several compared",
     "config": "print, validate, diff, or give the JSON schema of run configs",
     "trace": "see where a program's time goes: spans, system calls with their Python lines, anomalies",

@@ -83,15 +83,24 @@ def finetune(
     Raises:
         ConfigError, DataError, FormatError, CheckpointError, TrainingHalted, MachineError.
     """
-    observer = observer or Observer()
-    started = start(config, Mode(resume, overwrite, allow_changes, adds_time))
+    return finetune_in(config, Mode(resume, overwrite, allow_changes, adds_time), observer or Observer())
+
+
+def finetune_in(config: FinetuneConfig, mode: Mode, observer: Observer) -> FinetuneReport:
+    """Fine-tune in a mode.
+
+    Raises:
+        ConfigError, DataError, FormatError, CheckpointError, TrainingHalted, MachineError; StepTaken if the mode is a
+            replay.
+    """
+    started = start(config, mode)
     model, tokenizer, folder = open_base(started.config, started.device, is_resumed=started.is_resumed)
     check_adapter(started.config, model, folder, is_resumed=started.is_resumed)
     config = _dated(_shortened_to_context(started.config, model), tokenizer, started)
     started = dataclasses.replace(started, config=config)
     check_unchanged(started)
     _check_ranks(started)
-    if overwrite and started.world.is_writer:
+    if mode.overwrite and started.world.is_writer:
         for stale in config.run_dir.glob(f"*{QUARANTINE_FILE}"):
             stale.unlink()
     rows = read_rows(config, tokenizer, observer)

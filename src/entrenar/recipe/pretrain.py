@@ -76,8 +76,16 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError, TrainingHalted, MachineError.
     """
-    observer = observer or Observer()
-    ready = _ready(config, Mode(resume, overwrite, allow_changes, adds_time), observer)
+    return train_in(config, Mode(resume, overwrite, allow_changes, adds_time), observer or Observer())
+
+
+def train_in(config: RunConfig, mode: Mode, observer: Observer) -> TrainReport:
+    """Pre-train in a mode.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingHalted, MachineError; StepTaken if the mode is a replay.
+    """
+    ready = _ready(config, mode, observer)
     started, config = ready.started, ready.started.config
     model = _build_model(started, ready.tokenizer, observer)
     with run_folder(started):

@@ -10,8 +10,9 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Generic
 
 import torch
@@ -36,11 +37,15 @@ from entrenar.train import (
     TrainConfig,
     World,
     check_same_config,
+    figures_of_next_step,
     fit,
     latest_good,
+    load,
     prepare_process,
 )
 from entrenar.train.metrics import need_tensorboard
+from entrenar.train.progress import StepFigures
+from entrenar.train.replay import Bundle
 from entrenar.version import __version__
 
 
@@ -71,12 +76,22 @@ class Mode:
         overwrite: delete an earlier run of the same name first.
         allow_changes: resume although the config changed.
         adds_time: a resumed run's max_time_s counts from its checkpoint, not from its first step.
+        replay: take the step of this bundle again, write nothing, and raise StepTaken.
     """
 
     resume: bool = False
     overwrite: bool = False
     allow_changes: bool = False
     adds_time: bool = False
+    replay: Path | None = None
+
+
+class StepTaken(Exception):
+    """The step of a bundle was taken again: its figures, and the hashes of its batches."""
+
+    def __init__(self, figures: StepFigures, batches: tuple[str, ...]) -> None:
+        super().__init__()
+        self.figures, self.batches = figures, batches
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
     device, world = choose_device(config), current_world()
     if world.size > 1 and device.type != "cpu":
         raise ConfigError(f'device must be cpu for several ranks, got {device}; set device = "cpu"')
-    if world.is_writer:
+    if world.is_writer and mode.replay is None:
         check_free(RunFolder(config.run_dir).lock, str(config.run_dir))
     checkpoint = find_checkpoint(config.run_dir, mode)
     _check_same_start(world, config, mode, checkpoint)
@@ -170,6 +185,8 @@ def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
         CheckpointError: no run to resume, or no good checkpoint in it.
         ConfigError: a run of that name exists already, or both modes are asked for.
     """
+    if mode.replay is not None:
+        return _checkpoint_of(Bundle.read(mode.replay), run_dir)
     checkpoints = RunFolder(run_dir).checkpoints
     if mode.resume and mode.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; leave one out")
@@ -183,6 +200,14 @@ def find_checkpoint(run_dir: Path, mode: Mode) -> Checkpoint | None:
             "or choose another --name"
         )
     return None
+
+
+def _checkpoint_of(bundle: Bundle, run_dir: Path) -> Checkpoint | None:
+    """Return the checkpoint before a bundle's step, at the bundle's place in the data."""
+    if bundle.checkpoint is None:
+        return None
+    found = load(run_dir / bundle.checkpoint)
+    return replace(found, state={**found.state, "loader": bundle.before})
 
 
 def check_unchanged(started: Start[ConfigT]) -> None:
@@ -208,6 +233,9 @@ def run_folder(started: Start[ConfigT], kept: str = "") -> Iterator[None]:
         ConfigError: the ranks do not share the folder.
         DiskFullError, MachineError: among them that another process trains there.
     """
+    if started.mode.replay is not None:
+        yield
+        return
     world, run_dir = started.world, started.config.run_dir
     with _made_and_held(started, kept) if world.is_writer else nullcontext():
         check_same(world, {"config": _recorded(started.config)})  # the writer has made the folder
@@ -267,6 +295,9 @@ def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) ->
         hashes = weight_hashes(task.module, only_frozen=started.is_resumed)
         check_same(started.world, {"weights": hashes})
     run = Run(config.run_dir, _recorded(config), started.checkpoint, observer.inspect_code)
+    if started.mode.replay is not None:
+        with TemporaryDirectory() as elsewhere:
+            raise StepTaken(*figures_of_next_step(task, settings, replace(run, folder=Path(elsewhere))))
     outcome = fit(task, settings, run, started.world, on_record=observer.on_record, on_event=observer.on_event)
     started.world.any(flag=False)  # wait until the writer has saved: the last checkpoint is the result of every rank
     task.module.eval()

@@ -7,7 +7,7 @@ from entrenar.train.checkpoint import (
     load,
     verify,
 )
-from entrenar.train.loop import Outcome, fit
+from entrenar.train.loop import Outcome, figures_of_next_step, fit
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.oom import is_oom
 from entrenar.train.optim import Optimizer, build_optimizer
@@ -35,6 +35,7 @@ __all__ = [
     "World",
     "build_optimizer",
     "check_same_config",
+    "figures_of_next_step",
     "fit",
     "git_revision",
     "is_oom",

@@ -159,13 +159,16 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path=path, step=step, state=state)
 
 
-def latest_good(folder: Path) -> Checkpoint:
+def latest_good(folder: Path, *, among: Collection[int] | None = None) -> Checkpoint:
     """Return the newest intact checkpoint in `folder`; damaged newer ones are logged and listed in its `skipped`.
+
+    `among` are the steps to choose from, all if not given.
 
     Raises: CheckpointError when there is none.
     """
     skipped: list[str] = []
-    for path in reversed(list_checkpoints(folder).values()):
+    found = list_checkpoints(folder)
+    for path in reversed([path for step, path in found.items() if among is None or step in among]):
         try:
             good = load(path)
         except CheckpointError as error:

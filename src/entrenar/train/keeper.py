@@ -10,7 +10,7 @@ from typing import Any
 
 from entrenar.errors import MachineError
 from entrenar.files import remove_incomplete
-from entrenar.runs import Event, checkpoint_name
+from entrenar.runs import Event, checkpoint_name, list_checkpoints
 from entrenar.train import checkpoint
 from entrenar.train.metrics import Journal
 from entrenar.train.optim import Optimizer
@@ -50,7 +50,19 @@ class CheckpointKeeper:
         trained = {name: p.data for name, p in self._task.module.named_parameters() if p.requires_grad}
         checkpoint.restore_weights(trained, self._task.read_model(resumed.model))
         optimizer.load_state_dict(resumed.optimizer())
-        self.saved_step = resumed.step
+        self.saved_step, self._unconfirmed = resumed.step, None
+
+    def last_good(self) -> checkpoint.Checkpoint:
+        """Return the newest intact checkpoint from which a step was taken; every rank returns the writer's.
+
+        Raises: CheckpointError.
+        """
+        self.report(wait=True)
+        folder = self._folder
+        steps = (
+            [step for step in list_checkpoints(folder) if step != self._unconfirmed] if self._world.is_writer else []
+        )
+        return checkpoint.latest_good(folder, among=self._world.broadcast(steps))
 
     def save(self, state: dict[str, Any], optimizer: Optimizer) -> None:
         """Start writing `state`, the weights and the moments."""

@@ -27,6 +27,8 @@ from entrenar.train.oom import explained_oom
 from entrenar.train.optim import build_optimizer
 from entrenar.train.phases import Phases, describe_step
 from entrenar.train.progress import Progress, Reason, StepFigures
+from entrenar.train.reactions import Reactions
+from entrenar.train.replay import batch_hashes
 from entrenar.train.schedule import lr_multiplier
 from entrenar.train.settings import Settings
 from entrenar.train.signals import StopSignals
@@ -43,6 +45,21 @@ class Outcome:
     step: int
     last_record: StepRecord | None
     best_held_out_loss: float | None
+
+
+def figures_of_next_step(task: Task[Any], settings: Settings, run: Run) -> tuple[StepFigures, tuple[str, ...]]:
+    """Compute the gradient of the step after `run.resume` and move no weight.
+
+    Returns: its figures, and the hash of each of its batches.
+
+    Raises: OutOfMemoryError, CheckpointError.
+    """
+    journal = Journal((), (), _ignore, _ignore)
+    with StopSignals() as stop, closing(_Training(task, settings, run, journal, World.alone())) as training:
+        training.begin()
+        batches = training.gather()
+        figures, _ = training.figures(batches, stop)
+        return figures, batch_hashes(batches)
 
 
 def _ignore(_: Any) -> None:
@@ -97,6 +114,7 @@ class _Training:
                 task.module.named_parameters(), settings.optim, settings.train.precision, task.lr_factors
             )
             self.keeper = CheckpointKeeper(task, run, settings.checkpoint, journal, world)
+        self.reactions = Reactions(self.progress, self.keeper, journal, run.files)
         self.activations = open_store(task.module, settings.train, run.folder)
         self.gradient = StepGradient(
             loss=task.loss if self.activations is None else self.activations.around(task.loss),
@@ -163,23 +181,28 @@ class _Training:
     def take_step(self, batches: list[SplittableBatch], stop: StopSignals) -> tuple[StepRecord | None, Reason | None]:
         """Compute the gradient of `batches`, judge it, and move the weights once.
 
-        Returns: the step's record, None when no rank has data left, and why the run ends here, if it does.
+        Returns: the step's record, None when no rank has data left or the step was taken back, and why the run ends
+        here, if it does.
         """
         step = self.progress.step + 1
-        figures, is_interrupted = self._figures(batches, stop)
+        figures, is_interrupted = self.figures(batches, stop)
         if figures.micro_batches == 0:
             return None, "data"
         if figures.targets == 0:
             raise DataError(
                 f"step {step}: none of the {figures.micro_batches} micro-batches has a target; check the masks"
             )
-        self._heed(self.progress.monitor.before_update(step, figures.loss, figures.grad_norm))
-        if math.isfinite(figures.loss) and math.isfinite(figures.grad_norm):
+        action = self.reactions.judge(batches, figures)
+        if action == "rewind":
+            self._rewind(figures.micro_batches)
+            return None, self.progress.end(figures.elapsed_s, is_interrupted=is_interrupted)
+        if action != "skip":
             self.keeper.confirm()
             self._move(figures.lr, self._clip(figures.grad_norm) / figures.targets)
             self.trained_on = TrainedOn(batches, figures.loss)
         else:
             self.optimizer.gradients.begin(0)
+        self.reactions.judged = None
         self.progress.advance(figures)
         self.progress.mark_boundary()
         record = self.progress.record(figures, time.perf_counter() - self.step_started)
@@ -191,13 +214,16 @@ class _Training:
         is_saving = _is_due(record.step, save.save_every) or self.wants_checkpoint
         is_ending = reason not in (None, "signal")
         self.progress.held_out = None
+        events: list[Event] = []
         if _is_due(record.step, train.eval_every) or is_ending or (is_saving and save.keep_best):
-            self._evaluate()
-        events = self.progress.monitor.after_step(record.step, record.loss, self.progress.targets_per_s)
+            events += self._evaluate()
+        events += self.progress.monitor.after_step(record.step, record.loss, self.progress.targets_per_s)
         self.progress.mark_boundary()
         self._write(record, is_wanted=reason is not None or _is_due(record.step, train.log_every))
         self.keeper.report(wait=False)
-        self._heed(events)
+        if self.reactions.heed(events) == "rewind":
+            self._rewind(0)
+            return reason if reason == "signal" else None
         if is_saving:
             self._save()
         return reason or self.progress.end_of_patience()
@@ -226,6 +252,8 @@ class _Training:
             if fault is None and self.trained_on is not None:
                 fault = fault_of_loss(self.task.module, self.gradient.loss, self.trained_on, self.progress.limit.rows)
         self.keeper.rescue(self.progress.boundary, self.optimizer, fault)
+        if isinstance(error, TrainingHalted) and self.world.is_writer:
+            self.reactions.write_bundle(str(error))
 
     def close(self) -> None:
         """Wait for the writers."""
@@ -235,24 +263,27 @@ class _Training:
 
     # ---- the parts of a step ----
 
-    def _figures(self, batches: list[SplittableBatch], stop: StopSignals) -> tuple[StepFigures, bool]:
+    def figures(self, batches: list[SplittableBatch], stop: StopSignals) -> tuple[StepFigures, bool]:
         """Take the gradient; return what all ranks agree on, and whether a signal asked any of them to stop."""
         summed_loss, totals = self.gradient.take(batches, lambda: self._report(stop))
         targets = max(int(totals["targets"]), 1)
         with self._phase("optimizer"):
             horizon = self.progress.horizon(totals["elapsed_s"])
-            norm = self.optimizer.gradient_norm()
+            norms = self.optimizer.gradient_norms()
             # The one moment of a step in which the host waits for a device.
-            loss, grad_norm = torch.stack([summed_loss.to(norm.device), norm.double()]).tolist()
+            loss, grad_norm, *layers = torch.cat([summed_loss.to(norms.device).reshape(1), norms.double()]).tolist()
             own_gradient_s = time.perf_counter() - self.step_started
             figures = StepFigures(
                 loss=loss / targets,
-                lr=self.settings.optim.lr * lr_multiplier(self.settings.schedule, self.progress.step + 1, horizon),
+                lr=self.progress.counters.lr_factor
+                * self.settings.optim.lr
+                * lr_multiplier(self.settings.schedule, self.progress.step + 1, horizon),
                 grad_norm=grad_norm / targets,
                 targets=int(totals["targets"]),
                 micro_batches=math.ceil(totals["micro_batches"] / self.world.size),  # a rank's is a share of one
                 elapsed_s=totals["elapsed_s"],
                 gradient_s=own_gradient_s if self.world.size == 1 else totals["gradient_s"],
+                layer_norms={name: norm / targets for name, norm in zip(self.optimizer.layers, layers, strict=True)},
             )
         self.wants_checkpoint = totals["wishes"] > 0
         stop.wants_checkpoint = False
@@ -268,16 +299,10 @@ class _Training:
             "wishes": float(stop.wants_checkpoint),
         }
 
-    def _heed(self, events: list[Event]) -> None:
-        for event in events:
-            self.journal.tell(event)
-        for event in events:
-            if self.progress.monitor.halts(event):
-                kind = NonFiniteError if event.kind == "non_finite" else TrainingHalted
-                raise kind(
-                    f"step {event.step}: {event.kind}: {event.message}; "
-                    f"to continue, resume from {self.run.files.checkpoints}"
-                )
+    def _rewind(self, micro_batches: int) -> None:
+        self.optimizer.gradients.begin(0)
+        self.reactions.rewind(self.optimizer, micro_batches)
+        self.trained_on = None
 
     def _clip(self, grad_norm: float) -> float:
         limit = self.settings.optim.grad_clip
@@ -292,9 +317,10 @@ class _Training:
         with explained_oom(torn), self._phase("optimizer"):
             self.optimizer.step(lr, gradient_scale)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> list[Event]:
+        """Take the held-out figures, and return the alarm that they raise."""
         if self.task.evaluate is None:
-            return
+            return []
         before = rng.capture()
         self.task.module.eval()
         evaluating = explained_oom("evaluating held-out data; use smaller evaluation batches")
@@ -302,7 +328,9 @@ class _Training:
             figures = self.world.broadcast(dict(self.task.evaluate()))
         self.task.module.train()
         rng.restore(before)
+        best = self.progress.counters.best_held_out_loss
         self.progress.note_evaluation(figures)
+        return self.progress.monitor.after_evaluation(self.progress.step, figures["loss"], best)
 
     def _write(self, record: StepRecord, *, is_wanted: bool) -> None:
         complete = self.progress.complete(record, self.phases.take())

@@ -26,13 +26,18 @@ class RecordFile:
     """An append-only JSONL file that continues after `step`."""
 
     def __init__(self, path: Path, *, after_step: int) -> None:
+        self._path = path
         with explained_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._open(after_step)
+
+    def _open(self, after_step: int) -> None:
+        path = self._path
+        with explained_disk_errors(path):
             kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
             atomic_write(path, "".join(_to_line(record) for record in kept))
             # Unbuffered: a buffer would keep what a full disk refused, and fail once more in `close`.
             self._stream = path.open("ab", buffering=0)
-        self._path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record; NaN and infinity become null. A line that fits only in part is cut off again.
@@ -48,6 +53,14 @@ class RecordFile:
                 if written:
                     self._stream.truncate(self._stream.tell() - written)
                 raise
+
+    def rewind(self, step: int) -> None:
+        """Forget the records after `step`.
+
+        Raises: DiskFullError, MachineError.
+        """
+        self._stream.close()
+        self._open(step)
 
     def sync(self) -> None:
         """Make all records durable."""
@@ -84,9 +97,18 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
         need_tensorboard()
+        self._folder = folder
+        self._open(after_step)
+
+    def _open(self, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra: needed only when asked for
 
-        self._writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+        self._writer = SummaryWriter(str(self._folder), purge_step=after_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Let what is written next hide the figures after `step`."""
+        self._writer.close()
+        self._open(step)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write every number of `record` at its step."""
@@ -111,6 +133,9 @@ class Sink(Protocol):
 
     def append(self, record: Mapping[str, Any], /) -> None:
         """Add one record."""
+
+    def rewind(self, step: int, /) -> None:
+        """Forget the records after `step`."""
 
     def sync(self) -> None:
         """Make all records durable."""
@@ -144,6 +169,11 @@ class Journal:
         for sink in self._events:
             sink.append(asdict(event))
         self._on_event(event)
+
+    def rewind(self, step: int) -> None:
+        """Forget the figures after `step`; the events stay, for they say why."""
+        for sink in self._metrics:
+            sink.rewind(step)
 
     def dismiss_listeners(self) -> None:
         """Call no listener from now on; the sinks still get everything."""

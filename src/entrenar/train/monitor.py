@@ -1,4 +1,4 @@
-"""Training alarms: a step that looks wrong leaves an event or stops the run.
+"""Training alarms: a step that looks wrong leaves an event, and what is done about it is a matter of policy.
 
 They are *andon cords*, after the cord with which any worker on an assembly line can stop it.
 
@@ -6,11 +6,14 @@ They are *andon cords*, after the cord with which any worker on an assembly line
     non_finite       the loss or the gradient norm is NaN or infinite                          before the weights move
     loss_spike       the loss lies far above its window's median, in robust deviations         before the weights move
     gradient_spike   the same for the gradient norm                                            before the weights move
-    dead_gradient    the gradient norm has been (almost) zero for several steps                before the weights move
+    dead_gradient    the gradient norm, of all or of one layer, has been about zero for steps  before the weights move
     plateau          the newer half of the window is no better than the older half             after the step
     throughput_drop  targets per second stay far below the window's median                     after the step
+    held_out_rise    the held-out loss lies well above its best                                after an evaluation
 
-A cord leaves an event; `non_finite` and those listed in `halt_on` also stop the run. The windows never hold the
+Every cord leaves an event. The policies say what else is done: skip the update, lower the learning rate, go back to
+the last good checkpoint without the batches since (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1), or stop.
+`non_finite` always skips the update, and stops or rewinds when it has done so too often. The windows never hold the
 sample they judge, and they are saved in the checkpoint, so a resumed run judges exactly as one that was never
 stopped.
 """
@@ -18,15 +21,18 @@ stopped.
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entrenar.runs import Event
 from entrenar.stats import robust_z
 
-Cord = Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "throughput_drop"]
+Cord = Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "throughput_drop", "held_out_rise"]
+EarlyCord = Literal["loss_spike", "gradient_spike", "dead_gradient"]
+CertainCord = Literal["non_finite", "loss_spike", "gradient_spike", "dead_gradient", "held_out_rise"]
+Action = Literal["warn", "skip", "rewind", "halt"]
 
 
 class MonitorConfig(BaseModel):
@@ -36,6 +42,16 @@ class MonitorConfig(BaseModel):
 
     halt_on: tuple[Cord, ...] = ()
     """Alarms that stop the run; the others leave an event. A non-finite step always stops it, see max_skipped_steps."""
+    skip_on: tuple[EarlyCord, ...] = ()
+    """Alarms whose step moves no weight."""
+    lower_lr_on: tuple[Cord, ...] = ()
+    """Alarms after which the learning rate is multiplied by lower_lr_by, for the rest of the run."""
+    lower_lr_by: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Factor of lower_lr_on."""
+    rewind_on: tuple[CertainCord, ...] = ()
+    """Alarms after which the run goes back to its last good checkpoint, and the batches since are left out."""
+    max_rewinds: int = Field(default=3, ge=1)
+    """Times to rewind before such an alarm stops the run."""
     max_skipped_steps: int = Field(default=0, ge=0)
     """Non-finite steps in a row to skip, without moving a weight, before the run stops."""
     monitor_window: int = Field(default=64, ge=8)
@@ -54,6 +70,17 @@ class MonitorConfig(BaseModel):
     """Fraction of the usual targets per second that counts as a drop."""
     throughput_drop_steps: int = Field(default=5, ge=1)
     """Steps in a row with a drop before the alarm."""
+    held_out_rise: float = Field(default=0.1, gt=0.0)
+    """Fraction above its best from which the held-out loss counts as rising."""
+
+    @model_validator(mode="after")
+    def _one_policy_each(self) -> Self:
+        policies = {name: getattr(self, name) for name in ("halt_on", "skip_on", "rewind_on")}
+        for cord in {cord for cords in policies.values() for cord in cords}:
+            named = [name for name, cords in policies.items() if cord in cords]
+            if len(named) > 1:
+                raise ValueError(f"{cord} is in {' and in '.join(named)}; an alarm can have one of these policies")
+        return self
 
 
 class Monitor:
@@ -68,16 +95,21 @@ class Monitor:
             "plateau": deque[float](maxlen=config.plateau_steps),
         }
         self._dead_steps = 0
+        self._dead_layers: dict[str, int] = {}
+        self._is_rising = False
         self._slow_steps = 0
         self._skipped_steps = 0
 
-    def before_update(self, step: int, loss: float, grad_norm: float) -> list[Event]:
+    def before_update(
+        self, step: int, loss: float, grad_norm: float, layer_norms: Mapping[str, float] | None = None
+    ) -> list[Event]:
         """Judge a step before its weights move, and remember it if it is finite."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skipped_steps += 1
             return [Event(step, "non_finite", f"loss is {loss}, gradient norm is {grad_norm}; no parameter was moved")]
         self._skipped_steps = 0
         events = [*self._spikes(step, {"loss": loss, "grad_norm": grad_norm}), *self._dead(step, grad_norm)]
+        events += self._dead_in_part(step, grad_norm, layer_norms or {})
         self._windows["loss"].append(loss)
         self._windows["grad_norm"].append(grad_norm)
         return events
@@ -90,11 +122,30 @@ class Monitor:
         self._windows["rate"].append(targets_per_s)
         return events
 
-    def halts(self, event: Event) -> bool:
-        """Return whether `event` stops the run."""
+    def after_evaluation(self, step: int, loss: float, best: float | None) -> list[Event]:
+        """Judge a held-out loss against the best before it; a rise is told once, until the loss has come down again."""
+        was_rising = self._is_rising
+        self._is_rising = best is not None and not loss <= best * (1.0 + self.config.held_out_rise)
+        if not self._is_rising or was_rising:
+            return []
+        return [Event(step, "held_out_rise", f"held-out loss {loss:.4f} after a best of {best:.4f}")]
+
+    def action(self, event: Event) -> Action:
+        """Return what is to be done about `event`."""
+        config = self.config
         if event.kind == "non_finite":
-            return self._skipped_steps > self.config.max_skipped_steps
-        return event.kind in self.config.halt_on
+            if self._skipped_steps <= config.max_skipped_steps:
+                return "skip"
+            return "rewind" if "non_finite" in config.rewind_on else "halt"
+        if event.kind in config.halt_on:
+            return "halt"
+        if event.kind in config.rewind_on:
+            return "rewind"
+        return "skip" if event.kind in config.skip_on else "warn"
+
+    def lr_factor(self, event: Event) -> float:
+        """Return what `event` multiplies the learning rate of the later steps by."""
+        return self.config.lower_lr_by if event.kind in self.config.lower_lr_on else 1.0
 
     def _is_armed(self, window: str) -> bool:
         return len(self._windows[window]) >= self.config.monitor_window // 2
@@ -120,6 +171,21 @@ class Monitor:
                 f"gradient norm at most {self.config.dead_gradient_norm:g} for {self._dead_steps} steps",
             )
 
+    def _dead_in_part(self, step: int, grad_norm: float, layer_norms: Mapping[str, float]) -> Iterator[Event]:
+        """Tell layers whose gradient is dead while that of others is not."""
+        config = self.config
+        dead = [layer for layer, norm in layer_norms.items() if norm <= config.dead_gradient_norm < grad_norm]
+        self._dead_layers = {layer: self._dead_layers.get(layer, 0) + 1 for layer in dead}
+        names = [layer for layer, steps in self._dead_layers.items() if steps == config.dead_gradient_steps]
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield Event(
+                step,
+                "dead_gradient",
+                f"{names[0]}{others}: gradient norm at most {config.dead_gradient_norm:g} for "
+                f"{config.dead_gradient_steps} steps",
+            )
+
     def _slow(self, step: int, rate: float) -> Iterator[Event]:
         usual = statistics.median(self._windows["rate"]) if self._is_armed("rate") else 0.0
         self._slow_steps = self._slow_steps + 1 if rate < self.config.throughput_drop * usual else 0
@@ -143,6 +209,8 @@ class Monitor:
         return {
             "windows": {name: list(window) for name, window in self._windows.items()},
             "dead_steps": self._dead_steps,
+            "dead_layers": dict(self._dead_layers),
+            "is_rising": self._is_rising,
             "slow_steps": self._slow_steps,
             "skipped_steps": self._skipped_steps,
         }
@@ -153,5 +221,7 @@ class Monitor:
             self._windows[name].clear()
             self._windows[name].extend(values)
         self._dead_steps = state["dead_steps"]
+        self._dead_layers = dict(state.get("dead_layers", {}))
+        self._is_rising = state.get("is_rising", False)
         self._slow_steps = state["slow_steps"]
         self._skipped_steps = state["skipped_steps"]

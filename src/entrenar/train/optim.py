@@ -16,6 +16,7 @@ https://kellerjordan.github.io/posts/muon/, with the update's size matched to Ad
 arXiv:2502.16982), so that one learning rate and one weight decay serve both.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 25
 # Smaller parameters keep float32 moments: norms are few numbers that move a lot, and a block needs neighbors.
 _LEAST_EIGHT_BIT = 16 * BLOCK
+_LAYER = re.compile(r".*?\blayers\.\d+")
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -90,13 +92,21 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Optimizer:
-    """Updates the weights; owns moments, masters and the step count. `gradients` knows where the gradients are."""
+    """Updates the weights; owns moments, masters and the step count.
+
+    `gradients` knows where the gradients are; `layers` names the parts of the model that `gradient_norms` tells apart.
+    """
 
     def __init__(self, trained: list[_Trained], config: OptimConfig) -> None:
         self.config = config
         self.gradients = GradientSums(each.parameter for each in trained)
         self._trained = trained
         self._step = torch.zeros((), dtype=torch.float32)
+        # A layer of the model, or a parameter outside of all layers.
+        places = [found[0] if (found := _LAYER.match(each.name)) else each.name for each in trained]
+        self.layers = tuple(dict.fromkeys(places))
+        self._layer_of = {each.name: self.layers.index(place) for each, place in zip(trained, places, strict=True)}
+        self._layer_indices: tuple[list[int], Tensor] | None = None
         # Without a run that settled it, the dtype of torch's own Muon.
         self._muon_dtype = torch.float32 if config.muon_dtype == "float32" else torch.bfloat16
         is_coded = any(each.mean_scales is not None for each in trained)
@@ -106,14 +116,28 @@ class Optimizer:
 
     def gradient_norm(self) -> Tensor:
         """Return the float32 norm over the gradients of all parameters, unscaled."""
+        return self.gradient_norms()[0]
+
+    def gradient_norms(self) -> Tensor:
+        """Return the float32 norm over the gradients of all parameters, and then of each of `layers`, unscaled."""
         # In parts: torch makes a float32 copy of a gradient in fewer bits, and its sum over millions loses digits.
-        norms = [
-            torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
-            for each in self._trained
-            if (gradient := self.gradients.of(each.parameter)) is not None
-            for part in _pieces(gradient.reshape(-1), _chunk_size(gradient.device))
-        ]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        layers, norms = [], []
+        for each in self._trained:
+            if (gradient := self.gradients.of(each.parameter)) is not None:
+                for part in _pieces(gradient.reshape(-1), _chunk_size(gradient.device)):
+                    norms.append(torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)))
+                    layers.append(self._layer_of[each.name])
+        if not norms:
+            return torch.zeros(1 + len(self.layers))
+        parts = torch.stack(norms)
+        squares = parts.new_zeros(len(self.layers)).index_add_(0, self._on(parts.device, layers), parts.square())
+        return torch.cat([torch.linalg.vector_norm(parts).reshape(1), squares.sqrt_()])
+
+    def _on(self, device: torch.device, layers: list[int]) -> Tensor:
+        """Return the layer of each part as a tensor; made once, because a device would wait for it."""
+        if self._layer_indices is None or self._layer_indices[0] != layers:
+            self._layer_indices = layers, torch.tensor(layers, device=device)
+        return self._layer_indices[1]
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:

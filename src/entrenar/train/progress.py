@@ -34,11 +34,13 @@ class Counters:
     elapsed_s: float = 0.0
     best_held_out_loss: float | None = None
     evaluations_since_best: int = 0
+    lr_factor: float = 1.0
+    rewinds: int = 0
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """The figures of one step, agreed by all ranks.
+    """The figures of one step, agreed by all ranks; `layer_norms` are the gradient norms of its layers.
 
     `elapsed_s` is the writer's clock when its gradient was there, `gradient_s` how long the writer took for it.
     """
@@ -50,6 +52,7 @@ class StepFigures:
     micro_batches: int
     elapsed_s: float
     gradient_s: float
+    layer_norms: Mapping[str, float]
 
 
 class Progress:
@@ -192,3 +195,18 @@ class Progress:
         self.monitor.load_state_dict(checkpoint.state["monitor"])
         self.limit.rows = checkpoint.state["rows"]
         rng.restore(checkpoint.state["rng"])
+
+    def rewind(self, checkpoint: Checkpoint, micro_batches: int) -> None:
+        """Take over the state of a checkpoint, but leave out the data between: the batches, which may be the cause.
+
+        Time, passes over the data and what is known of memory go on; `micro_batches` were taken and not yet counted.
+        """
+        before, position, rows = self.counters, self.position, self.limit.rows
+        self.restore(checkpoint)
+        self.position, self.limit.rows = position, rows
+        self.counters.elapsed_s = before.elapsed_s
+        self.counters.micro_batches = before.micro_batches + micro_batches
+        self.counters.lr_factor = before.lr_factor
+        self.counters.rewinds = before.rewinds + 1
+        self.held_out = None
+        self.mark_boundary()

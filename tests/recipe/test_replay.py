@@ -1,0 +1,160 @@
+"""A step whose alarm stopped the run is taken again, bit for bit, and whatever differs is told apart."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entrenar import recipe
+from entrenar.cli.main import main
+from entrenar.config import FinetuneConfig
+from entrenar.config_file import load_config, load_finetune_config
+from entrenar.data import PrepareConfig, prepare
+from entrenar.errors import ConfigError, FormatError, TrainingHalted
+from entrenar.files import sha256_file
+from entrenar.recipe.replay import replay
+from entrenar.runs import read_records
+from entrenar.train.replay import Bundle
+
+VOCAB_SIZE = 300
+STEP_4_HALTS = {"monitor.halt_on": '["dead_gradient"]', "monitor.dead_gradient_norm": "1e9"}
+
+
+def _pretrain(folder: Path, **flags: str) -> Path:
+    """Train a tiny model on words until an alarm stops it; return the run's folder."""
+    words = np.random.default_rng(0).choice(["def", "return", "value", "self", "for", "in", "0"], size=(200, 30))
+    (folder / "text.txt").write_text("\n----\n".join(" ".join(row) for row in words), encoding="utf-8")
+    options = PrepareConfig(vocab_size=VOCAB_SIZE, val_fraction=0.1, document_separator="----", threads=1)
+    prepare([folder / "text.txt"], folder / "corpus", options)
+    base = {
+        "name": "first", "runs_dir": str(folder / "runs"), "data.corpus": json.dumps([str(folder / "corpus")]),
+        "data.batch_size": "4", "data.seq_len": "32", "model.vocab_size": str(VOCAB_SIZE), "model.hidden_size": "32",
+        "model.num_layers": "2", "model.num_heads": "4", "model.num_kv_heads": "2", "model.intermediate_size": "64",
+        "model.max_seq_len": "64", "train.max_steps": "6", "train.eval_every": "0", "train.threads": "1",
+        "train.grad_accum_steps": "2", "checkpoint.save_every": "2",
+    }  # fmt: skip
+    config = load_config(None, base | flags)
+    with suppress(TrainingHalted):
+        recipe.train(config)
+    return config.run_dir
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory) -> Path:
+    """A pre-training run that an alarm stopped at step 4."""
+    return _pretrain(tmp_path_factory.mktemp("halted"), **STEP_4_HALTS, **{"monitor.dead_gradient_steps": "4"})
+
+
+def _content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_step_is_taken_again_bit_for_bit(halted, capsys):
+    """Every figure has the same bits, the run's folder is as it was, and the command says so and ends with 0."""
+    bundle = halted / "replay" / "step-00000004.json"
+    before = _content(halted)
+    found = replay(bundle)
+    assert (found.are_batches_same, found.differing, found.machine_changes) == (True, (), ())
+    assert found.bundle.checkpoint == "checkpoints/step-00000003"
+    assert len(found.figures) == 2 + 2 + 2  # loss and norm, two layers, embedding and last norm: the head is tied
+    (event,) = [event for event in read_records(halted / "events.jsonl") if event["kind"] == "bundle_written"]
+    assert event["message"] == f"`entrenar replay {bundle}` takes the step again"
+    assert main(["replay", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    assert "Every bit is the same" in out
+    assert "dead_gradient" in out
+    assert _content(halted) == before
+
+
+def test_before_the_first_checkpoint_the_run_begins_anew(tmp_path):
+    """An alarm at the first step leaves no checkpoint: the replay starts from the seed."""
+    run = _pretrain(tmp_path, **STEP_4_HALTS, **{"monitor.dead_gradient_steps": "1"})
+    found = replay(run / "replay" / "step-00000001.json")
+    assert found.bundle.checkpoint is None
+    assert (found.are_batches_same, found.differing) == (True, ())
+
+
+def _tampered(bundle: Path, **changes: object) -> Path:
+    path = bundle.with_name("tampered.json")
+    path.write_text(json.dumps(json.loads(bundle.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "suspect memory or processor"),
+        ({"machine": {"threads": 64}}, "threads changed since"),
+        ({"batches": ["0" * 64] * 2}, "the data of the step have changed"),
+    ],
+)
+def test_what_differs_is_told_apart(halted, capsys, changes, said):
+    """Another loss is exit code 1, with the suspicion that the other facts leave."""
+    bundle = halted / "replay" / "step-00000004.json"
+    figures = json.loads(bundle.read_text())["figures"]
+    changed = float.fromhex(figures["loss"])
+    tampered = _tampered(bundle, figures={**figures, "loss": float(np.nextafter(changed, 9)).hex()}, **changes)
+    assert main(["replay", str(tampered)]) == 1
+    captured = capsys.readouterr()
+    assert "OTHER BITS" in captured.out
+    assert said in captured.err
+
+
+def test_a_finetuning_step_is_taken_again(tmp_path):
+    """An adapter's step too, over a base that a run left."""
+    base = _pretrain(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"def {i}", "completion": " return 0"}) + "\n" for i in range(40)))
+    config: FinetuneConfig = load_finetune_config(
+        None,
+        {
+            "model": str(base), "sft.data": json.dumps([str(rows)]), "name": "tuned",
+            "runs_dir": str(tmp_path / "runs"), "train.max_steps": "6", "train.threads": "1", "sft.batch_size": "2",
+            "checkpoint.save_every": "2", "monitor.dead_gradient_steps": "4", **STEP_4_HALTS,
+        },
+    )  # fmt: skip
+    with pytest.raises(TrainingHalted):
+        recipe.finetune(config)
+    found = replay(config.run_dir / "replay" / "step-00000004.json")
+    assert (found.are_batches_same, found.differing) == (True, ())
+
+
+def test_a_bundle_keeps_every_bit(tmp_path):
+    """NaN, infinity and the last bit of a number survive the file."""
+    figures = {"loss": float("nan"), "gradient norm": float("inf"), "gradient norm of a": 0.1}
+    bundle = Bundle(3, "spike", None, None, {"i": 1}, ("ab",), figures, {}, {"threads": 1}, None)
+    bundle.write(tmp_path / "replay" / "one.json")
+    read = Bundle.read(tmp_path / "replay" / "one.json")
+    assert {name: value.hex() for name, value in read.figures.items()} == {n: v.hex() for n, v in figures.items()}
+    assert (read.step, read.after, read.batches) == (3, {"i": 1}, ("ab",))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a bundle"),
+        ('{"format": "entrenar-replay", "version": 2}', "version 1"),
+        ('{"format": "entrenar-replay", "version": 1}', "damaged"),
+        ('{"format": "entrenar-replay", "version": 1, "figures": {"loss": 1}}', "damaged"),
+    ],
+)
+def test_what_is_no_bundle_is_refused(tmp_path, content, said):
+    """A damaged file, another file and another version are named."""
+    path = tmp_path / "bundle.json"
+    path.write_text(content)
+    with pytest.raises(FormatError, match=said):
+        Bundle.read(path)
+
+
+def test_a_bundle_outside_of_its_run_is_refused(halted, tmp_path, capsys):
+    """The checkpoint and the settings are found from the bundle's place."""
+    lone = tmp_path / "replay" / "step-00000004.json"
+    lone.parent.mkdir()
+    lone.write_bytes((halted / "replay" / "step-00000004.json").read_bytes())
+    with pytest.raises(ConfigError, match="must lie in RUN/replay"):
+        replay(lone)
+    assert main(["replay", str(tmp_path / "none.json")]) == 2
+    assert "No such file" in capsys.readouterr().err
