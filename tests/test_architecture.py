@@ -80,6 +80,7 @@ TESTED_BY = {
     "data.sft.settings": "data/sft/test_examples.py",
     "interop.gguf_metadata": "interop/test_gguf.py",
     "interop.peft_keys": "interop/test_hf_peft.py",
+    "cli.replay": "recipe/test_replay.py",
     "infer.settings": "infer/test_generate.py",
     "interop.formats": "interop/test_convert.py",
     "interop.proof.piece_encoder": "interop/test_convert.py",
