@@ -25,8 +25,9 @@ MAX_NESTING = 3
 # Imports run downwards only: a package may import those of lower floors, never its own floor or a higher one.
 FLOORS = {
     "errors": 0, "version": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0, "lazy": 0,
+    "arguments": 0, "options": 0,
     "ops": 1, "data": 1, "train": 1, "trace": 1, "quality": 1, "report": 1,
-    "model": 2, "peft": 2,
+    "model": 2, "peft": 2, "notebook": 2,
     "interop": 3, "infer": 3, "quantize": 3, "scale": 3,
     "config": 4, "config_file": 5,
     "planning": 5,
@@ -44,7 +45,7 @@ BUDGETS = {
     "planning": 1500, "recipe": 1700, "trace": 6000, "quality": 5000, "report": 1500, "scale": 1200, "cli": 4000,
     "errors": 80, "version": 5, "files": 220, "locks": 60, "stats": 60, "runs": 160, "synonyms": 40, "config": 160,
     "lazy": 40,
-    "config_file": 300, "api": 120,
+    "config_file": 300, "api": 160, "arguments": 40, "options": 160, "notebook": 60,
     "__main__": 5,
 }  # fmt: skip
 

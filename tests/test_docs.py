@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
     tables = importlib.import_module("tables")
+    option_types = importlib.import_module("option_types")
 
 
 def by_name(path: Path) -> str:
@@ -89,6 +90,12 @@ def test_a_changed_figure_makes_a_page_stale():
     """The check above sees a number that is not the raw one."""
     page = "<!-- table: train_step -->\n| 1000 tokens/s |\n<!-- end -->"
     assert tables.filled(page) != page
+
+
+def test_the_types_of_the_options_are_those_of_the_config_models():
+    """A new option is a typed keyword of the library too."""
+    written = option_types.OUT.read_text(encoding="utf-8")
+    assert written == option_types.text(), "run python benchmarks/option_types.py"
 
 
 def test_the_specifications_own_line_is_valid():

@@ -143,3 +143,27 @@ def test_the_python_block_of_a_page_runs(page: str, places: dict[str, str], tmp_
         capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def cells(notebook: Path) -> list[str]:
+    """The code of a notebook, with small figures in the cell that is tagged for it."""
+    found = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    tagged = [cell for cell in found if cell["metadata"].get("tags") == ["parameters"]]
+    assert ["".join(cell["source"]).partition(" = ")[0] for cell in tagged] == ["STEPS, STORIES"]
+    return ["STEPS, STORIES = 2, 300" if cell in tagged else "".join(cell["source"]) for cell in found]
+
+
+@pytest.mark.parametrize("notebook", sorted(EXAMPLES.rglob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_runs_to_its_end(notebook: Path, tmp_path: Path) -> None:
+    """Cell after cell, without an error and without a warning; it is kept without outputs."""
+    program = tmp_path / "notebook.py"
+    program.write_text("\n".join(cells(notebook)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(program)],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "adapter in first_model/runs/who" in done.stdout
+    assert done.stdout.endswith("learning_rate is not an option; did you mean lr?\n")
+    assert (tmp_path / "first_model" / "stories.gguf").is_file()
+    assert all(not cell.get("outputs") for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"])

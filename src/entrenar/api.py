@@ -5,34 +5,37 @@
     print(entrenar.generate(model, tokenizer, ["import os"], max_new_tokens=40)[0])
 
 Options are those of the config file, by their own name (`lr`) or by table and name (`{"optim.lr": 1e-3}`); values are
-Python's. `entrenar.train` is the package of the training loop, hence the name `pretrain`. Everything behind these names
-(`entrenar.recipe`, `entrenar.model`, `entrenar.train` …) may be used as well.
+Python's, and text for a number is refused. `entrenar.options` has their types. `entrenar.train` is the package of the
+training loop, hence the name `pretrain`. Everything behind these names (`entrenar.recipe`, `entrenar.model`,
+`entrenar.train` …) may be used as well.
 """
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from pydantic import BaseModel
 
-from entrenar import recipe
+from entrenar import notebook, recipe
+from entrenar.arguments import as_arguments
 from entrenar.config import FinetuneConfig, RunConfig, options
-from entrenar.config_file import load_config, load_finetune_config
+from entrenar.config_file import arguments_of, load_config, load_finetune_config
 from entrenar.data import Tokenizer
-from entrenar.errors import ConfigError
+from entrenar.errors import ConfigError, EntrenarError
 from entrenar.infer import Evaluation, GenerateConfig, complete
 from entrenar.interop import convert as converting
 from entrenar.interop.source import open_source
 from entrenar.model import Llama, LlamaConfig
+from entrenar.options import AnyPath, FinetuneOptions, GenerateOptions, PretrainOptions
 from entrenar.planning import RunPlan, plan_run
 from entrenar.recipe import FinetuneReport, Observer, TrainReport
+from entrenar.runs import RunFolder
+from entrenar.synonyms import elsewhere
 
 __all__ = ["LlamaConfig", "convert", "evaluate", "finetune", "generate", "load", "plan", "pretrain"]
-
-AnyPath = str | Path
 
 
 def pretrain(
@@ -40,15 +43,26 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_config_changes: bool = False,
     observer: Observer | None = None,
-    **overrides: Any,
+    **overrides: Unpack[PretrainOptions],
 ) -> TrainReport:
     """Pre-train a model by a config file, with `overrides` over it.
+
+    `resume` without a config reads that of the run `name`. Without an `observer`, a notebook shows the progress.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingHalted, MachineError.
     """
-    return recipe.train(_run_config(config, overrides), resume=resume, overwrite=overwrite, observer=observer)
+    with _speaking_of_arguments(RunConfig):
+        if config is None and resume:
+            config = _config_of(overrides, "run")
+        config = _run_config(config, overrides)
+        with _observed(config.name, observer) as observing:
+            return recipe.train(
+                config, resume=resume, overwrite=overwrite, allow_changes=allow_config_changes,
+                adds_time="max_time_s" in overrides, observer=observing,
+            )  # fmt: skip
 
 
 def finetune(
@@ -56,19 +70,28 @@ def finetune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_config_changes: bool = False,
     observer: Observer | None = None,
-    **overrides: Any,
+    **overrides: Unpack[FinetuneOptions],
 ) -> FinetuneReport:
-    """Fine-tune `model="FOLDER"` on `data="FILE"` by `method="full"`, `"lora"` or `"qlora"`.
+    """Fine-tune `model="FOLDER"` on `data="FILE"` by `method="full"`, `"lora"` or `"qlora"`; see `pretrain`.
 
     Raises:
         ConfigError, DataError, FormatError, CheckpointError, TrainingHalted, MachineError.
     """
-    if not isinstance(config, FinetuneConfig):
-        config = load_finetune_config(_path(config), _flags(FinetuneConfig, overrides))
-    elif overrides:
-        raise ConfigError("options cannot be given next to a FinetuneConfig; set them in it, or give a file")
-    return recipe.finetune(config, resume=resume, overwrite=overwrite, observer=observer)
+    with _speaking_of_arguments(FinetuneConfig):
+        if config is None and resume:
+            config = _config_of(overrides, "finetune")
+        if not isinstance(config, FinetuneConfig):
+            given = _given(FinetuneConfig, overrides)
+            config = load_finetune_config(_path(config), given, are_arguments=True)
+        elif overrides:
+            raise ConfigError("options cannot be given next to a FinetuneConfig; set them in it, or give a file")
+        with _observed(config.name, observer) as observing:
+            return recipe.finetune(
+                config, resume=resume, overwrite=overwrite, allow_changes=allow_config_changes,
+                adds_time="max_time_s" in overrides, observer=observing,
+            )  # fmt: skip
 
 
 def load(path: AnyPath, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tokenizer]:
@@ -77,10 +100,13 @@ def load(path: AnyPath, *, dtype: torch.dtype | None = None) -> tuple[Llama, Tok
     Raises:
         DataError: there is no model, or it has no tokenizer; FormatError: the model is damaged.
     """
-    return recipe.open_model(Path(path), dtype=dtype)
+    with _speaking_of_arguments():
+        return recipe.open_model(Path(path), dtype=dtype)
 
 
-def generate(model: Llama, tokenizer: Tokenizer, prompts: str | Sequence[str], **options: Any) -> list[str]:
+def generate(
+    model: Llama, tokenizer: Tokenizer, prompts: str | Sequence[str], **options: Unpack[GenerateOptions]
+) -> list[str]:
     """Continue each prompt; options are those of `GenerateConfig` (max_new_tokens, temperature, top_p, seed, stop …).
 
     Returns: the text after each prompt, in order.
@@ -88,13 +114,10 @@ def generate(model: Llama, tokenizer: Tokenizer, prompts: str | Sequence[str], *
     Raises:
         ConfigError: an option does not exist or has a wrong value.
     """
-    _demand_known(set(GenerateConfig.model_fields), options)
-    try:
-        config = GenerateConfig(**options)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
-    return [completion.text for completion in complete(model, tokenizer, asked, config)]
+    with _speaking_of_arguments(GenerateConfig):
+        config = arguments_of(GenerateConfig, _given(GenerateConfig, options))
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        return [completion.text for completion in complete(model, tokenizer, asked, config)]
 
 
 def evaluate(path: AnyPath, corpus: AnyPath, *, batch_size: int = 8, seq_len: int | None = None) -> Evaluation:
@@ -103,16 +126,18 @@ def evaluate(path: AnyPath, corpus: AnyPath, *, batch_size: int = 8, seq_len: in
     Raises:
         ConfigError, DataError, FormatError.
     """
-    return recipe.evaluate_model(Path(path), Path(corpus), batch_size=batch_size, seq_len=seq_len)
+    with _speaking_of_arguments(batch_size=False, seq_len=False):
+        return recipe.evaluate_model(Path(path), Path(corpus), batch_size=batch_size, seq_len=seq_len)
 
 
-def plan(config: AnyPath | RunConfig | FinetuneConfig | None = None, **overrides: Any) -> RunPlan:
+def plan(config: AnyPath | RunConfig | FinetuneConfig | None = None, **overrides: Unpack[PretrainOptions]) -> RunPlan:
     """Predict memory and time of a run before it starts; nothing is loaded and nothing is written.
 
     Raises:
         ConfigError, DataError.
     """
-    return plan_run(config if isinstance(config, FinetuneConfig) else _run_config(config, overrides))
+    with _speaking_of_arguments(RunConfig):
+        return plan_run(config if isinstance(config, FinetuneConfig) else _run_config(config, overrides))
 
 
 def convert(
@@ -126,42 +151,73 @@ def convert(
     Raises:
         GateFailed: the file is not what it should be; ConfigError, FormatError, DiskFullError.
     """
-    path = Path(source)
-    opened = open_source(recipe.model_folder(path) if (path / "checkpoints").is_dir() else path)
-    wanted = converting.Target(Path(target), to, dtype, can_overwrite=overwrite)
-    return converting.convert(opened, wanted).metrics
+    with _speaking_of_arguments(to=False, dtype=False):
+        path = Path(source)
+        opened = open_source(recipe.model_folder(path) if (path / "checkpoints").is_dir() else path)
+        wanted = converting.Target(Path(target), to, dtype, can_overwrite=overwrite)
+        return converting.convert(opened, wanted).metrics
+
+
+@contextmanager
+def _speaking_of_arguments(model: type[BaseModel] | None = None, **names: bool) -> Iterator[None]:
+    """Give errors from further in the caller's words; `names` and the options of `model` are what can be passed."""
+    asked = {"resume": True, "overwrite": True, "allow_config_changes": True} | names
+    for option in () if model is None else options(model):
+        asked[option.path[-1]] = option.field.annotation is bool
+    try:
+        yield
+    except EntrenarError as error:
+        said = as_arguments(str(error), asked)
+        if said == str(error):
+            raise
+        raise type(error)(said) from error
+
+
+@contextmanager
+def _observed(name: str, observer: Observer | None) -> Iterator[Observer]:
+    """Give the caller's observer, or in a notebook one that shows the progress in place."""
+    if observer is not None or not notebook.is_here():
+        yield observer or Observer()
+        return
+    view = notebook.View(name)
+    try:
+        yield Observer(view.stage, view.record, view.event)
+    finally:
+        view.close()
+
+
+def _config_of(overrides: Mapping[str, Any], default_name: str) -> Path:
+    """Return the config file of the run that is to be resumed."""
+    return RunFolder(Path(overrides.get("runs_dir", "runs")) / overrides.get("name", default_name)).config
 
 
 def _run_config(config: AnyPath | RunConfig | None, overrides: Mapping[str, Any]) -> RunConfig:
     if not isinstance(config, RunConfig):
-        return load_config(_path(config), _flags(RunConfig, overrides))
+        return load_config(_path(config), _given(RunConfig, overrides), are_arguments=True)
     if overrides:
         raise ConfigError("options cannot be given next to a RunConfig; set them in it, or give a file")
     return config
 
 
-def _path(config: AnyPath | Any | None) -> Path | None:
+def _path(config: AnyPath | None) -> Path | None:
     return None if config is None else Path(config)
 
 
-def _flags(model: type[BaseModel], overrides: Mapping[str, Any]) -> dict[str, str]:
-    """Return keyword options by dotted key, in the text form that the config reads."""
+def _given(model: type[BaseModel], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword options by dotted key.
+
+    Raises: ConfigError for every name that is no option.
+    """
     keys = {option.path[-1]: option.key for option in options(model)}
-    _demand_known({*keys, *keys.values()}, overrides)
-    return {keys.get(name, name): _text(value) for name, value in overrides.items()}
+    known = {*keys, *keys.values()}
+    faults = [f"{name} is not an option{_nearest(name, known)}" for name in overrides if name not in known]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return {keys.get(name, name): value for name, value in overrides.items()}
 
 
-def _demand_known(known: set[str], given: Mapping[str, Any]) -> None:
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(known), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{unknown[0]} is not an option{hint}")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (str, Path)):
-        return str(value)
-    if isinstance(value, (tuple, list)):
-        return json.dumps([str(item) if isinstance(item, Path) else item for item in value])
-    return json.dumps(value)
+def _nearest(name: str, known: set[str]) -> str:
+    if (ours := elsewhere(name, known)) is not None:
+        return f"; did you mean {'='.join([ours[0], *map(repr, ours[1:])])}?"
+    near = difflib.get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -23,50 +23,115 @@ from entrenar.errors import ConfigError
 from entrenar.model import LlamaConfig, PresetName
 from entrenar.synonyms import elsewhere
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
-def load_config(file: Path | None, flags: Mapping[str, str] | None = None) -> RunConfig:
+
+@dataclass(frozen=True)
+class Given:
+    """Settings over those of a file, by dotted key: the texts of flags, or a Python caller's arguments."""
+
+    values: Mapping[str, Any]
+    are_arguments: bool = False
+
+    def read(self, key: str, *, is_list: bool) -> Any:
+        """Return the value of a setting; an argument is one already, and a single item is a list of one."""
+        value = self.values[key]
+        if not self.are_arguments:
+            return _parse_flag(value, is_list=is_list)
+        return [value] if is_list and isinstance(value, str | Path) else value
+
+    def place(self, key: str) -> str:
+        """Return where the setting was given."""
+        name = key.rpartition(".")[2]
+        return f"argument {name}" if self.are_arguments else f"flag --{name.replace('_', '-')}"
+
+    def request(self, key: str) -> str:
+        """Return how to give the setting."""
+        name = key.rpartition(".")[2]
+        return f"pass {name}=…" if self.are_arguments else f"give --{name.replace('_', '-')}"
+
+    def texts(self, known: Sequence[Option]) -> dict[str, str]:
+        """Return a fault by key for each argument that is text in place of a number, which pydantic would accept."""
+        found = {}
+        for option in known if self.are_arguments else ():
+            value, kinds = self.values.get(option.key), _kinds(option.field.annotation)
+            if isinstance(value, str) and not _takes_text(kinds):
+                rule = f"must be {_KINDS.get(kinds[0], 'a table')}, got the text {value!r}"
+                found[option.key] = f"{option.key}: {rule} ({self.place(option.key)})"
+        return found
+
+
+_KINDS: Mapping[Any, str] = {bool: "True or False", int: "a whole number", float: "a number"}
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any] | None = None, *, are_arguments: bool = False) -> RunConfig:
     """Read `file` (TOML or JSON), apply the flags (dotted key to text) over it, and validate the result.
+
+    `flags` hold a Python caller's values instead if they `are_arguments`.
 
     Raises:
         ConfigError: every fault in file and flags, in one message.
     """
-    return _load(RunConfig, file, flags or {}, _with_preset, default_epochs=1)
+    return _load(RunConfig, file, Given(flags or {}, are_arguments), _with_preset, default_epochs=1)
 
 
-def load_finetune_config(file: Path | None, flags: Mapping[str, str] | None = None) -> FinetuneConfig:
+def load_finetune_config(
+    file: Path | None, flags: Mapping[str, Any] | None = None, *, are_arguments: bool = False
+) -> FinetuneConfig:
     """Read the config of a fine-tuning run; see `load_config`."""
-    return _load(FinetuneConfig, file, flags or {}, _with_own_defaults, default_epochs=3)
+    return _load(FinetuneConfig, file, Given(flags or {}, are_arguments), _with_own_defaults, default_epochs=3)
 
 
 def _load(
     model: type[ConfigT],
     file: Path | None,
-    flags: Mapping[str, str],
-    expand: Callable[[dict[str, Any], Mapping[str, str]], None],
+    given: Given,
+    expand: Callable[[dict[str, Any], Mapping[str, Any]], None],
     *,
     default_epochs: int,
 ) -> ConfigT:
-    source = ConfigFile.read(file)
+    source, known = ConfigFile.read(file), list(options(model))
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in source.values.items()}
-    expand(values, flags)
-    _settle_length(values, flags, default_epochs)
-    lists = {option.key for option in options(model) if _is_list(option.field.annotation)}
-    for key, text in flags.items():
-        _set(values, key.split("."), _parse_flag(text, is_list=key in lists))
-    for option in options(model):
+    expand(values, given.values)
+    _settle_length(values, given.values, default_epochs)
+    lists = {option.key for option in known if _is_list(option.field.annotation)}
+    for key in given.values:
+        _set(values, key.split("."), given.read(key, is_list=key in lists))
+    for option in known:
         _keep_truth_from_numbers(values, option)
-    try:
-        config = model.model_validate(values)
-    except ValidationError as error:
-        known = list(options(model))
-        faults = [describe_fault(detail, source, flags, known) for detail in error.errors()]
-        raise ConfigError("\n".join(faults)) from error
-    if idle := [no_effect(key, remedy) for key, remedy in idle_options(config).items() if key in flags]:
+    config = _validated(model, values, source, given)
+    if idle := [no_effect(key, remedy) for key, remedy in idle_options(config).items() if key in given.values]:
         raise ConfigError("\n".join(idle))
     return config
 
 
-def _with_own_defaults(values: dict[str, Any], _: Mapping[str, str]) -> None:
+def arguments_of(model: type[ModelT], values: Mapping[str, Any]) -> ModelT:
+    """Build one config model, without tables, from a Python caller's arguments.
+
+    Raises: ConfigError with every fault.
+    """
+    given = Given(values, are_arguments=True)
+    lists = {option.key for option in options(model) if _is_list(option.field.annotation)}
+    read = {key: given.read(key, is_list=key in lists) for key in values}
+    return _validated(model, read, ConfigFile.read(None), given)
+
+
+def _validated(model: type[ModelT], values: Mapping[str, Any], source: "ConfigFile", given: Given) -> ModelT:
+    """Build a config model; raise ConfigError with every fault."""
+    known = list(options(model))
+    texts = given.texts(known)
+    faults = list(texts.values())
+    try:
+        built = model.model_validate(values)
+    except ValidationError as error:
+        details = [detail for detail in error.errors() if ".".join(map(str, detail["loc"])) not in texts]
+        faults += [describe_fault(detail, source, given, known) for detail in details]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return built
+
+
+def _with_own_defaults(values: dict[str, Any], _: Mapping[str, Any]) -> None:
     """Keep fine-tuning's own defaults of [optim] when only some of its fields are set."""
     values.setdefault("sft", {})  # so that what is missing in it is named
     own = values.get("optim", {})
@@ -74,7 +139,7 @@ def _with_own_defaults(values: dict[str, Any], _: Mapping[str, str]) -> None:
         values["optim"] = FinetuneConfig.model_fields["optim"].get_default().model_dump(exclude_unset=True) | own
 
 
-def _with_preset(values: dict[str, Any], flags: Mapping[str, str]) -> None:
+def _with_preset(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """Put the fields of [model] over those of the preset, or over those that go with its width."""
     preset, own = flags.get("preset", values.get("preset")), values.get("model", {})
     if not isinstance(own, dict):
@@ -83,11 +148,11 @@ def _with_preset(values: dict[str, Any], flags: Mapping[str, str]) -> None:
     if isinstance(preset, str) and preset in get_args(PresetName):
         values["model"] = LlamaConfig.preset(preset).model_dump(exclude_unset=True) | own
     elif preset is None and width is not None:
-        with suppress(ValueError):  # validating the model reports a width that is none
+        with suppress(ValueError, TypeError):  # validating the model reports a width that is none
             values["model"] = LlamaConfig.of_width(int(width)).model_dump(exclude_unset=True) | own
 
 
-def _settle_length(values: dict[str, Any], flags: Mapping[str, str], default_epochs: int) -> None:
+def _settle_length(values: dict[str, Any], flags: Mapping[str, Any], default_epochs: int) -> None:
     """Let a length given by hand decide: a flag for one replaces those in the file, and any limit the default one."""
     train = values.setdefault("train", {})
     if not isinstance(train, dict):
@@ -150,19 +215,19 @@ class ConfigFile:
         return line + 1 if lines else None
 
 
-def describe_fault(detail: ErrorDetails, source: ConfigFile, flags: Mapping[str, str], known: Sequence[Option]) -> str:
+def describe_fault(detail: ErrorDetails, source: ConfigFile, given: Given, known: Sequence[Option]) -> str:
     """Return one validation error as rule, value, place and remedy."""
     keys = tuple(str(part) for part in detail["loc"])
     key = ".".join(keys)
     if detail["type"] == "missing":
-        return f"{key} is required; give --{keys[-1].replace('_', '-')}, or set it in a config file"
+        return f"{key} is required; {given.request(key)}, or set it in a config file"
     if detail["type"] == "extra_forbidden":
         fault = f"{key} is not a setting{_nearest(keys, known)}"
     else:
         reason = str(detail.get("ctx", {}).get("error", "")) or _rule(detail)
         fault = f"{key}: {reason}" if key else reason
-    if key in flags:
-        return f"{fault} (flag --{keys[-1].replace('_', '-')})"
+    if key in given.values:
+        return f"{fault} ({given.place(key)})"
     line = source.line_of(keys) if source.path and keys else None
     return f"{fault} ({source.path}, line {line})" if line else fault + (f" ({source.path})" if source.path else "")
 
@@ -210,6 +275,19 @@ def _parse_flag(text: Any, *, is_list: bool) -> Any:
         except ValueError:
             return text
     return text.split(",") if is_list else text
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """Return the types that a setting may have, without None; those of a list are its items'."""
+    if _is_union(annotation):
+        return [kind for part in get_args(annotation) if part is not NoneType for kind in _kinds(part)]
+    if get_origin(annotation) is tuple:
+        return _kinds(get_args(annotation)[0])
+    return [annotation]
+
+
+def _takes_text(kinds: Sequence[Any]) -> bool:
+    return any(kind in (str, Path) or get_origin(kind) is Literal for kind in kinds)
 
 
 def _is_list(annotation: Any) -> bool:

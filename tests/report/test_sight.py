@@ -31,6 +31,7 @@ def test_the_figures_are_those_of_the_records():
     assert sight.held_out == {"loss": 3.5}
     assert sight.best is not None
     assert sight.best.step == 1
+    assert sight.held_out_losses == [(0, 3.0), (1, 3.5)]
     assert sight.phases_s["backward"] == pytest.approx(0.33)
     assert [event.kind for event in sight.events] == ["spike"]
     assert sight.share_done is None

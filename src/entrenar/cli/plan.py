@@ -12,10 +12,10 @@ from pydantic import BaseModel
 
 from entrenar import planning, recipe
 from entrenar.cli import flags
-from entrenar.cli.step_line import duration, quantity
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.config_file import ConfigFile, load_config, load_finetune_config
 from entrenar.errors import GateFailed
+from entrenar.report.step_line import duration, quantity
 
 if TYPE_CHECKING:
     from entrenar.planning import Advice, Change, MemoryLimit, RunPlan

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from entrenar import data
 from entrenar.cli import flags
 from entrenar.cli.progress import TrainingView
-from entrenar.cli.step_line import quantity
 from entrenar.data import PrepareConfig
+from entrenar.report.step_line import quantity
 
 if TYPE_CHECKING:
     from entrenar.data import CorpusManifest

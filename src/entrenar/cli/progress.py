@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from entrenar.cli.step_line import duration, event_line, quantity, step_line
+from entrenar.report.step_line import duration, event_line, quantity, step_line
 from entrenar.runs import Event, StepRecord
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from entrenar.cli import flags
-from entrenar.cli.step_line import event_line, step_line
 from entrenar.cli.watch_screen import LiveScreen
 from entrenar.locks import is_held
 from entrenar.report.follow import Follower
 from entrenar.report.overview import describe, find_run
 from entrenar.report.serve import LivePage, PageServer
 from entrenar.report.sight import Sight
+from entrenar.report.step_line import event_line, step_line
 from entrenar.runs import RunFolder
 
 _EVERY_S = {True: 1.0, False: 10.0}  # on a terminal, and as lines

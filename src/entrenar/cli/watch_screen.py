@@ -9,8 +9,8 @@ from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.text import Text
 
-from entrenar.cli.step_line import duration, event_line, printable, quantity
 from entrenar.report.sight import Sight
+from entrenar.report.step_line import duration, event_line, printable, quantity
 from entrenar.runs import StepRecord
 
 _BARS = " ▁▂▃▄▅▆▇█"

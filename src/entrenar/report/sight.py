@@ -15,7 +15,7 @@ class Sight:
     """A run as far as it has been followed.
 
     Attributes:
-        losses: every finite loss, in order.
+        losses: every finite loss, in order; `held_out_losses` are finite too, each with its index among them.
         held_out: the figures of the newest evaluation; `best` is the record of the lowest held-out loss.
         phases_s: seconds by phase over all records.
         events: the newest events, without those of saved checkpoints, which `num_saved` counts.
@@ -30,6 +30,7 @@ class Sight:
     def _forget(self) -> None:
         self.last: StepRecord | None = None
         self.losses: list[float] = []
+        self.held_out_losses: list[tuple[int, float]] = []
         self.held_out: Mapping[str, float] | None = None
         self.best: StepRecord | None = None
         self.phases_s: dict[str, float] = {}
@@ -63,8 +64,11 @@ class Sight:
             self.phases_s[name] = self.phases_s.get(name, 0.0) + seconds
         if record.held_out:
             self.held_out = record.held_out
-            if _held_out_loss(record) < _held_out_loss(self.best):
+            loss = _held_out_loss(record)
+            if loss < _held_out_loss(self.best):
                 self.best = record
+            if math.isfinite(loss):
+                self.held_out_losses.append((max(len(self.losses) - 1, 0), loss))
 
     @property
     def mean_loss(self) -> float:

@@ -1,10 +1,10 @@
-"""`cli.step_line`: a step fits the terminal, and nothing that a run says can move the cursor."""
+"""`report.step_line`: a step fits the terminal, and nothing that a run says can move the cursor."""
 
 from dataclasses import replace
 
 import pytest
 
-from entrenar.cli.step_line import duration, event_line, quantity, step_line
+from entrenar.report.step_line import duration, event_line, quantity, step_line
 from entrenar.runs import Event, StepRecord
 
 RECORD = StepRecord(
