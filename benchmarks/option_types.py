@@ -71,7 +71,7 @@ def text() -> str:
         *of_class("FinetuneOptions", "TrainingOptions", "Options of `entrenar.finetune`.", own[1]),
         *of_class("GenerateOptions", "TypedDict", "Options of `entrenar.generate`.", generation),
     ]
-    ruff = [str(Path(sys.executable).parent / "ruff"), "format", "--line-length", "120", "-"]
+    ruff = [sys.executable, "-m", "ruff", "format", "--line-length", "120", "-"]
     return subprocess.run(ruff, input="\n".join(lines) + "\n", capture_output=True, text=True, check=True).stdout
 
 
