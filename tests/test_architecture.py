@@ -91,6 +91,7 @@ TESTED_BY = {
     "ops.quantized.kinds": "ops/quantized/test_protocol.py",
     "peft.trunk_config": "peft/test_trunk.py",
     "peft.trainable": "peft/test_lora.py",
+    "options": "test_docs.py",
     "planning": "planning/test_rehearsal.py",
     "quality.debt.report": "cli/quality/test_debt.py",
     "quality.figures": "quality/test_gate.py",
