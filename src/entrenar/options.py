@@ -54,7 +54,16 @@ class TrainingOptions(TypedDict, total=False):
     save_every: int
     keep_last: int
     keep_best: bool
-    halt_on: Sequence[Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "throughput_drop"]]
+    halt_on: Sequence[
+        Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "throughput_drop", "held_out_rise"]
+    ]
+    skip_on: Sequence[Literal["loss_spike", "gradient_spike", "dead_gradient"]]
+    lower_lr_on: Sequence[
+        Literal["loss_spike", "gradient_spike", "dead_gradient", "plateau", "throughput_drop", "held_out_rise"]
+    ]
+    lower_lr_by: float
+    rewind_on: Sequence[Literal["non_finite", "loss_spike", "gradient_spike", "dead_gradient", "held_out_rise"]]
+    max_rewinds: int
     max_skipped_steps: int
     monitor_window: int
     spike_z: float
@@ -64,6 +73,7 @@ class TrainingOptions(TypedDict, total=False):
     dead_gradient_steps: int
     throughput_drop: float
     throughput_drop_steps: int
+    held_out_rise: float
 
 
 class PretrainOptions(TrainingOptions, total=False):
