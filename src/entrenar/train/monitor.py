@@ -172,7 +172,7 @@ class Monitor:
             )
 
     def _dead_in_part(self, step: int, grad_norm: float, layer_norms: Mapping[str, float]) -> Iterator[Event]:
-        """Tell layers whose gradient is dead while that of others is not."""
+        """Name the layers with a dead gradient, unless all are dead."""
         config = self.config
         dead = [layer for layer, norm in layer_norms.items() if norm <= config.dead_gradient_norm < grad_norm]
         self._dead_layers = {layer: self._dead_layers.get(layer, 0) + 1 for layer in dead}

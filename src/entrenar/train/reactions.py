@@ -29,7 +29,7 @@ from entrenar.train.task import SplittableBatch
 
 @dataclass(frozen=True)
 class Judged:
-    """A step whose gradient is there and whose weights have not moved: its batches and what was found."""
+    """A step after its gradient and before its update: its batches and figures."""
 
     batches: Sequence[SplittableBatch]
     figures: StepFigures
