@@ -27,6 +27,7 @@ class TrainingOptions(TypedDict, total=False):
     early_stop_patience: int | None
     log_every: int
     tensorboard: bool
+    trackers: Sequence[Literal["trackio", "wandb", "mlflow"]]
     seed: int
     precision: Literal["float32", "bfloat16"]
     compile: bool

@@ -5,6 +5,7 @@
       metrics.jsonl     one StepRecord a line
       events.jsonl      one Event a line: training alarms, splits after running out of memory, checkpoints
       tensorboard/      the same figures for TensorBoard, if wanted
+      trackers.json     the run's identity in each experiment tracker that it uses
       spans.sqlite      a trace of the run, if one was recorded
       report.html       the page that `entrenar report` writes
       checkpoints/
@@ -98,6 +99,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """The folder of TensorBoard's files."""
         return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        """The run's identities in experiment trackers."""
+        return self.path / "trackers.json"
 
     @property
     def spans(self) -> Path:

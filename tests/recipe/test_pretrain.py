@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -433,3 +435,33 @@ def test_a_missing_tensorboard_is_found_before_the_run_folder_is_made(corpus, tm
     with pytest.raises(ConfigError, match=r"tensorboard = true needs the tensorboard package; pip install"):
         recipe.train(config)
     assert not config.run_dir.exists()
+
+
+def test_a_missing_tracker_is_found_before_the_run_folder_is_made(corpus, tmp_path, monkeypatch):
+    """As TensorBoard is."""
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    config = config_for(corpus, tmp_path, train__trackers="mlflow")
+    with pytest.raises(ConfigError, match=r"trackers = mlflow needs the mlflow package; pip install"):
+        recipe.train(config)
+    assert not config.run_dir.exists()
+
+
+def test_a_tracker_gets_the_records_of_a_run(corpus, tmp_path, monkeypatch):
+    """The losses that the run's own file has, and the settings."""
+    told = []
+
+    def begin(**values):
+        told.append(values)
+        return SimpleNamespace(
+            log=lambda figures, step: told.append((step, figures)), finish=lambda: told.append("end")
+        )
+
+    stand_in = ModuleType("trackio")
+    stand_in.__spec__, stand_in.init = ModuleSpec("trackio", None), begin
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)
+    config = config_for(corpus, tmp_path, train__trackers="trackio", train__max_steps="2")
+    recipe.train(config)
+    assert told[0]["config"]["train"]["max_steps"] == 2
+    losses = [(step, figures["train/loss"]) for step, figures in told[1:-1] if "train/loss" in figures]
+    assert losses == [(record.step, record.loss) for record in RunFolder(config.run_dir).read_steps()]
+    assert told[-1] == "end"

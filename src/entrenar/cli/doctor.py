@@ -30,6 +30,9 @@ _EXTRAS = {
     "gguf": "GGUF files",
     "tensorboard": "TensorBoard logs",
     "matplotlib": "plots",
+    "trackio": "trackers = trackio",
+    "wandb": "trackers = wandb (Weights & Biases)",
+    "mlflow": "trackers = mlflow",
 }
 _LEAST_DISK_BYTES = 2 * 10**9
 

@@ -46,6 +46,7 @@ from entrenar.train import (
 from entrenar.train.metrics import need_tensorboard
 from entrenar.train.progress import StepFigures
 from entrenar.train.replay import Bundle
+from entrenar.train.trackers import need_trackers
 from entrenar.version import __version__
 
 
@@ -128,6 +129,7 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
     """
     if config.train.tensorboard:
         need_tensorboard()
+    need_trackers(config.train.trackers)
     prepare_process(config.train)
     device, world = choose_device(config), current_world()
     if world.size > 1 and device.type != "cpu":

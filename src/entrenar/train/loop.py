@@ -34,6 +34,7 @@ from entrenar.train.settings import Settings
 from entrenar.train.signals import StopSignals
 from entrenar.train.step import StepGradient
 from entrenar.train.task import Run, SplittableBatch, Task
+from entrenar.train.trackers import open_trackers
 from entrenar.train.world import World
 
 
@@ -91,7 +92,8 @@ def fit(
     is_on_board = settings.train.tensorboard
     journal = Journal((), (), _ignore, _ignore)
     if world.is_writer:
-        journal = open_journal(run.files, on_record, on_event, after_step=after_step, is_on_board=is_on_board)
+        trackers = open_trackers(settings.train.trackers, run.files, run.config)
+        journal = open_journal(run.files, on_record, on_event, trackers, after_step=after_step, is_on_board=is_on_board)
     with closing(journal), StopSignals() as stop, closing(_Training(task, settings, run, journal, world)) as training:
         try:
             reason = training.run_until_end(stop)

@@ -153,8 +153,10 @@ class Journal:
         events: Sequence[Sink],
         on_record: Callable[[StepRecord], None],
         on_event: Callable[[Event], None],
+        both: Sequence[Sink] = (),
     ) -> None:
-        self._metrics, self._events = metrics, events
+        self._metrics, self._events = (*metrics, *both), (*events, *both)
+        self._sinks = (*metrics, *events, *both)
         self._on_record, self._on_event = on_record, on_event
 
     def record(self, record: StepRecord) -> None:
@@ -181,14 +183,14 @@ class Journal:
 
     def sync(self) -> None:
         """Make everything written durable."""
-        for sink in (*self._metrics, *self._events):
+        for sink in self._sinks:
             sink.sync()
 
     def close(self) -> None:
         """Make the last records durable, if the disk lets us, and close the sinks."""
         with suppress(MachineError):  # each record that counts was synced before its checkpoint
             self.sync()
-        for sink in (*self._metrics, *self._events):
+        for sink in self._sinks:
             sink.close()
 
 
@@ -200,15 +202,18 @@ def open_journal(
     folder: RunFolder,
     on_record: Callable[[StepRecord], None],
     on_event: Callable[[Event], None],
+    trackers: Sequence[Sink] = (),
     *,
     after_step: int,
     is_on_board: bool,
 ) -> Journal:
     """Open the metrics and events of a run, without what an earlier session recorded after `after_step`.
 
+    `trackers` get both.
+
     Raises: ConfigError when TensorBoard is wanted and not installed; DiskFullError, MachineError.
     """
     board = [TensorBoard(folder.tensorboard, after_step=after_step)] if is_on_board else []
     metrics = RecordFile(folder.metrics, after_step=after_step)
     events = RecordFile(folder.events, after_step=after_step)
-    return Journal((metrics, *board), (events,), on_record, on_event)
+    return Journal((metrics, *board), (events,), on_record, on_event, trackers)

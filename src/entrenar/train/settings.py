@@ -15,6 +15,7 @@ from entrenar.errors import ConfigError
 from entrenar.runs import CHANGEABLE
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.schedule import ScheduleConfig
+from entrenar.train.trackers import TrackerName
 
 
 class OptimConfig(BaseModel):
@@ -67,6 +68,9 @@ class TrainConfig(BaseModel):
     """Steps between metrics records."""
     tensorboard: bool = Field(default=False, json_schema_extra=CHANGEABLE)
     """Also write TensorBoard event files into the run folder."""
+    trackers: tuple[TrackerName, ...] = Field(default=(), json_schema_extra=CHANGEABLE)
+    """Experiment trackers that get the records too; each is an extra and stays on this machine unless its own
+    environment variables say otherwise."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Seed of weights, shuffling and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"
