@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": "prove and measure the operations; print one certificate for each",
     "plan": "predict memory, time and disk of a run, and what to change if it does not fit",
     "doctor": "check the machine and the install",
+    "completion": "print a script that completes commands in bash or zsh",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
