@@ -3,6 +3,8 @@
 import io
 from dataclasses import replace
 
+import pytest
+
 from entrenar.cli.progress import TrainingView
 from entrenar.data import Progress
 from entrenar.runs import StepRecord
@@ -47,6 +49,36 @@ def test_a_line_never_wraps_on_a_narrow_terminal(monkeypatch):
     view._line._shown = float("-inf")
     view.preparing(Progress("tokenizer", 1, 10, 10, 10, 123_456_789, 123_456_789_012))
     written = out.getvalue().split("\r")[1:]
-    assert [len(line) for line in written] == [30, 38, 39]
-    assert written[0] == "1  loss 2.000  held 2.500  5/s"
+    assert [len(line) for line in written] == [35, 38, 39]
+    assert written[0] == "step 1  loss 2.000  held 2.500  5/s"
     assert written[1].rstrip() == "123456  loss 2.000  held 2.500  -2h05m"
+
+
+@pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "━━━━━━━━━━" + "─" * 20), ("ascii", "==========" + "-" * 20)])
+def test_a_wide_terminal_shows_the_share_that_is_done(monkeypatch, encoding, bar):
+    """A third of the time is over; without color the bar is told by its characters, also in ASCII."""
+
+    class Encoded(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout", out := Encoded(io.BytesIO(), encoding=encoding))
+    view = TrainingView(None)
+    view.record(replace(RECORD, elapsed_s=1.0, eta_s=2.0))
+    view.record(replace(RECORD, elapsed_s=1.0, eta_s=None, held_out={"loss": 2.5}))
+    out.flush()
+    first, second = out.buffer.getvalue().decode(encoding).split("\r")[1:]
+    assert first == f"{'step 1  loss 2.0000  5 tokens/s  2s left':69}{bar}"
+    assert second == "step 1  loss 2.0000  held-out 2.5000  5 tokens/s".ljust(len(first))
+
+
+def test_color_is_for_terminals_that_want_it(monkeypatch):
+    """The part that is done is green."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("sys.stdout", out := Terminal())
+    TrainingView(None).record(replace(RECORD, elapsed_s=1.0, eta_s=2.0))
+    assert "\x1b[32m━━━━━━━━━━\x1b[0m" in out.getvalue()

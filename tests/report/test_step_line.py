@@ -31,7 +31,8 @@ def test_quantities(count, said):
     [
         (None, "step 123456  loss 2.3457  held-out 2.5000  12.3k tokens/s  2h05m left"),
         (69, "step 123456  loss 2.3457  held-out 2.5000  12.3k tokens/s  2h05m left"),
-        (68, "123456  loss 2.346  held 2.500  12.3k/s  -2h05m"),
+        (68, "step 123456  loss 2.346  held 2.500  12.3k/s  2h05m left"),
+        (50, "123456  loss 2.346  held 2.500  12.3k/s  -2h05m"),
         (40, "123456  loss 2.346  held 2.500  -2h05m"),
         (30, "123456  loss 2.346  -2h05m"),
         (10, "123456  lo"),

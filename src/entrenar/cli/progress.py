@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.text import Text
+
 from entrenar.report.step_line import duration, event_line, quantity, step_line
 from entrenar.runs import Event, StepRecord
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 _LIVE_EVERY_S = 0.2
 _PLAIN_EVERY_S = 10.0
-
+_BARS, _WIDEST = (30, 8), 100  # the bar stands at the right end, so that it keeps its place while the text changes
 
 _ENDS = {
     "steps": "trained to the planned end",
@@ -50,25 +53,40 @@ class Line:
         self._every_s = _LIVE_EVERY_S if self._is_live else _PLAIN_EVERY_S
         self._shown = float("-inf")
         self._width = 0
+        self._console = Console(file=sys.stdout)
 
     @property
     def room(self) -> int | None:
         """The columns that a rewritten line may take without wrapping; None where lines are not rewritten."""
         return max(shutil.get_terminal_size().columns - 1, 1) if self._is_live else None
 
-    def show(self, text: str, *, is_forced: bool = False) -> None:
-        """Replace the line with `text`, if it is time to."""
+    def show(self, text: str, *, share: float | None = None, is_forced: bool = False) -> None:
+        """Replace the line with `text`, if it is time to; a terminal with room shows the `share` that is done."""
         now = time.monotonic()
         if now - self._shown < self._every_s and not is_forced:
             return
         self._shown = now
         if self._is_live:
-            fitting = text[: self.room]
-            sys.stdout.write("\r" + fitting.ljust(min(self._width, self.room or 0)))
-            self._width = len(fitting)
+            self._rewrite(text, share)
         else:
             sys.stdout.write(text + "\n")
         sys.stdout.flush()
+
+    def _rewrite(self, text: str, share: float | None) -> None:
+        room = self.room or 0
+        line = Text(text[:room])
+        right = min(room, _WIDEST)
+        cells = next((cells for cells in _BARS if len(line) + 2 + cells <= right), 0)
+        if share is not None and cells:
+            done, open_ = ("=", "-") if self._console.options.ascii_only else ("━", "─")
+            full = round(min(share, 1.0) * cells)
+            line.pad_right(right - cells - len(line))
+            line.append(done * full, "green").append(open_ * (cells - full), "bright_black")
+        width = len(line)
+        line.pad_right(max(min(self._width, room) - width, 0))
+        self._width = width
+        sys.stdout.write("\r")
+        self._console.print(line, end="", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print `text` on a separate line."""
@@ -106,13 +124,15 @@ class TrainingView:
         """Show the progress of `prepare`."""
         share = progress.bytes_read / max(progress.total_bytes, 1)
         counts = f"{quantity(progress.documents)} documents  {quantity(progress.tokens)} tokens"
-        self._line.show(f"{progress.stage}: {share:4.0%}  {counts}")
+        self._line.show(f"{progress.stage}: {share:4.0%}  {counts}", share=share)
 
     def record(self, record: StepRecord) -> None:
         """Show a step."""
         self._held_out = record.held_out or self._held_out
         line = step_line(record, self._held_out, self._line.room)
-        self._line.show(line, is_forced=record.held_out is not None)
+        total_s = math.nan if record.eta_s is None else record.elapsed_s + record.eta_s
+        share = record.elapsed_s / total_s if total_s > 0 else None
+        self._line.show(line, share=share, is_forced=record.held_out is not None)
         self._conclude_epoch(record)
 
     def _conclude_epoch(self, record: StepRecord) -> None:

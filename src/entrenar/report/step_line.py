@@ -26,7 +26,7 @@ def quantity(count: float) -> str:
 def step_line(record: StepRecord, held_out: Mapping[str, float] | None, width: int | None) -> str:
     """Return a step in one line of at most `width` columns; None is as wide as it takes.
 
-    Where it is narrow the words go first, then tokens/s, then the held-out loss; step, loss and time left come last.
+    Where it is narrow, digits and words go first, then tokens/s, then the held-out loss; step, loss and time left stay.
     """
     left = None if record.eta_s is None else duration(record.eta_s)
     known = None if held_out is None else held_out["loss"]
@@ -35,11 +35,11 @@ def step_line(record: StepRecord, held_out: Mapping[str, float] | None, width: i
         f"step {record.step}", f"loss {record.loss:.4f}", "" if known is None else f"held-out {known:.4f}",
         f"{rate} tokens/s", "" if left is None else f"{left} left",
     ]  # fmt: skip
-    narrow = [
-        f"{record.step}", f"loss {record.loss:.3f}", "" if known is None else f"held {known:.3f}", f"{rate}/s",
-        "" if left is None else f"-{left}",
+    short = [
+        wide[0], f"loss {record.loss:.3f}", "" if known is None else f"held {known:.3f}", f"{rate}/s", wide[4],
     ]  # fmt: skip
-    trials = (wide, narrow, [*narrow[:3], narrow[4]], [*narrow[:2], narrow[4]])
+    narrow = [f"{record.step}", *short[1:4], "" if left is None else f"-{left}"]
+    trials = (wide, short, narrow, [*narrow[:3], narrow[4]], [*narrow[:2], narrow[4]])
     lines = ["  ".join(part for part in parts if part) for parts in trials]
     fitting = [line for line in lines if width is None or len(line) <= width]
     return fitting[0] if fitting else lines[-1][:width]
