@@ -1,6 +1,7 @@
 """`entrenar doctor`: show the machine and the install, and check that gradients are right on them.
 
-With `--numerics --config FILE` it compares all ways in which a run of that config may compute its gradient.
+With RUN it looks at a run's folder instead (`examination.py`). With `--numerics --config FILE` it compares all ways in
+which a run of that config may compute its gradient.
 """
 
 import argparse
@@ -38,20 +39,29 @@ _LEAST_DISK_BYTES = 2 * 10**9
 
 
 def run(words: Sequence[str]) -> int:
-    """Print the report; return 0 if all is well, 3 if the machine lacks something.
+    """Print the report; return 0 if all is well, 2 if a run has no whole checkpoint, 3 if the machine lacks something.
 
     Raises:
         GateFailed: a gradient is wrong.
         NotMeasured: a comparison that was asked for could not be made.
     """
-    arguments = flags.parser("doctor", "Check the machine and the install, and that gradients are right on them.")
+    arguments = flags.parser(
+        "doctor",
+        "Check the machine and the install, and that gradients are right on them; or say what happened to a run,\n"
+        "what of it is good, and what to do next.\n\n"
+        "  entrenar doctor\n"
+        "  entrenar doctor runs/first",
+    )
+    arguments.add_argument("run", nargs="?", metavar="RUN", help="a run to look at: a path, or a name in --runs-dir")
     arguments.add_argument(
         "--numerics", action="store_true", help="compare all ways of computing a gradient, on --config"
     )
     arguments.add_argument("--compiled", action="store_true", help="numerics: also through torch.compile")
-    arguments.add_argument("--json", action="store_true", help="numerics: print JSON")
+    arguments.add_argument("--json", action="store_true", help="RUN or numerics: print JSON")
     flags.add_config_flags(arguments)
     parsed = flags.parse(arguments, words)
+    if parsed.run is not None:
+        return _examine(parsed)
     if parsed.numerics:
         return _numerics(parsed)
     if parsed.json or parsed.compiled or flags.given_flags(parsed) or parsed.config:
@@ -68,6 +78,22 @@ def run(words: Sequence[str]) -> int:
         return 3
     print("\nall well")
     return 0
+
+
+def _examine(parsed: argparse.Namespace) -> int:
+    """Look at a run.
+
+    Raises:
+        ConfigError: a flag that has nothing to do with a run's folder.
+        DataError: there is no such run.
+    """
+    given = flags.given_flags(parsed)
+    if parsed.numerics or parsed.compiled or parsed.config or given.keys() - {"runs_dir"}:
+        raise ConfigError("with RUN only --runs-dir and --json have an effect; leave the other flags out")
+    from entrenar.cli import examination  # noqa: PLC0415  # not needed for the machine
+    from entrenar.report.overview import find_run  # noqa: PLC0415
+
+    return examination.show(find_run(Path(given.get("runs_dir", "runs")), parsed.run), as_json=parsed.json)
 
 
 def _numerics(parsed: argparse.Namespace) -> int:

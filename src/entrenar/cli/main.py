@@ -33,7 +33,7 @@ COMMANDS = {
     "quality": "what the tests notice (mutants) and reach (coverage), by risk",
     "verify": "prove and measure the operations; print one certificate for each",
     "plan": "predict memory, time and disk of a run, and what to change if it does not fit",
-    "doctor": "check the machine and the install",
+    "doctor": "check the machine and the install, or a run: what happened, what is whole, what next",
     "completion": "print a script that completes commands in bash or zsh",
 }
 _MODULES = {"eval": "evaluate", "config": "configs"}
