@@ -178,6 +178,13 @@ property-power: $(VENV)/.test ## plant each property's own mutant, which it must
 property-10k: $(VENV)/.test ## 10,000 counted cases of each property
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -m property --cases 10000 --count-cases --cases-file quality/results/properties.json
 
+audit: $(VENV)/.audit ## known vulnerabilities of the pinned packages (needs the network)
+	$(VENV)/.audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+$(VENV)/.audit:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet pip-audit==2.9.0
+
 chaos: $(VENV)/.test ## kills, full disks, starved memory
 	$(BIN)/python -m pytest -q -m chaos
 

@@ -129,7 +129,12 @@ def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed had begun to write for `path`."""
+    """Remove what processes that were killed had begun to write for `path`; put back what they had moved aside."""
+    aside = path.with_name(f"{_ASIDE_PREFIX}{path.name}")
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    elif aside.exists():
+        _delete(aside)
     for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(path.name)}-????????"):
         with _locked(leftover) as is_abandoned:
             if is_abandoned:

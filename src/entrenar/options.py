@@ -22,6 +22,7 @@ class TrainingOptions(TypedDict, total=False):
     max_steps: int | None
     epochs: float | None
     max_time_s: float | None
+    grace_s: float | None
     grad_accum_steps: int
     eval_every: int
     early_stop_patience: int | None

@@ -12,7 +12,7 @@ from entrenar.config import FinetuneConfig
     ("flag", "shown"),
     [
         ("--method", "full|lora|qlora"),
-        ("--halt-on", "loss_spike,gradient_spike,dead_gradient,plateau,throughput_drop"),
+        ("--halt-on", "loss_spike,gradient_spike,dead_gradient,plateau,throughput_drop,held_out_rise"),
         ("--stream-base", "true|false"),
         ("--layers", "LAYERS"),  # all, or a text, or numbers: no list of words
         ("--lr", "LR"),

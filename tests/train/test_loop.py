@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from train_toy import (
     held_out,
     losses,
     read_model,
+    signals_by_default,
     toy_batches,
     toy_loss,
     toy_settings,
@@ -559,3 +561,64 @@ def test_what_is_known_of_the_code_is_kept_and_can_stop_the_run(tmp_path: Path) 
     assert json.loads(first.read_text())["code"] == {"asked": 2}
     assert json.loads((first.parent / "manifest.json").read_text())["code"] == {"asked": 2}
     assert json.loads(second.read_text())["counters"]["step"] == 4
+
+
+def test_a_step_that_is_not_over_in_time_is_given_up(tmp_path: Path) -> None:
+    """With `grace_s` the step before is saved although this one never ends, and the run says how it ended."""
+    module, count = Toy(), 0
+    loss = toy_loss(module)
+
+    def stuck(batch: ToyBatch) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                time.sleep(0.01)
+        return loss(batch)
+
+    with signals_by_default():
+        outcome = _fit(tmp_path, module, task={"loss": stuck}, save_every=0, grace_s=0.5)
+    assert (outcome.reason, outcome.step) == ("signal", 4)
+    assert latest_good(tmp_path / "checkpoints").step == 4
+    assert (5, "step_given_up") in _events(tmp_path)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_step_that_is_over_in_time_is_kept(tmp_path: Path) -> None:
+    """A long grace changes nothing: the step is finished and saved."""
+    module, count = Toy(), 0
+    loss = toy_loss(module)
+
+    def asking(batch: ToyBatch) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(batch)
+
+    with signals_by_default():
+        outcome = _fit(tmp_path, module, task={"loss": asking}, save_every=0, grace_s=600)
+    assert (outcome.reason, outcome.step) == ("signal", 5)
+    assert latest_good(tmp_path / "checkpoints").step == 5
+
+
+def test_a_folder_that_is_moved_under_the_run_is_named(tmp_path: Path) -> None:
+    """The next save says so, no second folder appears, and what was saved is where the folder went."""
+    module, count = Toy(), 0
+    loss = toy_loss(module)
+
+    def moving(batch: ToyBatch) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == 5:
+            while not (tmp_path / "run" / "checkpoints" / "step-00000003").exists():  # another thread writes it
+                time.sleep(0.01)
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return loss(batch)
+
+    (tmp_path / "run").mkdir()
+    with pytest.raises(MachineError, match="was moved, renamed or deleted while the run was training"):
+        _fit(tmp_path / "run", module, task={"loss": moving}, save_every=3)
+    assert not (tmp_path / "run").exists()
+    assert latest_good(tmp_path / "elsewhere" / "checkpoints").step == 3

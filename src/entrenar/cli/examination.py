@@ -13,8 +13,7 @@ from pathlib import Path
 from entrenar.errors import CheckpointError, EntrenarError
 from entrenar.files import TEMPORARY_PREFIX
 from entrenar.locks import is_held
-from entrenar.report import findings, read_history
-from entrenar.report.findings import Finding
+from entrenar.report import Finding, findings, read_history
 from entrenar.report.overview import Overview, describe
 from entrenar.runs import Event, RunFolder, checkpoint_name, list_checkpoints
 from entrenar.train.manifest import faults_of_files, read_manifest

@@ -39,7 +39,7 @@ def conclusion(outcome: "Outcome") -> str:
             f"[entrenar: Nothing to train] the run is at step {outcome.step} already: {_ENDS[outcome.reason]}; "
             "raise --max-steps or --epochs, or give --max-time-s, to train on"
         )
-    after = f"{outcome.step} steps after {duration(last.elapsed_s)}"
+    after = f"{outcome.step:,} step{'' if outcome.step == 1 else 's'} after {duration(last.elapsed_s)}"
     if outcome.reason == "signal":
         return f"[entrenar: Training interrupted] {after}: stopped by a signal; continue with --resume"
     return f"[entrenar: Training complete!] {after}: {_ENDS[outcome.reason]}"

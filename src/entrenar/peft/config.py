@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from entrenar.peft.patterns import matches
+
 LoraInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 _TOP_LAYERS = re.compile(r"top:([1-9]\d*)")
@@ -89,4 +91,4 @@ class LoraConfig(BaseModel):
 
 def matching_key(pattern: dict[str, int] | dict[str, float], module_name: str) -> str:
     """Return the first key that matches the end of a module's name by whole parts, or "" (PEFT's rule)."""
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module_name)), "")
+    return next((key for key in pattern if matches(key, module_name)), "")

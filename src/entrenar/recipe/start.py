@@ -134,6 +134,8 @@ def start(config: ConfigT, mode: Mode) -> Start[ConfigT]:
     device, world = choose_device(config), current_world()
     if world.size > 1 and device.type != "cpu":
         raise ConfigError(f'device must be cpu for several ranks, got {device}; set device = "cpu"')
+    if world.size > 1 and config.train.grace_s is not None:
+        raise ConfigError("train.grace_s must be left out for several ranks: one rank cannot give up a step alone")
     if world.is_writer and mode.replay is None:
         check_free(RunFolder(config.run_dir).lock, str(config.run_dir))
     checkpoint = find_checkpoint(config.run_dir, mode)

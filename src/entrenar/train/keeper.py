@@ -6,6 +6,7 @@ deleted: what was saved may be what a diverging step left.
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from entrenar.errors import MachineError
@@ -22,6 +23,15 @@ from entrenar.train.world import World
 _log = logging.getLogger(__name__)
 
 
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return what a folder keeps when it is renamed; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class CheckpointKeeper:
     """Keeps the checkpoints of one run; `saved_step` is the step of the newest one, 0 if there is none.
 
@@ -33,7 +43,13 @@ class CheckpointKeeper:
         self._folder = run.files.checkpoints
         self._saver = Saver(self._folder, task.write_model, before_commit=journal.sync)
         self._unconfirmed: int | None = None
+        self._place = _identity(run.folder)
         self.saved_step = 0
+
+    @property
+    def save_s(self) -> float | None:
+        """Seconds that the last save took; None before it."""
+        return self._saver.seconds
 
     def clean_up(self) -> None:
         """Remove what a crash left half written."""
@@ -65,7 +81,15 @@ class CheckpointKeeper:
         return checkpoint.latest_good(folder, among=self._world.broadcast(steps))
 
     def save(self, state: dict[str, Any], optimizer: Optimizer) -> None:
-        """Start writing `state`, the weights and the moments."""
+        """Start writing `state`, the weights and the moments.
+
+        Raises: MachineError if the run's folder is not there any more.
+        """
+        if self._world.is_writer and _identity(self._run.folder) != self._place:
+            raise MachineError(
+                f"{self._run.folder} was moved, renamed or deleted while the run was training; continue with --resume "
+                "where the folder is now"
+            )
         self.report(wait=True)
         self.saved_step = state["counters"]["step"]
         if self._world.is_writer:

@@ -31,7 +31,7 @@ from entrenar.train.reactions import Reactions
 from entrenar.train.replay import batch_hashes
 from entrenar.train.schedule import lr_multiplier
 from entrenar.train.settings import Settings
-from entrenar.train.signals import StopSignals
+from entrenar.train.signals import GraceOver, StopSignals
 from entrenar.train.step import StepGradient
 from entrenar.train.task import Run, SplittableBatch, Task
 from entrenar.train.trackers import open_trackers
@@ -56,10 +56,10 @@ def figures_of_next_step(task: Task[Any], settings: Settings, run: Run) -> tuple
     Raises: OutOfMemoryError, CheckpointError.
     """
     journal = Journal((), (), _ignore, _ignore)
-    with StopSignals() as stop, closing(_Training(task, settings, run, journal, World.alone())) as training:
+    with closing(_Training(task, settings, run, journal, World.alone(), StopSignals())) as training:
         training.begin()
         batches = training.gather()
-        figures, _ = training.figures(batches, stop)
+        figures, _ = training.figures(batches)
         return figures, batch_hashes(batches)
 
 
@@ -94,9 +94,12 @@ def fit(
     if world.is_writer:
         trackers = open_trackers(settings.train.trackers, run.files, run.config)
         journal = open_journal(run.files, on_record, on_event, trackers, after_step=after_step, is_on_board=is_on_board)
-    with closing(journal), StopSignals() as stop, closing(_Training(task, settings, run, journal, world)) as training:
+    stopping = StopSignals(settings.train.grace_s)
+    with closing(journal), stopping, closing(_Training(task, settings, run, journal, world, stopping)) as training:
         try:
-            reason = training.run_until_end(stop)
+            reason = training.run_until_end()
+        except GraceOver:
+            reason = training.give_up()
         except Exception as error:
             training.rescue(error)
             raise
@@ -107,8 +110,11 @@ def fit(
 class _Training:
     """The parts of a run that live from its first step to its last."""
 
-    def __init__(self, task: Task[Any], settings: Settings, run: Run, journal: Journal, world: World) -> None:
+    def __init__(
+        self, task: Task[Any], settings: Settings, run: Run, journal: Journal, world: World, stop: StopSignals
+    ) -> None:
         self.task, self.settings, self.run, self.journal, self.world = task, settings, run, journal, world
+        self.stop = stop
         self.progress = Progress(settings, run.config, task.micro_batches_per_epoch)
         remedy = "choose precision = bfloat16, an adapter or a smaller model"
         with explained_oom(f"preparing the optimizer's state; {remedy}"):
@@ -116,6 +122,7 @@ class _Training:
                 task.module.named_parameters(), settings.optim, settings.train.precision, task.lr_factors
             )
             self.keeper = CheckpointKeeper(task, run, settings.checkpoint, journal, world)
+        stop.save_s = lambda: self.keeper.save_s
         self.reactions = Reactions(self.progress, self.keeper, journal, run.files)
         self.activations = open_store(task.module, settings.train, run.folder)
         self.gradient = StepGradient(
@@ -133,20 +140,20 @@ class _Training:
 
     # ---- the order of `fit` ----
 
-    def run_until_end(self, stop: StopSignals) -> Reason:
+    def run_until_end(self) -> Reason:
         """Take step after step; return why the run ended."""
         reason = self.begin()
         with self.phases.run(self.world.rank):
             while reason is None:
-                reason = self._step(stop)
+                reason = self._step()
             self.finish(reason)
         return reason
 
-    def _step(self, stop: StopSignals) -> Reason | None:
+    def _step(self) -> Reason | None:
         """Take a step inside its span; return why the run ends here, if it does."""
         with self.phases.step(self.progress.step + 1, self.progress.epoch) as span:
             before = self.progress.counters.targets
-            record, reason = self.take_step(self.gather(), stop)
+            record, reason = self.take_step(self.gather())
             if record is None:
                 return reason
             describe_step(span, record, record.targets - before)
@@ -180,14 +187,14 @@ class _Training:
                     break
         return batches
 
-    def take_step(self, batches: list[SplittableBatch], stop: StopSignals) -> tuple[StepRecord | None, Reason | None]:
+    def take_step(self, batches: list[SplittableBatch]) -> tuple[StepRecord | None, Reason | None]:
         """Compute the gradient of `batches`, judge it, and move the weights once.
 
         Returns: the step's record, None when no rank has data left or the step was taken back, and why the run ends
         here, if it does.
         """
         step = self.progress.step + 1
-        figures, is_interrupted = self.figures(batches, stop)
+        figures, is_interrupted = self.figures(batches)
         if figures.micro_batches == 0:
             return None, "data"
         if figures.targets == 0:
@@ -246,6 +253,13 @@ class _Training:
         if math.isfinite(held_out_loss):
             self.keeper.confirm()
 
+    def give_up(self) -> Reason:
+        """Save the last whole step, because a kill is near and the step under way will not be over in time."""
+        message = "the step under way was given up, because train.grace_s is over; the one before is saved"
+        self.journal.tell(Event(self.progress.step + 1, "step_given_up", message))
+        self.keeper.rescue(self.progress.boundary, self.optimizer, None)
+        return "signal"
+
     def rescue(self, error: Exception) -> None:
         """Keep the last whole step on the way out of an error; judge it first if the run has diverged."""
         fault = None
@@ -265,9 +279,10 @@ class _Training:
 
     # ---- the parts of a step ----
 
-    def figures(self, batches: list[SplittableBatch], stop: StopSignals) -> tuple[StepFigures, bool]:
+    def figures(self, batches: list[SplittableBatch]) -> tuple[StepFigures, bool]:
         """Take the gradient; return what all ranks agree on, and whether a signal asked any of them to stop."""
-        summed_loss, totals = self.gradient.take(batches, lambda: self._report(stop))
+        with self.stop.may_give_up():
+            summed_loss, totals = self.gradient.take(batches, self._report)
         targets = max(int(totals["targets"]), 1)
         with self._phase("optimizer"):
             horizon = self.progress.horizon(totals["elapsed_s"])
@@ -288,17 +303,17 @@ class _Training:
                 layer_norms={name: norm / targets for name, norm in zip(self.optimizer.layers, layers, strict=True)},
             )
         self.wants_checkpoint = totals["wishes"] > 0
-        stop.wants_checkpoint = False
+        self.stop.wants_checkpoint = False
         return figures, totals["signals"] > 0
 
-    def _report(self, stop: StopSignals) -> dict[str, float]:
+    def _report(self) -> dict[str, float]:
         """Return what this rank adds to the agreement: time is the writer's, and one signal is enough."""
         clock = 1.0 if self.world.is_writer else 0.0
         return {
             "elapsed_s": clock * self.progress.elapsed_s(),
             "gradient_s": clock * (time.perf_counter() - self.step_started),
-            "signals": float(stop.requested is not None),
-            "wishes": float(stop.wants_checkpoint),
+            "signals": float(self.stop.requested is not None),
+            "wishes": float(self.stop.wants_checkpoint),
         }
 
     def _rewind(self, micro_batches: int) -> None:
@@ -326,7 +341,7 @@ class _Training:
         before = rng.capture()
         self.task.module.eval()
         evaluating = explained_oom("evaluating held-out data; use smaller evaluation batches")
-        with evaluating, self._phase("evaluate"), torch.no_grad():
+        with evaluating, self._phase("evaluate"), torch.no_grad(), self.stop.may_give_up():
             figures = self.world.broadcast(dict(self.task.evaluate()))
         self.task.module.train()
         rng.restore(before)

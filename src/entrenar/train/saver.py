@@ -7,6 +7,7 @@ fsync and rename. No snapshot is allocated, which matters where memory limits th
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,7 @@ _RESERVE_BYTES = 4 << 20
 
 
 class Saver:
-    """Writes one checkpoint at a time into `folder`."""
+    """Writes one checkpoint at a time into `folder`; `seconds` is how long the last one took, None before it."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Saver:
         self._writing: Future[None] | None = None
         self._tidying: list[Future[None]] = []
         self._step = 0
+        self.seconds: float | None = None
         self._staged = threading.Event()
         self._staged.set()
 
@@ -76,6 +78,7 @@ class Saver:
 
     def _write(self, snapshot: checkpoint.Snapshot, folder: Path) -> None:
         self._reserve = bytearray()
+        started = time.perf_counter()
         try:
             with explained_oom("writing a checkpoint"):
                 checkpoint.write(
@@ -85,6 +88,7 @@ class Saver:
                     staged=self._staged.set,
                     before_commit=self._before_commit,
                 )
+            self.seconds = time.perf_counter() - started
         finally:
             self._staged.set()
         with suppress(MemoryError):

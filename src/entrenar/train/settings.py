@@ -58,6 +58,9 @@ class TrainConfig(BaseModel):
     max_time_s: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
     """Stop after this many seconds, including evaluation and checkpoints; with no other limit the schedule follows the
     clock."""
+    grace_s: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
+    """Seconds from a stop signal to the kill that follows: a step that is not over in time is given up, and the one
+    before it saved; when not given, the step is finished first."""
     grad_accum_steps: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step."""
     eval_every: int = Field(default=100, ge=0, json_schema_extra=CHANGEABLE)

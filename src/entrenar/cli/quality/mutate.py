@@ -67,7 +67,7 @@ def _run(
     os.nice(19)
     known = [] if parsed.fresh else before
     project = mutation.Project(root)
-    until = math.inf if parsed.minutes is None else time.time() + 60 * parsed.minutes
+    until = math.inf if parsed.minutes is None else time.monotonic() + 60 * parsed.minutes
     found: list[mutation.Verdict] = []
     fresh: list[mutation.Verdict] = []  # also those of a component that was interrupted
     try:

@@ -92,7 +92,7 @@ class Worker:
             return True
         sites = {(path, site.mutant.name): site for path, file in self.files.items() for site in file.sites}
         for path, name in self.job["mutants"]:
-            if time.time() > self.job["until"]:
+            if time.monotonic() > self.job["until"]:
                 break
             site = sites[path, name]
             tests = [items[test] for test in self._order(site, base)]
