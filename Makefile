@@ -15,7 +15,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 MUTATION ?=
 BASE ?= origin/main
 
-.PHONY: help quickstart finetune-demo docs-verify wheel-check test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
+.PHONY: audit help quickstart finetune-demo docs-verify wheel-check test lint format types check clean tier1 tier1-serve tier1-gradients tier1-lint \
   tier1-types tier2 tier3 coverage coverage-gate coverage-critical coverage-diff mutation mutation-smoke mutation-llama fuzz fuzz-smoke chaos proofs \
   certificates certificates-check property-power property-10k profile-llama profile-llama-otlp profile-llama-anomaly \
   hooks hooks-run gates gates-selftest roadmap gate-p1 gate-p2 gate-p3 gate-p4

@@ -48,7 +48,7 @@ def run(words: Sequence[str]) -> int:
     arguments = flags.parser(
         "doctor",
         "Check the machine and the install, and that gradients are right on them; or say what happened to a run,\n"
-        "what of it is good, and what to do next.\n\n"
+        "which checkpoints are whole, and what to do next.\n\n"
         "  entrenar doctor\n"
         "  entrenar doctor runs/first",
     )

@@ -1,4 +1,4 @@
-"""`entrenar doctor RUN`: what happened to a run, what of it is good, and what to do next; without torch.
+"""`entrenar doctor RUN`: what happened to a run, which checkpoints are whole, what to do next; without torch.
 
 Every byte of every checkpoint is checked against its manifest, and nothing is changed.
 """
@@ -34,7 +34,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found in a run's folder.
+    """The findings about a run's folder.
 
     Attributes:
         holder: the process that trains there now, if it is known.
