@@ -21,8 +21,8 @@ A crash can cut the last line of a JSONL file, so a reader stops at the first da
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,37 +155,79 @@ class RunFolder:
 
 
 def to_step(content: Mapping[str, Any], path: Path) -> StepRecord:
-    """Return the record that a line of `path` holds; a loss or norm that was not finite is NaN.
+    """Return the record that a line of `path` holds; a loss, norm or held-out figure that was not finite is NaN.
 
-    Raises: FormatError for one without one of StepRecord's fields.
+    Raises: FormatError for one without one of StepRecord's fields, or with a field of another kind.
     """
-    nulls = {key: math.nan for key in ("loss", "grad_norm") if content.get(key, 0) is None}
-    return _record(StepRecord, {**content, **nulls}, path)
+    known = {**content, **{key: math.nan for key in ("loss", "grad_norm") if content.get(key, 0) is None}}
+    if isinstance(held_out := content.get("held_out"), dict):
+        known["held_out"] = {key: math.nan if value is None else value for key, value in held_out.items()}
+    return _record(StepRecord, known, path)
 
 
 def to_event(content: Mapping[str, Any], path: Path) -> Event:
     """Return the event that a line of `path` holds.
 
-    Raises: FormatError for one without one of Event's fields.
+    Raises: FormatError for one without one of Event's fields, or with a field of another kind.
     """
     return _record(Event, content, path)
 
 
-_NAMES: Mapping[type, Sequence[str]] = {kind: [field.name for field in fields(kind)] for kind in (StepRecord, Event)}
+_LARGEST = 1 << 63  # JSON's whole numbers have no end, floats have one
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
+def _is_finite_or_none(value: Any) -> bool:
+    return value is None or _is_finite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < _LARGEST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_held_out(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and "loss" in value and all(map(_is_number, value.values())))
+
+
+def _is_phases(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_finite, value.values()))
+
+
+_FIELDS: Mapping[type, Mapping[str, Callable[[Any], bool]]] = {
+    StepRecord: {
+        "step": _is_whole, "loss": _is_number, "lr": _is_finite, "grad_norm": _is_number, "targets": _is_whole,
+        "targets_per_s": _is_finite, "elapsed_s": _is_finite, "eta_s": _is_finite_or_none, "epoch": _is_finite_or_none,
+        "held_out": _is_held_out, "phases_s": _is_phases,
+    },
+    Event: {"step": _is_whole, "kind": _is_text, "message": _is_text},
+}  # fmt: skip
 
 
 def _record(kind: type[RecordT], content: Mapping[str, Any], path: Path) -> RecordT:
     """Build a record; fields that this version does not know are left out."""
-    names = _NAMES[kind]
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise FormatError(f"{path}: a {kind.__name__} needs the field {missing[0]}, got {dict(content)!r:.200}")
-    return kind(**{name: content[name] for name in names})
+    rules = _FIELDS[kind]
+    for name, holds in rules.items():
+        if name not in content:
+            raise FormatError(f"{path}: a {kind.__name__} needs the field {name}, got {dict(content)!r:.200}")
+        if not holds(content[name]):
+            raise FormatError(f"{path}: {name} of a {kind.__name__} cannot be {content[name]!r:.100}")
+    return kind(**{name: content[name] for name in rules})
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSONL file up to the first damaged line; none if there is no file."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as stream:
         for line in stream:
@@ -193,7 +235,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
             if isinstance(record, dict):
                 yield record

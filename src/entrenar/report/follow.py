@@ -27,6 +27,8 @@ class Tail:
 
         A line that is not JSON is left out. No file is a file without lines.
         """
+        if not self.path.is_file():
+            return [], False
         try:
             with self.path.open("rb") as stream:
                 inode, is_replaced = self._place(stream.fileno())
@@ -50,7 +52,7 @@ def _objects(lines: bytes) -> Iterator[dict[str, Any]]:
     for line in lines.splitlines():
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(content, dict):
             yield content

@@ -10,7 +10,7 @@ from typing import Any
 
 from entrenar.errors import ConfigError, DataError, FormatError
 from entrenar.files import read_json
-from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints, read_records
+from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
 
 MAX_POINTS = 2000
 _STEPS_SMOOTHED = (5, 50)  # the running mean looks back over a twentieth of the run, within these bounds
@@ -90,7 +90,7 @@ def read_history(path: Path) -> History:
         config=_config(run),
         num_steps=records[-1].step,
         phase_s=_phases(records),
-        is_cut=_is_cut(run.metrics),
+        is_cut=_num_lines(run.metrics) > len(records),
     )
 
 
@@ -165,9 +165,8 @@ def _config(run: RunFolder) -> dict[str, Any]:
         raise ConfigError(f"{run.config} cannot be read: {error}") from error
 
 
-def _is_cut(path: Path) -> bool:
-    lines = sum(1 for line in path.read_bytes().splitlines() if line.strip())
-    return lines > sum(1 for _ in read_records(path))
+def _num_lines(path: Path) -> int:
+    return sum(1 for line in path.read_bytes().splitlines() if line.strip())
 
 
 def median_rate(records: Sequence[StepRecord]) -> float:

@@ -5,6 +5,7 @@ of its own at 127.0.0.1 and read the answer (DNS rebinding).
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,7 +73,7 @@ class LivePage:
     def _written(self, stamp: str) -> str:
         try:
             page = render([read_history(self._folder)])
-        except EntrenarError:  # before the first step, and between two files of a run that begins
+        except (EntrenarError, OSError):  # before the first step, and between two files of a run that begins
             page = _NOTHING
         before, _, after = page.rpartition("</body>")
         return before + _REFRESH.replace("STAMP", stamp) + after
@@ -133,8 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             "Content-Length": str(len(body)),
         }.items():
             self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # a browser that has gone
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         """Say nothing: the terminal shows the run."""
