@@ -69,6 +69,7 @@ def text() -> str:
         *of_class("TrainingOptions", "TypedDict", "Options of every training run.", shared),
         *of_class("PretrainOptions", "TrainingOptions", "Options of `entrenar.pretrain`.", own[0]),
         *of_class("FinetuneOptions", "TrainingOptions", "Options of `entrenar.finetune`.", own[1]),
+        *of_class("PlanOptions", "PretrainOptions, FinetuneOptions", "Options of `entrenar.plan`.", {}),
         *of_class("GenerateOptions", "TypedDict", "Options of `entrenar.generate`.", generation),
     ]
     ruff = [sys.executable, "-m", "ruff", "format", "--line-length", "120", "-"]

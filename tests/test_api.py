@@ -62,6 +62,13 @@ def test_a_model_is_fine_tuned_planned_and_converted(trained, corpus, tmp_path):
     assert report["kl"] < 1e-6
     planned = entrenar.plan(name="a", corpus=[corpus], batch_size=2, seq_len=32, max_steps=3, threads=1, **SIZES)
     assert planned.step.peak_bytes > 0
+    few = {key: options[key] for key in ("model", "data", "max_steps", "threads")}
+    tuning = entrenar.plan(method="lora", rank=2, **few)
+    assert 0 < tuning.step.trained_parameters < tuning.parameters
+    (tmp_path / "tune.toml").write_text(f'model = "{trained.run_dir}"\n[sft]\ndata = ["{rows}"]\n[lora]\nrank = 2\n')
+    assert entrenar.plan(tmp_path / "tune.toml", threads=1).step.trained_parameters == tuning.step.trained_parameters
+    sized = entrenar.plan(corpus=corpus, batch_size=2, seq_len=32, max_steps=3, threads=1)
+    assert sized.parameters < 1_000_000, "a small corpus asks for a small model, as on the command line"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,10 @@ def test_a_config_and_options_exclude_each_other():
     tuning = load_finetune_config(None, {"model": "a", "sft.data": "b"})
     with pytest.raises(ConfigError, match="options cannot be given next to a FinetuneConfig"):
         entrenar.finetune(tuning, lr=1.0)
+    with pytest.raises(ConfigError, match="finetune needs a FinetuneConfig, got a RunConfig"):
+        entrenar.finetune(config)
+    with pytest.raises(ConfigError, match="pretrain needs a RunConfig, got a FinetuneConfig"):
+        entrenar.pretrain(tuning)
 
 
 def test_advice_from_further_in_speaks_of_arguments(trained, corpus, tmp_path):

@@ -21,21 +21,23 @@ from pydantic import BaseModel
 
 from entrenar import notebook, recipe
 from entrenar.arguments import as_arguments
-from entrenar.config import FinetuneConfig, RunConfig, options
-from entrenar.config_file import arguments_of, load_config, load_finetune_config
+from entrenar.config import AnyConfig, FinetuneConfig, RunConfig, options
+from entrenar.config_file import ConfigFile, arguments_of, load_config, load_finetune_config
 from entrenar.data import Tokenizer
 from entrenar.errors import ConfigError, EntrenarError
 from entrenar.infer import Evaluation, GenerateConfig, complete
 from entrenar.interop import convert as converting
 from entrenar.interop.source import open_source
 from entrenar.model import Llama, LlamaConfig
-from entrenar.options import AnyPath, FinetuneOptions, GenerateOptions, PretrainOptions
-from entrenar.planning import RunPlan, plan_run
+from entrenar.options import AnyPath, FinetuneOptions, GenerateOptions, PlanOptions, PretrainOptions
+from entrenar.planning import RunPlan, plan_run, sized_for_corpus
 from entrenar.recipe import FinetuneReport, Observer, TrainReport
 from entrenar.runs import RunFolder
 from entrenar.synonyms import elsewhere
 
 __all__ = ["LlamaConfig", "convert", "evaluate", "finetune", "generate", "load", "plan", "pretrain"]
+
+_OF_FINETUNING = ("model", "method", "data")
 
 
 def pretrain(
@@ -82,11 +84,7 @@ def finetune(
     with _speaking_of_arguments(FinetuneConfig):
         if config is None and resume:
             config = _config_of(overrides, "finetune")
-        if not isinstance(config, FinetuneConfig):
-            given = _given(FinetuneConfig, overrides)
-            config = load_finetune_config(_path(config), given, are_arguments=True)
-        elif overrides:
-            raise ConfigError("options cannot be given next to a FinetuneConfig; set them in it, or give a file")
+        config = _finetune_config(config, overrides)
         with _observed(config.name, observer) as observing:
             return recipe.finetune(
                 config, resume=resume, overwrite=overwrite, allow_changes=allow_config_changes,
@@ -130,14 +128,19 @@ def evaluate(path: AnyPath, corpus: AnyPath, *, batch_size: int = 8, seq_len: in
         return recipe.evaluate_model(Path(path), Path(corpus), batch_size=batch_size, seq_len=seq_len)
 
 
-def plan(config: AnyPath | RunConfig | FinetuneConfig | None = None, **overrides: Unpack[PretrainOptions]) -> RunPlan:
+def plan(config: AnyPath | RunConfig | FinetuneConfig | None = None, **overrides: Unpack[PlanOptions]) -> RunPlan:
     """Predict memory and time of a run before it starts; nothing is loaded and nothing is written.
+
+    It is a fine-tuning run if `model`, `method` or `data` is given, or the config is one of fine-tuning.
 
     Raises:
         ConfigError, DataError.
     """
-    with _speaking_of_arguments(RunConfig):
-        return plan_run(config if isinstance(config, FinetuneConfig) else _run_config(config, overrides))
+    with _speaking_of_arguments(RunConfig, FinetuneConfig):
+        if _is_of_finetuning(config, overrides):
+            tuning = _finetune_config(config, overrides)
+            return plan_run(tuning, recipe.model_folder(tuning.model))
+        return plan_run(sized_for_corpus(_run_config(config, overrides)))
 
 
 def convert(
@@ -159,11 +162,11 @@ def convert(
 
 
 @contextmanager
-def _speaking_of_arguments(model: type[BaseModel] | None = None, **names: bool) -> Iterator[None]:
-    """Give errors from further in the caller's words; `names` and the options of `model` are what can be passed."""
+def _speaking_of_arguments(*models: type[BaseModel], **names: bool) -> Iterator[None]:
+    """Give errors from further in the caller's words; `names` and the options of `models` are what can be passed."""
     asked = {"resume": True, "overwrite": True, "allow_config_changes": True} | names
-    for option in () if model is None else options(model):
-        asked[option.path[-1]] = option.field.annotation is bool
+    for model in models:
+        asked |= {option.path[-1]: option.field.annotation is bool for option in options(model)}
     try:
         yield
     except EntrenarError as error:
@@ -191,12 +194,34 @@ def _config_of(overrides: Mapping[str, Any], default_name: str) -> Path:
     return RunFolder(Path(overrides.get("runs_dir", "runs")) / overrides.get("name", default_name)).config
 
 
-def _run_config(config: AnyPath | RunConfig | None, overrides: Mapping[str, Any]) -> RunConfig:
+def _is_of_finetuning(config: AnyPath | AnyConfig | None, overrides: Mapping[str, Any]) -> bool:
+    if isinstance(config, RunConfig | FinetuneConfig):
+        return isinstance(config, FinetuneConfig)
+    return any(name in overrides for name in _OF_FINETUNING) or ConfigFile.read(_path(config)).is_of_finetuning
+
+
+def _run_config(config: AnyPath | AnyConfig | None, overrides: Mapping[str, Any]) -> RunConfig:
+    if isinstance(config, FinetuneConfig):
+        raise ConfigError("pretrain needs a RunConfig, got a FinetuneConfig; pass it to finetune")
     if not isinstance(config, RunConfig):
         return load_config(_path(config), _given(RunConfig, overrides), are_arguments=True)
-    if overrides:
-        raise ConfigError("options cannot be given next to a RunConfig; set them in it, or give a file")
+    _refuse_both(config, overrides)
     return config
+
+
+def _finetune_config(config: AnyPath | AnyConfig | None, overrides: Mapping[str, Any]) -> FinetuneConfig:
+    if isinstance(config, RunConfig):
+        raise ConfigError("finetune needs a FinetuneConfig, got a RunConfig; pass it to pretrain")
+    if not isinstance(config, FinetuneConfig):
+        return load_finetune_config(_path(config), _given(FinetuneConfig, overrides), are_arguments=True)
+    _refuse_both(config, overrides)
+    return config
+
+
+def _refuse_both(config: AnyConfig, overrides: Mapping[str, Any]) -> None:
+    if overrides:
+        kind = type(config).__name__
+        raise ConfigError(f"options cannot be given next to a {kind}; set them in it, or give a file")
 
 
 def _path(config: AnyPath | None) -> Path | None:

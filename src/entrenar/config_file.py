@@ -198,6 +198,11 @@ class ConfigFile:
             raise ConfigError(f"config file {path} must hold a table of settings, got {type(values).__name__}")
         return ConfigFile(path, text, values)
 
+    @property
+    def is_of_finetuning(self) -> bool:
+        """Whether the file configures a fine-tuning run: it names a model, or has the table of its data."""
+        return isinstance(self.values.get("model"), str) or "sft" in self.values
+
     def line_of(self, keys: tuple[str, ...]) -> int | None:
         """Return the 1-based line that sets the key at this path; None if it is not found."""
         lines = self.text.splitlines()

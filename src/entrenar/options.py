@@ -154,6 +154,10 @@ class FinetuneOptions(TrainingOptions, total=False):
     max_answer_tokens: int
 
 
+class PlanOptions(PretrainOptions, FinetuneOptions, total=False):
+    """Options of `entrenar.plan`."""
+
+
 class GenerateOptions(TypedDict, total=False):
     """Options of `entrenar.generate`."""
 

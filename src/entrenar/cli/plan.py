@@ -113,8 +113,8 @@ def _kind(words: Sequence[str]) -> type[RunConfig] | type[FinetuneConfig]:
         return FinetuneConfig
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    values = ConfigFile.read(early.parse_known_args(list(words))[0].config).values
-    return FinetuneConfig if isinstance(values.get("model"), str) or "sft" in values else RunConfig
+    file = ConfigFile.read(early.parse_known_args(list(words))[0].config)
+    return FinetuneConfig if file.is_of_finetuning else RunConfig
 
 
 def _read(kind: type[BaseModel], file: Path | None, given: Mapping[str, str], changed: Mapping[str, str]) -> AnyConfig:
