@@ -27,7 +27,13 @@ def test_a_page_is_written_into_the_runs_folder(run_dir, tmp_path, capsys):
     assert "What differs" not in (tmp_path / "both.html").read_text()
 
 
-def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
-    """Exit 2, with the folder's name."""
-    assert main(["report", str(tmp_path / "nothing")]) == 2
-    assert "nothing is not a run's folder" in capsys.readouterr().err
+def test_a_run_is_found_by_its_name(run_dir, tmp_path):
+    """In the folder of runs."""
+    assert main(["report", "a", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert (run_dir / "report.html").is_file()
+
+
+def test_a_run_that_is_not_there_is_refused(run_dir, tmp_path, capsys):
+    """Exit 2, with the runs that are there."""
+    assert main(["report", str(tmp_path / "nothing"), "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert "nothing'; the runs there are: a" in capsys.readouterr().err

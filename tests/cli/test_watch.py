@@ -1,6 +1,7 @@
 """`entrenar watch`: shows a run until it ends, and never needs torch."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -37,6 +38,19 @@ def test_a_run_that_does_not_run_is_shown_once(run_dir, capsys):
         "step 1: loss spike: m", "step 2  loss 2.9800  held-out 2.5000  500 tokens/s", "",
         "a: stopped at step 2", f"Next: entrenar report {run_dir}",
     ]  # fmt: skip
+
+
+def test_without_a_name_the_run_that_wrote_last_is_shown(run_dir, capsys):
+    """What most people want."""
+    other = run_dir.parent / "b"
+    other.mkdir()
+    append(other, record(1))
+    for written_s, name in ((1, "a"), (2e9, "b")):
+        os.utime(other / "metrics.jsonl", (written_s, written_s))
+        assert main(["watch", "--runs-dir", str(run_dir.parent)]) == 0
+        assert f"Next: entrenar report {run_dir.parent / name}" in capsys.readouterr().out
+    assert main(["watch", "--runs-dir", str(run_dir.parent / "nothing")]) == 2
+    assert "`entrenar quickstart` makes the first one" in capsys.readouterr().err
 
 
 def test_a_run_is_followed_until_its_process_lets_go(run_dir, capsys):

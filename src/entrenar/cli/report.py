@@ -6,6 +6,7 @@ from pathlib import Path
 
 from entrenar.files import atomic_write
 from entrenar.report import read_history, render
+from entrenar.report.overview import find_run
 from entrenar.runs import RunFolder
 
 
@@ -14,14 +15,16 @@ def run(words: Sequence[str]) -> int:
     arguments = argparse.ArgumentParser(
         prog="entrenar report",
         description="Write one HTML page, without any network, about a run or several runs compared.",
-        epilog="example: entrenar report runs/quickstart",
+        epilog="example: entrenar report quickstart",
         allow_abbrev=False,
     )
-    arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, such as runs/quickstart")
+    arguments.add_argument("runs", nargs="+", metavar="RUN", help="name in the folder of runs, or a path")
+    arguments.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     arguments.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     parsed = arguments.parse_args(words)
-    out: Path = parsed.out or RunFolder(parsed.runs[0]).report
-    page = render([read_history(path) for path in parsed.runs])
+    folders = [find_run(parsed.runs_dir, name) for name in parsed.runs]
+    out: Path = parsed.out or RunFolder(folders[0]).report
+    page = render([read_history(folder) for folder in folders])
     atomic_write(out, page)
     print(f"{out}  ({len(page.encode()) / 1e6:.1f} MB); open it in a browser")
     return 0

@@ -15,7 +15,7 @@ from entrenar.cli import flags
 from entrenar.cli.watch_screen import LiveScreen
 from entrenar.locks import is_held
 from entrenar.report.follow import Follower
-from entrenar.report.overview import describe, find_run
+from entrenar.report.overview import describe, find_run, newest_run
 from entrenar.report.serve import LivePage, PageServer
 from entrenar.report.sight import Sight
 from entrenar.report.step_line import event_line, step_line
@@ -38,7 +38,7 @@ class Screen(Protocol):
 def run(words: Sequence[str]) -> int:
     """Show the run until it ends, or Ctrl-C; return the exit code."""
     parsed = flags.parse(_arguments(), words)
-    folder = find_run(parsed.runs_dir, parsed.run)
+    folder = find_run(parsed.runs_dir, parsed.run) if parsed.run else newest_run(parsed.runs_dir)
     if parsed.http is not None:
         return _serve(folder, parsed.http)
     is_terminal = _is_terminal()
@@ -55,7 +55,9 @@ def _arguments() -> argparse.ArgumentParser:
         "watch", "See a run while it trains: live on a terminal, as lines in a pipe, or as a page in the browser."
     )
     arguments.epilog = "example: entrenar watch quickstart"
-    arguments.add_argument("run", metavar="RUN", help="name in the folder of runs, or a path")
+    arguments.add_argument(
+        "run", nargs="?", metavar="RUN", help="name in the folder of runs, or a path (default: the one written to last)"
+    )
     arguments.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     arguments.add_argument(
         "--every", type=flags.positive, metavar="SECONDS", help="default: 1 on a terminal, 10 elsewhere"

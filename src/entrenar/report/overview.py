@@ -54,13 +54,17 @@ def list_runs(runs_dir: Path) -> list[Overview]:
 
     Raises: MachineError if the folder cannot be read.
     """
+    ordered = sorted(_runs_in(runs_dir), key=lambda folder: (_begun_s(folder), folder.name))
+    return [describe(folder) for folder in ordered]
+
+
+def _runs_in(runs_dir: Path) -> list[Path]:
     if not runs_dir.is_dir():
         return []
     try:
-        folders = [folder for folder in runs_dir.iterdir() if is_run(folder)]
+        return [folder for folder in runs_dir.iterdir() if is_run(folder)]
     except OSError as error:
         raise MachineError(f"{runs_dir} cannot be read: {error.strerror}; see to its permissions") from error
-    return [describe(folder) for folder in sorted(folders, key=lambda folder: (_begun_s(folder), folder.name))]
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
@@ -73,6 +77,17 @@ def find_run(runs_dir: Path, name: str) -> Path:
             return folder
     there = ", ".join(run.name for run in list_runs(runs_dir)) or "none"
     raise DataError(f"{runs_dir} has no run {name!r}; the runs there are: {there}")
+
+
+def newest_run(runs_dir: Path) -> Path:
+    """Return the folder of the run that wrote something last.
+
+    Raises: DataError if there is none; MachineError if the folder cannot be read.
+    """
+    folders = _runs_in(runs_dir)
+    if not folders:
+        raise DataError(f"no runs in {runs_dir}; `entrenar quickstart` makes the first one")
+    return max(folders, key=lambda folder: (_written_s(folder), folder.name))
 
 
 def describe(folder: Path) -> Overview:
@@ -139,7 +154,17 @@ def _reached(limits: Mapping[str, Any], history: History) -> Iterator[bool]:
 
 def _begun_s(folder: Path) -> float:
     run = RunFolder(folder)
-    for path in (run.config, run.metrics, folder):
+    return _changed_s(run.config, run.metrics, folder)
+
+
+def _written_s(folder: Path) -> float:
+    run = RunFolder(folder)
+    return _changed_s(run.metrics, run.config, folder)
+
+
+def _changed_s(*paths: Path) -> float:
+    """Return when the first of the paths that is there was changed."""
+    for path in paths:
         try:
             return path.stat().st_mtime
         except OSError:
