@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 
 import pytest
@@ -12,9 +13,20 @@ from entrenar.report.serve import LivePage, PageServer
 from .conftest import record
 
 
+def has_loopback() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            socket.create_connection(server.getsockname(), timeout=30).close()
+        except OSError:
+            return False
+    return True
+
+
 @pytest.fixture
 def served(make_run):
     """A run, and a server for it that answers in a thread."""
+    if not has_loopback():
+        pytest.skip("this machine's loopback interface is down")
     folder = make_run("a", [record(1)])
     with PageServer(LivePage(folder), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
