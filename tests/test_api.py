@@ -67,6 +67,10 @@ def test_a_model_is_fine_tuned_planned_and_converted(trained, corpus, tmp_path):
     assert 0 < tuning.step.trained_parameters < tuning.parameters
     (tmp_path / "tune.toml").write_text(f'model = "{trained.run_dir}"\n[sft]\ndata = ["{rows}"]\n[lora]\nrank = 2\n')
     assert entrenar.plan(tmp_path / "tune.toml", threads=1).step.trained_parameters == tuning.step.trained_parameters
+    finished = load_finetune_config(tmp_path / "tune.toml", {"train.threads": "1"})
+    assert entrenar.plan(finished).parameters == tuning.parameters
+    preset = load_config(None, {"preset": "tiny", "train.max_steps": "1", "train.threads": "1"})
+    assert entrenar.plan(preset).parameters == preset.model.parameter_count()
     sized = entrenar.plan(corpus=corpus, batch_size=2, seq_len=32, max_steps=3, threads=1)
     assert sized.parameters < 1_000_000, "a small corpus asks for a small model, as on the command line"
 
