@@ -6,6 +6,7 @@ A page marks the place of a table by `<!-- table: NAME -->` and `<!-- end -->`; 
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,74 @@ def train_step() -> str:
     note = f"\n{figures.get('cpu', '')}; torch {figures.get('torch', '')}; {figures.get('date', '')}; "
     header = ["precision", "ours, tokens/s", "transformers", "speed", "share of product peak", "peak memory"]
     return rows(header, lines) + note + "`python benchmarks/train_step.py --precision …`\n"
+
+
+def decode_quantized() -> str:
+    """A token's time from NF4: as it is, and prepared."""
+    figures = result("decode_quantized")
+    if figures is None:
+        return "not measured\n"
+    lines = [
+        [
+            str(case["rows"]),
+            f"{case['token_ms']['exact']:,.0f}",
+            f"{case['token_ms']['auto']:,.0f}",
+            f"**{case['speedup']:.1f} ×**",
+            f"{case['share_of_bandwidth']:.2f}",
+            f"{case['prepare_s']:.1f}",
+        ]
+        for case in figures["cases"]
+    ]
+    header = ["rows", "exact, ms a token", "auto", "speed", "share of the bound", "to prepare, s"]
+    note = (
+        f"\n{figures['parameters']:,} parameters in NF4, {figures['threads']} threads, memory read at "
+        f"{figures['read_gb_per_s']:.1f} GB/s; torch {figures['torch']}; {figures['date']}; "
+        "`python benchmarks/decode_quantized.py`\n"
+    )
+    return rows(header, lines) + note
+
+
+def alarms() -> str:
+    """Faults that came in with the data, with a rewind and without."""
+    figures = result("alarms")
+    if figures is None:
+        return "not measured\n"
+    lines = []
+    for fault in dict.fromkeys(row["fault"] for row in figures["rows"] if row["fault"]):
+        of_fault = [row for row in figures["rows"] if row["fault"] == fault]
+        cells = [
+            fault.replace("_", " ").replace("nan", "NaN"),
+            "yes" if all(r["seen_before_the_update"] for r in of_fault) else "no",
+        ]
+        for policy in ("none", "rewind"):
+            moved = sorted(row["relative_to_clean"] for row in of_fault if row["policy"] == policy)
+            cells.append(f"{statistics.median(moved):+.1%} ({moved[-1]:+.1%})")
+        lines.append(cells)
+    header = ["fault", "seen before the update", "held-out loss without a policy", "with a rewind"]
+    note = f"\nAgainst the run without a fault, median of three seeds and (worst); {figures['steps']} steps; "
+    return rows(header, lines) + note + "`python benchmarks/alarms.py`\n"
+
+
+def kills() -> str:
+    """Runs killed at random moments."""
+    figures = result("kills")
+    if figures is None:
+        return "not measured\n"
+    names = {
+        "saves": "float32, killed during a save",
+        "resumes": "float32, killed while it resumes",
+        "qlora": "QLoRA with trunk cache",
+        "lora": "LoRA",
+    }
+    lines = [
+        [
+            names.get(way, f"pre-training, {way}"), f"{row['kills']}", f"{row['runs']}", f"{row['kills_while_saving']}",
+            f"{row['runs_that_failed']}", f"{row['runs_with_other_bytes']}",
+        ]
+        for way, row in figures["ways"].items()
+    ]  # fmt: skip
+    header = ["way", "kills", "runs completed", "kills with a save half written", "lost", "other bytes at the end"]
+    return rows(header, lines) + "\n`python benchmarks/kills.py --kills 200`\n"
 
 
 def ops() -> str:
@@ -266,6 +335,7 @@ def decode() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "decode_quantized": decode_quantized, "alarms": alarms, "kills": kills,
     "headline": headline, "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": memory_tables.bit_budget, "qlora": qlora,
     "memory": memory_tables.memory, "methods": memory_tables.methods, "test_data": test_data, "tiers": tiers,

@@ -168,6 +168,7 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int
+    decode: Literal["auto", "exact"]
     stop: str | Sequence[str]
     allow_special: bool
     eos_token_ids: Sequence[int] | None

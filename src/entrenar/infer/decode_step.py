@@ -25,14 +25,18 @@ NextLogits = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def next_logits(model: Llama, cache: KVCache) -> NextLogits:
-    """Return the fastest function that reads one token a row into the cache and returns the logits of the next."""
+def next_logits(model: Llama, cache: KVCache, head: Callable[[Tensor], Tensor] | None = None) -> NextLogits:
+    """Return the fastest function that reads one token a row into the cache and returns the logits of the next.
+
+    `head` takes the place of the product with a quantized head.
+    """
     if is_plain(model):
         return DecodeStep(model, cache)
 
     @torch.inference_mode()
     def step(tokens: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
-        return model.logits(model.hidden(tokens, cache=cache))[:, -1]
+        hidden = model.hidden(tokens, cache=cache)
+        return (model.logits(hidden) if head is None else head(hidden))[:, -1]
 
     return step
 

@@ -29,6 +29,9 @@ class GenerateConfig(BaseModel):
     """Above 1, tokens of the prompt and of the text so far become less likely."""
     seed: int = Field(default=0, ge=-(1 << 63), lt=1 << 63)
     """Seed of the random choices: the same seed writes the same text."""
+    decode: Literal["auto", "exact"] = "auto"
+    """How a quantized model multiplies: auto widens each weight once, in 8 or 16 bits, while it writes; exact reads the
+    weights as they are for every token."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of its result."""
     allow_special: bool = False
