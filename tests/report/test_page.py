@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from entrenar.report import read_history, render
+from entrenar.report.page import duration
 
 from .conftest import record
 
@@ -30,6 +31,14 @@ def test_the_page_shows_what_the_metrics_say(make_run):
     assert run["loss"] == [None if row["loss"] is None else pytest.approx(row["loss"]) for row in rows]
     assert (run["eval_step"], run["held_out"]["loss"]) == ([4], [2.0])
     assert run["lr"] == [row["lr"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(4.6, "5 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")]
+)
+def test_durations_are_said_in_words(seconds, said):
+    """The two largest units."""
+    assert duration(seconds) == said
 
 
 def test_nothing_is_fetched(make_run):

@@ -89,7 +89,7 @@ def _undertrained(history: History) -> Iterator[Finding]:
     if last < first * (1 - _FALLING):
         yield Finding(
             "advice",
-            "The held-out loss was still falling when the run ended.",
+            "The held-out loss was still falling at the last evaluation.",
             f"from {first:.4f} at step {quarter[0].step:,} to {last:.4f} at step {quarter[-1].step:,}",
             "train longer: the same command with --resume and a higher limit",
         )

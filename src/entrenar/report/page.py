@@ -103,7 +103,9 @@ def _json(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words: 3 min 10 s, 2 h 05 min."""
+    """Return seconds in words: 5 s, 3 min 10 s, 2 h 05 min."""
+    if seconds < 59.5:
+        return f"{round(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
