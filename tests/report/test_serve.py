@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import shutil
 import socket
+import subprocess
 import threading
 
 import pytest
@@ -11,6 +13,8 @@ from entrenar.errors import ConfigError
 from entrenar.report.serve import LivePage, PageServer
 
 from .conftest import record
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def has_loopback() -> bool:
@@ -86,6 +90,29 @@ def test_a_run_without_a_step_says_so_until_there_is_one(make_run):
     assert "No step is recorded yet." not in page.text()
     (folder / "metrics.jsonl").unlink()
     assert page.stamp().startswith("0-")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_reloads_the_page_once_the_run_has_written_more(served, tmp_path, monkeypatch):
+    """The stamp it asks for differs from that of its page: it loads the new one, under our policy, in silence."""
+    folder, server = served
+    shown = []
+
+    def text() -> str:
+        page = LivePage(folder).text()
+        shown.append(page)
+        if len(shown) == 1:
+            with (folder / "metrics.jsonl").open("a") as stream:
+                stream.write(json.dumps(record(2)) + "\n")
+        return page
+
+    monkeypatch.setattr(server.page, "text", text)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", server.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert len(shown) == 2
+    assert '"step":[1,2' in done.stdout
+    assert "CONSOLE" not in done.stderr
 
 
 def test_a_port_that_is_taken_is_refused_with_a_remedy(served):
