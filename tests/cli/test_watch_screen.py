@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from entrenar.cli.watch_screen import LiveScreen, Picture, sparkline
+from entrenar.cli.watch_screen import LiveScreen, Picture, loss_line, sparkline
 from entrenar.report.follow import News
 from entrenar.report.sight import Sight
 from entrenar.runs import Event, StepRecord
@@ -61,6 +61,11 @@ def test_a_sparkline_keeps_the_shape():
     assert sparkline([1.0, 3.0, 2.0], 5, " abc") == "acb"
     assert sparkline([1.0, 1.0, 5.0, 5.0], 2, " abc") == "ac"
     assert sparkline([2.0, 2.0], 5, " abc") == "aa"
+
+
+def test_losses_are_drawn_on_a_logarithmic_scale():
+    """Halving is a step of the same height wherever it happens; a loss of 0 has no logarithm and is left out."""
+    assert loss_line([8.0, 4.0, 2.0, 1.0, 0.0], 5, " abcd") == "dcba"
 
 
 def test_the_screen_is_rewritten_and_left_in_place():

@@ -52,7 +52,7 @@ class Picture:
                 yield ProgressBar(total=1.0, completed=share, width=width)
                 yield Segment.line()
             bars = _PLAIN_BARS if options.ascii_only else _BARS
-            for line in (*self._figures(self._sight.last), sparkline(self._sight.losses, width, bars), self._phases()):
+            for line in (*self._figures(self._sight.last), loss_line(self._sight.losses, width, bars), self._phases()):
                 yield _cut(Text(line), width)
         for event in self._sight.events:
             yield _cut(Text(event_line(event), style="yellow"), width)
@@ -83,6 +83,11 @@ class Picture:
 def _cut(line: Text, width: int) -> Text:
     line.truncate(width, overflow="crop")
     return line
+
+
+def loss_line(losses: Sequence[float], width: int, bars: str) -> str:
+    """Return the losses as one line, on a logarithmic scale: the first fall would flatten the rest."""
+    return sparkline([math.log(loss) for loss in losses if loss > 0], width, bars)
 
 
 def sparkline(values: Sequence[float], width: int, bars: str) -> str:
