@@ -19,7 +19,7 @@ from entrenar.cli.main import main
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.data import Corpus, PrepareConfig, prepare
-from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError, OutOfMemoryError
+from entrenar.errors import CheckpointError, ConfigError, DataError, MachineError, OutOfMemoryError, TrainingHalted
 from entrenar.files import sha256_file
 from entrenar.infer import evaluate
 from entrenar.planning import MemoryLimit, machine
@@ -465,3 +465,19 @@ def test_a_tracker_gets_the_records_of_a_run(corpus, tmp_path, monkeypatch):
     losses = [(step, figures["train/loss"]) for step, figures in told[1:-1] if "train/loss" in figures]
     assert losses == [(record.step, record.loss) for record in RunFolder(config.run_dir).read_steps()]
     assert told[-1] == "end"
+
+
+def test_a_tracker_learns_that_an_alarm_ended_the_run(corpus, tmp_path, monkeypatch):
+    """The run diverges; Weights & Biases gets an exit code that is not 0."""
+    codes = []
+
+    def finish(*, exit_code: int) -> None:
+        codes.append(exit_code)
+
+    run = SimpleNamespace(log=lambda _: None, define_metric=lambda *_, **_values: None, finish=finish)
+    stand_in = ModuleType("wandb")
+    stand_in.__spec__, stand_in.init, stand_in.Settings = ModuleSpec("wandb", None), lambda **_: run, dict
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with pytest.raises(TrainingHalted):
+        recipe.train(config_for(corpus, tmp_path, train__trackers="wandb", optim__lr="1e38", train__max_steps="9"))
+    assert codes == [1]

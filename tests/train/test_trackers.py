@@ -64,7 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         print("hello from a tracker")  # noqa: T201  # as trackio does
         return SimpleNamespace(
             log=lambda figures, step=None: told.append(("log", (figures, step))),
-            finish=lambda: told.append(("finish", None)),
+            finish=lambda exit_code=None: told.append(("finish", exit_code)),
             define_metric=lambda name, step_metric=None: told.append(("define_metric", (name, step_metric))),
         )
 
@@ -90,8 +90,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
             told.append(("log_batch", (run_id, list(metrics), list(params))))
 
-        def set_terminated(self, run_id: str) -> None:
-            told.append(("set_terminated", run_id))
+        def set_terminated(self, run_id: str, status: str) -> None:
+            told.append(("set_terminated", (run_id, status)))
 
     module(monkeypatch, "trackio", init=begin)
     module(monkeypatch, "wandb", init=begin, Settings=lambda **values: values)
@@ -161,7 +161,7 @@ def test_mlflow_gets_batches_and_parameters(calls: Calls, folder: RunFolder, mon
     assert [(one.key, one.value, one.step) for one in metrics] == [
         *((key, value, 3) for key, value in FIGURES.items()), ("events/loss_spike", 1.0, 4),
     ]  # fmt: skip
-    assert calls.of("set_terminated") == ["r1"]
+    assert calls.of("set_terminated") == [("r1", "FINISHED")]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     open_trackers(["mlflow"], folder, config)
     assert calls.of("client") == [f"sqlite:///{folder.path.parent.resolve() / 'mlflow.db'}", "http://elsewhere"]
@@ -182,6 +182,16 @@ def test_the_journal_tells_trackers_records_and_events_once(calls: Calls, folder
     journal.close()
     assert [step for _, step in calls.of("log")] == [3, 4]
     assert len(calls.of("finish")) == 1
+
+
+def test_a_run_that_an_error_ended_has_failed(calls: Calls, folder: RunFolder) -> None:
+    """Where a tracker knows that."""
+    trackers = open_trackers(["mlflow", "wandb", "trackio"], folder, CONFIG)
+    journal = open_journal(folder, lambda _: None, lambda _: None, trackers, after_step=0, is_on_board=False)
+    journal.mark_failed()
+    journal.close()
+    assert calls.of("set_terminated") == [("r1", "FAILED")]
+    assert calls.of("finish") == [1, None]
 
 
 def test_a_tracker_that_fails_is_dropped_with_a_message(

@@ -102,6 +102,7 @@ def fit(
             reason = training.give_up()
         except Exception as error:
             training.rescue(error)
+            journal.mark_failed()
             raise
     progress = training.progress
     return Outcome(reason, progress.step, progress.last_record, progress.counters.best_held_out_loss)

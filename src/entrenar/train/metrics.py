@@ -144,6 +144,13 @@ class Sink(Protocol):
         """Close it."""
 
 
+class FallibleSink(Sink, Protocol):
+    """A sink that can say of a run that it failed."""
+
+    def mark_failed(self) -> None:
+        """Remember that an error ended the run."""
+
+
 class Journal:
     """Tells a run's story to its sinks and listeners."""
 
@@ -153,8 +160,9 @@ class Journal:
         events: Sequence[Sink],
         on_record: Callable[[StepRecord], None],
         on_event: Callable[[Event], None],
-        both: Sequence[Sink] = (),
+        both: Sequence[FallibleSink] = (),
     ) -> None:
+        self._both = both
         self._metrics, self._events = (*metrics, *both), (*events, *both)
         self._sinks = (*metrics, *events, *both)
         self._on_record, self._on_event = on_record, on_event
@@ -186,6 +194,11 @@ class Journal:
         for sink in self._sinks:
             sink.sync()
 
+    def mark_failed(self) -> None:
+        """Let the sinks that can say so call the run failed when they are closed."""
+        for sink in self._both:
+            sink.mark_failed()
+
     def close(self) -> None:
         """Make the last records durable, if the disk lets us, and close the sinks."""
         with suppress(MachineError):  # each record that counts was synced before its checkpoint
@@ -202,7 +215,7 @@ def open_journal(
     folder: RunFolder,
     on_record: Callable[[StepRecord], None],
     on_event: Callable[[Event], None],
-    trackers: Sequence[Sink] = (),
+    trackers: Sequence[FallibleSink] = (),
     *,
     after_step: int,
     is_on_board: bool,

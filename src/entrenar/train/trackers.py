@@ -40,7 +40,7 @@ class Client(Protocol):
     def flush(self) -> None:
         """Hand over what is pending."""
 
-    def close(self) -> None:
+    def close(self, *, is_failed: bool) -> None:
         """Hand over what is pending, and end the run."""
 
 
@@ -59,7 +59,7 @@ class Tracker:
 
     def __init__(self, name: str, client: Client) -> None:
         self._name, self._client = name, client
-        self._is_dropped = False
+        self._is_dropped = self._is_failed = False
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Log the numbers of a step's record, or an event."""
@@ -72,9 +72,13 @@ class Tracker:
         """Hand over what is pending."""
         self._try(self._client.flush)
 
+    def mark_failed(self) -> None:
+        """Let the tracker's run end as one that failed."""
+        self._is_failed = True
+
     def close(self) -> None:
         """End the tracker's run."""
-        self._try(self._client.close)
+        self._try(lambda: self._client.close(is_failed=self._is_failed))
 
     def _try(self, action: Callable[[], None]) -> None:
         if self._is_dropped:
@@ -142,7 +146,7 @@ class _Trackio:
     def flush(self) -> None:
         """Nothing: trackio writes in a thread."""
 
-    def close(self) -> None:
+    def close(self, *, is_failed: bool) -> None:  # noqa: ARG002  # trackio has no word for it
         with contextlib.redirect_stdout(sys.stderr):
             self._run.finish()
 
@@ -171,8 +175,8 @@ class _Wandb:
     def flush(self) -> None:
         """Nothing: a process of its own writes."""
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, is_failed: bool) -> None:
+        self._run.finish(exit_code=int(is_failed))
 
 
 def _open_wandb(folder: RunFolder, config: Mapping[str, Any], known: str | None) -> tuple[Client, str]:
@@ -208,9 +212,9 @@ class _Mlflow:
             self._client.log_batch(self._run_id, metrics=self._pending)
         self._pending, self._num_records = [], 0
 
-    def close(self) -> None:
+    def close(self, *, is_failed: bool) -> None:
         self.flush()
-        self._client.set_terminated(self._run_id)
+        self._client.set_terminated(self._run_id, status="FAILED" if is_failed else "FINISHED")
 
 
 def _open_mlflow(folder: RunFolder, config: Mapping[str, Any], known: str | None) -> tuple[Client, str]:
