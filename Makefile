@@ -186,7 +186,7 @@ $(VENV)/.audit:
 	$@/bin/pip install --quiet pip-audit==2.9.0
 
 chaos: $(VENV)/.test ## kills, full disks, starved memory
-	$(BIN)/python -m pytest -q -m chaos
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m chaos tests tests/chaos_llama.py
 
 certificates-check: $(VENV)/.test ## nothing that the committed certificates show may be lost
 	$(ONE_THREAD) $(BIN)/entrenar verify ops --against quality/certificates.json

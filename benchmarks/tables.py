@@ -103,6 +103,23 @@ def alarms() -> str:
     return rows(header, lines) + note + "`python benchmarks/alarms.py`\n"
 
 
+def chaos() -> str:
+    """Training under less and less memory."""
+    figures = result("chaos")
+    if figures is None:
+        return "not measured\n"
+    endings: dict[str, list[float]] = {}
+    for row in figures["levels"]:
+        same = row["ending"] == "survived" and row["largest_difference"] == 0
+        what = "the weights of the undisturbed run" + ("" if same else " to 1e-5")
+        ending = what if row["ending"] == "survived" else f"exit code {row['exit_code']} and a sentence"
+        endings.setdefault(ending if row["is_good"] else f"{row['ending']}, which it must not", []).append(
+            row["added_mb"]
+        )
+    lines = [[f"{max(some):,.0f} to {min(some):,.0f} MB", str(len(some)), ending] for ending, some in endings.items()]
+    return rows(["memory added after start-up", "levels", "end"], lines) + "\n`python benchmarks/chaos.py`\n"
+
+
 def kills() -> str:
     """Runs killed at random moments."""
     figures = result("kills")
@@ -335,7 +352,7 @@ def decode() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "decode_quantized": decode_quantized, "alarms": alarms, "kills": kills,
+    "decode_quantized": decode_quantized, "alarms": alarms, "kills": kills, "chaos": chaos,
     "headline": headline, "train_step": train_step, "ops": ops, "finetune": finetune, "tasks": tasks, "falls": falls,
     "bit_budget": memory_tables.bit_budget, "qlora": qlora,
     "memory": memory_tables.memory, "methods": memory_tables.methods, "test_data": test_data, "tiers": tiers,

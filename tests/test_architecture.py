@@ -93,6 +93,7 @@ TESTED_BY = {
     "peft.trainable": "peft/test_lora.py",
     "options": "test_docs.py",
     "planning": "planning/test_rehearsal.py",
+    "quality.chaos": "quality/chaos/test_chaos.py",
     "quality.debt.report": "cli/quality/test_debt.py",
     "quality.figures": "quality/test_gate.py",
     "quality.history": "quality/history/test_history.py",

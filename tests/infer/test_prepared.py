@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from entrenar.infer import GenerateConfig, generate, prepared
-from entrenar.infer.prepared import Dense, Int8Rows, int8_rows
-from entrenar.infer.prepared import prepared as prepare
+from entrenar.infer.prepared import Dense, Int8Rows, int8_rows, prepare
 from entrenar.model import Llama, LlamaConfig
 from entrenar.peft import LoraConfig, add_adapter, put_quantized, quantize_weight, set_adapter
 
@@ -41,9 +40,10 @@ def _adapt(model: Llama, *targets: str, is_trained: bool = False) -> None:
 
 def _logits(model: Llama, rows: int, num_tokens: int = 8) -> torch.Tensor:
     ids = torch.arange(rows * 5).view(rows, 5) % 96
-    with torch.inference_mode(), prepare(model, rows, num_tokens) as head:
+    ready = prepare(model, rows, num_tokens)
+    with torch.inference_mode(), ready.in_use():
         hidden = model.hidden(ids)
-        return model.logits(hidden) if head is None else head(hidden)
+        return model.logits(hidden) if ready.head is None else ready.head(hidden)
 
 
 def _write(model: Llama, **changes) -> list[list[int | None]]:
@@ -57,6 +57,7 @@ def _kernel_is_looked_for_anew():
     yield
     if hasattr(prepared._has_int8_kernel, "cache_clear"):
         prepared._has_int8_kernel.cache_clear()
+    prepared._say_once.cache_clear()
 
 
 @pytest.fixture
@@ -199,11 +200,44 @@ def test_a_model_in_training_is_left_as_it_was():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_text_that_is_not_read_to_its_end_leaves_the_model_as_it_was():
-    """Closing the generator half-way puts the modules back."""
+def test_between_two_tokens_the_model_multiplies_as_ever():
+    """Whoever uses the model while a text is being written gets the weights as they are."""
     model = _model()
+    exact = _logits(model, 2, num_tokens=0)
     steps = generate(model, [[1, 2, 3]], GenerateConfig(max_new_tokens=12, temperature=0, eos_token_ids=()))
     next(steps)
     next(steps)
-    steps.close()
     assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(_logits(model, 2, num_tokens=0), exact)
+    steps.close()
+
+
+def test_another_adapter_writes_its_own_text(as_float32):
+    """Switching adapters, or to the base alone, moves no tensor; the forms are made anew all the same."""
+    model = _model()
+    for number, name in enumerate(("one", "two")):
+        config = LoraConfig(rank=4, target_modules=("q_proj", "down_proj"))
+        add_adapter(model, config, torch.Generator().manual_seed(number), name)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    written = []
+    for name in ("one", "two", None, "one"):
+        set_adapter(model, name)
+        written.append(_write(model))
+        assert written[-1] == _write(model, decode="exact")
+    assert written[0] == written[3]
+    assert len({str(text) for text in written}) == 3
+
+
+def test_what_makes_it_slow_is_said_once(monkeypatch, caplog):
+    """A missing kernel and too little memory are each told, and not again for the next text."""
+    prepared._say_once.cache_clear()
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *_: None)
+    monkeypatch.setattr(prepared, "free_bytes", lambda: 1000)
+    _write(_model())
+    _write(_model())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "no 8-bit product that works" in said[0]
+    assert "GB are free" in said[1]

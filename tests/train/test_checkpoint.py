@@ -1,5 +1,6 @@
 """A checkpoint is whole or refused: no byte of it can change unnoticed, and the newest whole one is found."""
 
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from train_toy import write_model
 
-from entrenar.errors import CheckpointError, DiskFullError
+from entrenar.errors import CheckpointError, DiskFullError, OutOfMemoryError
 from entrenar.files import sha256_file
 from entrenar.runs import checkpoint_name, list_checkpoints
 from entrenar.train import check_same_config, checkpoint, git_revision, latest_good, load, manifest, verify
@@ -521,3 +522,29 @@ def test_what_cannot_be_deleted_does_not_end_the_run(tmp_path: Path, monkeypatch
     checkpoint.remove(path)
     assert not path.exists()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (checkpoint, "safe_open", RuntimeError("unable to mmap 61 bytes from file <x>: Cannot allocate memory (12)")),
+        (checkpoint, "safe_open", SafetensorError("I/O error: Cannot allocate memory (os error 12)")),
+        (checkpoint, "read_json", OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (manifest, "sha256_file", OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (manifest, "sha256_file", MemoryError()),
+        (manifest, "read_json", OSError(errno.ENOMEM, "Cannot allocate memory")),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Exception
+) -> None:
+    """Short memory ends the search with its own error: an older checkpoint must not be taken for the newest."""
+    _write(tmp_path, 1)
+    _write(tmp_path, 2)
+
+    def short(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, name, short)
+    with pytest.raises(OutOfMemoryError, match=r"reading the checkpoint .*step-00000002"):
+        latest_good(tmp_path)

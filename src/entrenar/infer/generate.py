@@ -5,15 +5,15 @@ token. Prompts of different length are padded on the left, so that all rows grow
 the padding: a row's logits are those of its prompt alone.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from entrenar.errors import DataError, NonFiniteError
-from entrenar.infer.decode_step import NextLogits, next_logits
-from entrenar.infer.prepared import prepared
+from entrenar.infer.decode_step import next_logits
+from entrenar.infer.prepared import prepare
 from entrenar.infer.sampling import candidates, draw, penalize_repetition
 from entrenar.infer.settings import GenerateConfig
 from entrenar.model import KVCache, Llama, LlamaConfig
@@ -81,27 +81,18 @@ def _steps(model: Llama, prompts: Sequence[Sequence[int]], choose: "_Chooser") -
     logits = _read(model, padded, cache)
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("the logits after a prompt must be finite, got NaN or infinity: the weights are damaged")
-    with prepared(model, len(prompts), 0 if config.decode == "exact" else num_steps) as head:
-        yield from _write(next_logits(model, cache, head), logits, choose, rooms, ends)
-
-
-def _write(
-    next_token: NextLogits,
-    logits: Float[Tensor, "B V"],
-    choose: "_Chooser",
-    rooms: Sequence[int],
-    ends: Collection[int],
-) -> Iterator[list[int | None]]:
-    """Yield tokens until every row has ended."""
-    open_rows = set(range(len(rooms)))
-    for step in range(1, max(rooms) + 1):
+    ready = prepare(model, len(prompts), 0 if config.decode == "exact" else num_steps)
+    next_token = next_logits(model, cache, ready.head)
+    open_rows = set(range(len(prompts)))
+    for step in range(1, num_steps + 1):
         tokens = choose(logits)
         step_ids = tokens.tolist()
         yield [token if row in open_rows else None for row, token in enumerate(step_ids)]
         open_rows = {row for row in open_rows if step_ids[row] not in ends and step < rooms[row]}
         if not open_rows:
             return
-        logits = next_token(tokens[:, None])
+        with ready.in_use():  # and not while the caller has the floor
+            logits = next_token(tokens[:, None])
 
 
 def _cache(model: Llama, prompts: Sequence[Sequence[int]], max_len: int, device: torch.device) -> KVCache:

@@ -18,6 +18,7 @@ each text, and nothing remains.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,12 +29,13 @@ from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int8
-from torch import Tensor
+from torch import Tensor, nn
 
 from entrenar import ops
 from entrenar.model import Llama
 from entrenar.peft import LoraLinear, QuantizedLinear
 
+_log = logging.getLogger(__name__)
 _MOST_ROWS_INT8 = 4  # beyond, torch's int8 kernel is slower than a bfloat16 product (benchmarks/decode_quantized.py)
 _LEAST_TOKENS = 4  # preparing costs about what two tokens cost
 _SPARE = 0.8  # of the memory that is free
@@ -106,14 +108,22 @@ def choose(rows: int, width: int) -> _Choice:
 
 
 @functools.cache
+def _say_once(why: str) -> None:
+    _log.warning("%s: text from quantized weights comes more slowly", why)
+
+
+@functools.cache
 def _has_int8_kernel() -> bool:
-    """Return whether torch's private kernel is there and multiplies as expected."""
+    """Return whether torch's private kernel is there and multiplies as expected; say so once if it does not."""
     codes = torch.arange(-32, 32, dtype=torch.int8).repeat(32, 1)
     x, ones = torch.ones(1, _INT8_WIDTH, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
     try:
-        return torch._weight_int8pack_mm(x, codes, ones).tolist() == [[-32.0] * 32]
+        if torch._weight_int8pack_mm(x, codes, ones).tolist() == [[-32.0] * 32]:
+            return True
     except (AttributeError, RuntimeError, TypeError):
-        return False
+        pass
+    _say_once("this torch has no 8-bit product that works")
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +134,12 @@ class _Forms:
     head: Form | None
     rows: int
     made_of: tuple[tuple[ReferenceType[Tensor], int], ...]
+    adapters: tuple[str | None, ...]
 
     def are_of(self, model: Llama) -> bool:
-        """Return whether the model still has the tensors that the forms were made of, unchanged."""
+        """Return whether the model still has the tensors that the forms were made of, and uses the same adapters."""
+        if self.adapters != _adapters(model):
+            return False
         now = list(_tensors(model))
         pairs = zip(self.made_of, now, strict=False)
         return len(now) == len(self.made_of) and all(
@@ -134,25 +147,34 @@ class _Forms:
         )
 
 
-_NOTHING = _Forms({}, None, 0, ())
+_NOTHING = _Forms({}, None, 0, (), ())
 _KNOWN: WeakKeyDictionary[Llama, _Forms] = WeakKeyDictionary()
 
 
-@contextmanager
-def prepared(model: Llama, rows: int, num_tokens: int) -> Iterator[Form | None]:
-    """Let the model's quantized projections multiply in a faster form inside the block.
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to write; `head` is the form of a quantized head, None for a plain one."""
 
-    Yields: the form of a quantized head, None where the head is plain or nothing is prepared.
-    """
+    forms: Mapping[nn.Module, Form]
+    head: Form | None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the projections multiply in their forms inside the block, and there alone."""
+        for module, form in self.forms.items():
+            module.__dict__["forward"] = form  # past torch's own __setattr__, which costs more than the rest
+        try:
+            yield
+        finally:
+            for module in self.forms:
+                del module.__dict__["forward"]
+
+
+def prepare(model: Llama, rows: int, num_tokens: int) -> Prepared:
+    """Return a model's quantized projections in the form that writes `num_tokens` tokens for `rows` texts fastest."""
     forms = _forms(model, rows) if num_tokens >= _LEAST_TOKENS else _NOTHING
-    modules = {name: module for name, module in model.named_modules() if name in forms.of_modules}
-    for name, module in modules.items():
-        module.forward = forms.of_modules[name]
-    try:
-        yield forms.head
-    finally:
-        for module in modules.values():
-            del module.forward
+    modules = dict(model.named_modules()) if forms.of_modules else {}
+    return Prepared({modules[name]: form for name, form in forms.of_modules.items()}, forms.head)
 
 
 def _forms(model: Llama, rows: int) -> _Forms:
@@ -169,7 +191,9 @@ def _forms(model: Llama, rows: int) -> _Forms:
         return known
     _KNOWN.pop(model, None)
     sizes = [choose(rows, shape[1]).size_bytes * math.prod(shape) for shape in shapes]
-    if sum(sizes) + 8 * max(map(math.prod, shapes)) > _SPARE * free_bytes():
+    needed = sum(sizes) + 8 * max(map(math.prod, shapes))
+    if needed > _SPARE * (free := free_bytes()):
+        _say_once(f"{needed / 1e9:.1f} GB to prepare the weights are not there ({free / 1e9:.1f} GB are free)")
         return _NOTHING
     with torch.inference_mode():
         forms = _Forms(
@@ -177,6 +201,7 @@ def _forms(model: Llama, rows: int) -> _Forms:
             None if quantized_head is None else _made(quantized_head.dequantize(), rows),
             rows,
             tuple((ReferenceType(one), _version(one)) for one in _tensors(model)),
+            _adapters(model),
         )
     if not is_trained:
         _KNOWN[model] = forms
@@ -209,6 +234,11 @@ def _wide(module: LoraLinear | QuantizedLinear) -> Float[Tensor, "O I"]:
 
 def _shape(module: LoraLinear | QuantizedLinear) -> tuple[int, ...]:
     return tuple(cast(Any, module.weight if isinstance(module, LoraLinear) else module.quantized).shape)
+
+
+def _adapters(model: Llama) -> tuple[str | None, ...]:
+    """Return the adapter in use of each adapted projection."""
+    return tuple(module.active for module in model.modules() if isinstance(module, LoraLinear))
 
 
 def _tensors(model: Llama) -> Iterator[Tensor]:

@@ -35,6 +35,7 @@ from entrenar.files import (
 )
 from entrenar.runs import MODEL_FOLDER, checkpoint_name, list_checkpoints
 from entrenar.train.manifest import OPTIMIZER, STATE, fault_of_state, faults_of_files, read_manifest, write_manifest
+from entrenar.train.oom import explained_oom, is_oom
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 _log = logging.getLogger(__name__)
@@ -137,8 +138,13 @@ def verify(path: Path) -> dict[str, Any]:
 def load(path: Path) -> Checkpoint:
     """Verify the checkpoint `path` and read its small state.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError; OutOfMemoryError, because a checkpoint that does not fit into memory now is not damaged.
     """
+    with explained_oom(f"reading the checkpoint {path}; close other programs, and resume again"):
+        return _load(path)
+
+
+def _load(path: Path) -> Checkpoint:
     manifest = verify(path)
     step = manifest["step"]
     if path.name != checkpoint_name(step) and path.name.startswith("step-"):
@@ -151,6 +157,8 @@ def load(path: Path) -> Checkpoint:
         with safe_open(path / OPTIMIZER, "pt") as optimizer:
             names = set(optimizer.keys())
     except (OSError, FormatError, SafetensorError) as error:
+        if is_oom(error):
+            raise
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if fault := fault_of_state(state, step):
         raise CheckpointError(f"{path / STATE} is not what this program writes: {fault}")

@@ -4,6 +4,7 @@ It is read with suspicion: it may be cut, edited, of another version, or name fi
 file should be there may be a pipe, on which a read would wait for ever.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -43,6 +44,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has no readable manifest: {MANIFEST} is no regular file")
         manifest = read_json(path / MANIFEST)
     except (OSError, FormatError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
         raise CheckpointError(f"{path} has no readable manifest: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("manifest_sha256") != _hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} is damaged: its content does not match its own sha256")
@@ -99,6 +102,8 @@ def _fault_of_file(file: Path, name: str, expected: Mapping[str, Any]) -> str | 
             return f"{name} has {size} bytes instead of {expected['size']}"
         return None if sha256_file(file) == expected["sha256"] else f"{name} does not match its sha256"
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # the machine's fault, not the file's
+            raise
         return f"{name} cannot be read ({error.strerror})"
 
 

@@ -1,21 +1,25 @@
 """Recognize that memory ran out, on a device or on the host, in each of the forms it takes.
 
 On a CPU torch never raises `torch.OutOfMemoryError`: its allocator raises a RuntimeError with a sentence, C++
-containers raise `std::bad_alloc` through one, oneDNN says "could not create", numpy and Python raise MemoryError. All
-are recoverable as long as the step is undone, so only forward and backward are retried (`step.py`), never the
-optimizer.
+containers raise `std::bad_alloc` through one, oneDNN says "could not create", numpy and Python raise MemoryError, a
+file that cannot be mapped is a RuntimeError, an OSError or an error of safetensors. All are recoverable as long as the
+step is undone, so only forward and backward are retried (`step.py`), never the optimizer.
 """
 
 import ctypes
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 
 from entrenar.errors import OutOfMemoryError
 
 _SENTENCES = (
     "can't allocate memory",
+    "cannot allocate memory",
+    "os error 12)",
     "std::bad_alloc",
     "not enough memory",
     "out of memory",
@@ -29,7 +33,11 @@ def is_oom(error: BaseException) -> bool:
     """Return whether `error` means that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sentence in str(error).lower() for sentence in _SENTENCES)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError | SafetensorError) and any(
+        sentence in str(error).lower() for sentence in _SENTENCES
+    )
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def explained_oom(activity: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if not is_oom(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -15,6 +15,7 @@ VERBS = {
     "prompt": "print a workflow prompt, filled with facts of the repository",
     "mutate": "plant mutants and count those that the tests kill",
     "gate": "run what a tier asks for, or show that each gate can fail",
+    "chaos": "run a command with little memory, a small disk, a slow core, or a kill",
     "figure": "hold a number in a JSON file of results against a bound",
     "risk": "hold measured coverage against the floors",
 }
