@@ -19,11 +19,18 @@ CODES = {0, 1, 2, 3, 5}
 
 
 def flags_of(command: Sequence[str]) -> list[str]:
-    """Return every flag that the help of a command names."""
+    """Return every flag that the help of a command names, the whole help where `--help` is a part of it."""
+    shown = _help(command, "--help")
+    if "--help-all" in shown:
+        shown = _help(command, "--help-all")
+    return sorted(set(re.findall(r"^ +(--[a-z][a-z0-9-]+)", shown, re.MULTILINE)) - {"--help", "--help-all"})
+
+
+def _help(command: Sequence[str], flag: str) -> str:
     said = StringIO()
     with redirect_stdout(said):
-        assert main([*command, "--help"]) == 0
-    return sorted(set(re.findall(r"^ +(--[a-z][a-z0-9-]+)", said.getvalue(), re.MULTILINE)) - {"--help"})
+        assert main([*command, flag]) == 0
+    return said.getvalue()
 
 
 def command_lines(commands: Mapping[tuple[str, ...], Sequence[str]]) -> Iterator[list[str]]:

@@ -120,8 +120,14 @@ class Known:
 
 
 def _help(words: Sequence[str]) -> str:
+    """Return the help of a command, the whole one where `--help` is a part of it."""
+    text = _said([*words, "--help"])
+    return _said([*words, "--help-all"]) if "--help-all" in text else text
+
+
+def _said(words: Sequence[str]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        main([*words, "--help"])
+        main(words)
     return said.getvalue()
 
 

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
     from entrenar.config import RunConfig
 
+# What a first run needs: one screen. The others are shown by --help-all.
+_ESSENTIAL = {
+    "name", "preset", "model", "method", "device", "data.corpus", "data.batch_size", "data.seq_len", "sft.data",
+    "sft.batch_size", "sft.seq_len", "lora.rank", "lora.layers", "train.max_steps", "train.epochs", "train.max_time_s",
+    "train.precision", "train.threads", "optim.lr", "checkpoint.save_every",
+}  # fmt: skip
 _LARGEST, _MOST_DIGITS, _MOST_THREADS = 2**31 - 1, 20, 1024
 ModelT = TypeVar("ModelT", bound="BaseModel")
 
@@ -53,23 +59,45 @@ def add_config_flags(arguments: argparse.ArgumentParser, model: "type[BaseModel]
     from entrenar.config import RunConfig, options  # noqa: PLC0415  # loads torch
 
     arguments.usage = f"{arguments.prog} [--config FILE] [flags]"
+    arguments.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every option of a run")
     arguments.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON file; flags override it")
     groups: dict[str, argparse._ArgumentGroup] = {}
+    hidden = 0
     for option in options(model or RunConfig):
         table = option.path[0] if len(option.path) > 1 else "run"
         group = groups.setdefault(table, arguments.add_argument_group(f"[{table}]" if table != "run" else "run"))
         default = option.field.get_default(call_default_factory=True)
         shown = "" if default is None or option.field.is_required() else f" (default: {_shown(default)})"
         has_value = option.field.annotation is not bool
-        group.add_argument(
+        text = (option.field.description or "").replace("%", "%%") + shown
+        is_hidden = option.key not in _ESSENTIAL
+        hidden += is_hidden
+        action = group.add_argument(
             option.flag,
             dest=option.key,
             metavar=_metavar(option.path[-1], option.field.annotation),
             nargs=None if has_value else "?",
             const=None if has_value else "true",
             default=argparse.SUPPRESS,
-            help=((option.field.description or "").replace("%", "%%") + shown),
+            help=argparse.SUPPRESS if is_hidden else text,
         )
+        vars(action)["full_help"] = text
+    arguments.epilog = (
+        f"{hidden} more options: {arguments.prog} --help-all. Any of them can stand in a config file: "
+        "entrenar config print shows one."
+    )
+
+
+class _HelpAll(argparse.Action):
+    """Print the help with every option and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Put back what `--help` leaves out."""
+        for action in parser._actions:
+            action.help = vars(action).get("full_help", action.help)
+        parser.epilog = None
+        parser.print_help()
+        parser.exit()
 
 
 def _metavar(name: str, annotation: object) -> str:
