@@ -23,6 +23,7 @@ class TrainingOptions(TypedDict, total=False):
     epochs: float | None
     max_time_s: float | None
     grace_s: float | None
+    rank_timeout_s: float
     grad_accum_steps: int
     eval_every: int
     early_stop_patience: int | None

@@ -68,7 +68,7 @@ def model(method: str) -> Llama:
 def main(folder: Path, method: str, batching: str, steps: int) -> None:
     """Train up to `steps`; leave the next batch's gradients next to the run."""
     torch.set_num_threads(1)
-    with joined() as world:
+    with joined(60) as world:
         seed_all(0)
         module = model(method)
         resumed = latest_good(folder / "checkpoints") if list_checkpoints(folder / "checkpoints") else None

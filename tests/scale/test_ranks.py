@@ -178,3 +178,30 @@ def test_a_port_in_use_is_named(corpus, tmp_path):
     assert process.returncode == 3
     assert f"rank 0 of 2 cannot meet the others at 127.0.0.1:{port}" in error
     assert "choose a free port (torchrun --master-port)" in error
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(corpus, tmp_path):
+    """Rank 1 stands still: rank 0 waits for its time, names it, and ends with code 3; the stack says where it stood."""
+    words = train_words(corpus, tmp_path, max_steps="100000", rank_timeout_s="6")
+    port = free_port()
+    ranks = [start(words, rank, 2, port) for rank in range(2)]
+    run = tmp_path / "trial"
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_bytes():
+        assert ranks[0].poll() is None, ranks[0].communicate()
+        time.sleep(0.05)
+    sums = [run / "ranks" / f"rank-{rank}.sums" for rank in range(2)]
+    while True:  # until it stands between two sums, and not inside one that both have come to
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        time.sleep(0.3)
+        if int(sums[1].read_text()) < int(sums[0].read_text()):
+            break
+        os.kill(ranks[1].pid, signal.SIGCONT)
+        time.sleep(0.01)
+    _, err = ranks[0].communicate(timeout=TIMEOUT_S)
+    stacks = (run / "ranks" / "rank-0.stacks").read_text()
+    os.kill(ranks[1].pid, signal.SIGCONT)
+    ranks[1].communicate(timeout=TIMEOUT_S)
+    assert ranks[0].returncode == 3
+    assert "lost contact with another rank: rank 1 did not come" in err
+    assert "in _add_up" in stacks
+    assert latest_good(run / "checkpoints").step > 0

@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     given = flags.given_flags(parsed, FinetuneConfig)
     config = _config(parsed.config, given, is_resuming=parsed.resume)
-    with one_of_ranks():
+    with one_of_ranks(config.train.rank_timeout_s):
         return _finetune(config, parsed, given)
 
 

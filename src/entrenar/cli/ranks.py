@@ -12,13 +12,15 @@ _log = logging.getLogger("entrenar.ranks")
 
 
 @contextmanager
-def one_of_ranks() -> Iterator[None]:
+def one_of_ranks(timeout_s: float) -> Iterator[None]:
     """Join the ranks, if torchrun started several; an error on a rank other than 0 begins with its number.
+
+    A rank waits for the others for `timeout_s` at most.
 
     Raises:
         MachineError: the ranks cannot meet.
     """
-    with scale.joined() as world:
+    with scale.joined(timeout_s) as world:
         if world.is_writer:
             yield
             return
@@ -31,6 +33,9 @@ def one_of_ranks() -> Iterator[None]:
         except EntrenarError as error:
             _log.error("%s: %s", type(error).__name__, error)
             raise type(error)(f"on rank {world.rank}: {error}") from error
+        except Exception:
+            _log.exception("on rank %d", world.rank)
+            raise
 
 
 class _LogStream(io.TextIOBase):

@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
     config = _config(parsed.config, given, is_resuming=parsed.resume)
     if parsed.dry_run:
         return _dry_run(config, parsed)
-    with one_of_ranks():
+    with one_of_ranks(config.train.rank_timeout_s):
         return _train(config, parsed, given)
 
 

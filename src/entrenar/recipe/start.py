@@ -27,7 +27,7 @@ from entrenar.locks import check_free, held
 from entrenar.model import Llama
 from entrenar.planning import settle_compute_dtype
 from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
-from entrenar.scale import check_same, check_shared, current_world, rank_log, weight_hashes
+from entrenar.scale import check_same, check_shared, current_world, rank_log, watched, weight_hashes
 from entrenar.train import (
     Checkpoint,
     Outcome,
@@ -246,7 +246,8 @@ def run_folder(started: Start[ConfigT], kept: str = "") -> Iterator[None]:
         check_shared(world, run_dir)
         if not world.is_writer:
             logging.getLogger("entrenar").addHandler(rank_log(run_dir, world.rank))
-        yield
+        with watched(run_dir, started.config.train.rank_timeout_s):
+            yield
 
 
 @contextmanager

@@ -8,17 +8,20 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
 from entrenar.errors import MachineError
+from entrenar.scale.watch import RANKS_FOLDER, Watch
 from entrenar.train import World
 
-RANKS_FOLDER = "ranks"
-
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+_watches: list[Watch] = []  # of the run under way, if it has one
 
 
 def current_world() -> World:
@@ -30,21 +33,51 @@ def current_world() -> World:
 
 def _add_up(tensor: Tensor) -> None:
     dense = tensor.contiguous()
+    for watch in _watches:
+        watch.note()
     try:
         dist.all_reduce(dense)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
+        late = sorted({rank for watch in _watches for rank in watch.late()})
+        who = f": {_ranks(late)} did not come" if late else ""
         raise MachineError(
-            f"rank {dist.get_rank()} lost contact with another rank ({reason}); the message of the rank that ended "
-            f"first names the cause, see also RUN/{RANKS_FOLDER}; continue with --resume"
+            f"rank {dist.get_rank()} lost contact with another rank{who} ({reason}); the message of the rank that "
+            f"ended first names the cause, see also RUN/{RANKS_FOLDER}; continue with --resume"
         ) from error
+    for watch in _watches:
+        watch.expect()
     if dense is not tensor:
         tensor.copy_(dense)
 
 
+def _ranks(numbers: list[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
 @contextmanager
-def joined() -> Iterator[World]:
+def watched(run_dir: Path, timeout_s: float) -> Iterator[None]:
+    """Let the ranks know of each other, inside the block, who is late and where it stands.
+
+    Raises: MachineError.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    watch = Watch(run_dir, dist.get_rank(), timeout_s)
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+        watch.close()
+
+
+@contextmanager
+def joined(timeout_s: float) -> Iterator[World]:
     """Join the ranks if torchrun started this process as one of several, and leave them at the end.
+
+    A rank waits for the others for `timeout_s` at most.
 
     Raises: MachineError when the ranks cannot meet.
     """
@@ -52,7 +85,7 @@ def joined() -> Iterator[World]:
         yield current_world()
         return
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().partition("\n")[0]

@@ -61,6 +61,8 @@ class TrainConfig(BaseModel):
     grace_s: float | None = Field(default=None, gt=0.0, json_schema_extra=CHANGEABLE)
     """Seconds from a stop signal to the kill that follows: a step that is not over in time is given up, and the one
     before it saved; when not given, the step is finished first."""
+    rank_timeout_s: float = Field(default=600.0, ge=1.0, le=1e6, json_schema_extra=CHANGEABLE)
+    """Several ranks: seconds that a rank waits for the others before the run ends and names those that did not come."""
     grad_accum_steps: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step."""
     eval_every: int = Field(default=100, ge=0, json_schema_extra=CHANGEABLE)
