@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,65 +183,73 @@ class Count:
 def states(recorder: Recorder, count: Count) -> Iterator[tuple[Moment, Tree]]:
     """Yield each different state that the disk may be in, with the moment of the power loss."""
     chance = random.Random(0)
-    known: set[tuple[Any, bytes]] = set()
+    known: set[tuple[str, bytes]] = set()
     root = min(recorder.moments[0].folders)
-    for moment in recorder.moments:
-        for folders in _entries(moment, chance):
-            for tree in _trees(moment, folders, root, chance):
-                count.built += 1
-                key = (repr(moment.mark), _key(tree))
-                if key not in known:
-                    known.add(key)
-                    count.different += 1
-                    yield moment, tree
+    for moment, tree in ((each, tree) for each in recorder.moments for tree in _states_at(each, root, chance)):
+        count.built += 1
+        key = (repr(moment.mark), _key(tree))
+        if key not in known:
+            known.add(key)
+            count.different += 1
+            yield moment, tree
 
 
-def _entries(moment: Moment, chance: random.Random) -> Iterator[dict[int, dict[str, int]]]:
-    """Yield the entries of all folders for each choice of the pending changes."""
-    every = range(len(moment.pending))
-    if len(every) <= _MOST_EXHAUSTIVE:
-        chosen = [set(some) for size in range(len(every) + 1) for some in itertools.combinations(every, size)]
-    else:
-        chosen = [set(range(size)) for size in range(len(every) + 1)]
-        chosen += [{one} for one in every] + [set(every) - {one} for one in every]
-        chosen += [{one for one in every if chance.random() < 0.5} for _ in range(_SAMPLES)]
-    for some in chosen:
-        folders = {folder: dict(entries) for folder, entries in moment.folders.items()}
-        for folder, name, target in (change for one in sorted(some) for change in moment.pending[one]):
-            if target is None:
-                folders.setdefault(folder, {}).pop(name, None)
-            else:
-                folders.setdefault(folder, {})[name] = target
-        yield folders
+def _states_at(moment: Moment, root: int, chance: random.Random) -> Iterator[Tree]:
+    """Yield the states at one moment: for each choice of entries each choice of contents."""
+    for units in _subsets(len(moment.pending), chance):
+        yield from _trees(moment, _entries(moment, units), root, chance)
+
+
+def _subsets(size: int, chance: random.Random) -> Iterator[Collection[int]]:
+    """Yield every subset of few changes; of many the first ones, each alone, all but each, and some by chance."""
+    every = range(size)
+    if size <= _MOST_EXHAUSTIVE:
+        for count in range(size + 1):
+            yield from itertools.combinations(every, count)
+        return
+    yield from (range(first) for first in range(size + 1))
+    yield from ((one,) for one in every)
+    yield from ({*every} - {one} for one in every)
+    yield from ([one for one in every if chance.random() < 0.5] for _ in range(_SAMPLES))
+
+
+def _entries(moment: Moment, units: Collection[int]) -> dict[int, dict[str, int]]:
+    """Return the entries of all folders after some of the pending changes."""
+    folders = {folder: dict(entries) for folder, entries in moment.folders.items()}
+    for folder, name, target in (change for one in sorted(units) for change in moment.pending[one]):
+        entries = folders.setdefault(folder, {})
+        if target is None:
+            entries.pop(name, None)
+        else:
+            entries[name] = target
+    return folders
 
 
 def _trees(
     moment: Moment, folders: Mapping[int, Mapping[str, int]], root: int, chance: random.Random
 ) -> Iterator[Tree]:
-    """Yield the tree for each choice of the contents that are not durable."""
+    """Yield the tree for each choice of the contents that are not durable; of many choices, some."""
     places = dict(_places(folders, root, ""))
-    choices: dict[str, list[bytes | None]] = {}
-    for path, number in places.items():
-        if number in folders:
-            choices[path] = [None]
-            continue
-        durable, visible = moment.contents[number]
-        if durable == visible or files.TEMPORARY_PREFIX in path:
-            choices[path] = [visible]
-        else:
-            choices[path] = _torn(durable or b"", visible)
+    choices = {
+        path: [None] if number in folders else _contents(path, *moment.contents[number])
+        for path, number in places.items()
+    }
     open_paths = [path for path, some in choices.items() if len(some) > 1]
     if len(open_paths) <= 3:
-        for contents in itertools.product(*choices.values()):
-            yield dict(zip(choices, contents, strict=True))
+        yield from (dict(zip(choices, contents, strict=True)) for contents in itertools.product(*choices.values()))
         return
     first = {path: some[0] for path, some in choices.items()}
     yield first
     yield {path: some[min(1, len(some) - 1)] for path, some in choices.items()}
-    for path in open_paths:
-        yield from ({**first, path: content} for content in choices[path])
-    for _ in range(_SAMPLES):
-        yield {path: chance.choice(some) for path, some in choices.items()}
+    yield from ({**first, path: content} for path in open_paths for content in choices[path])
+    yield from ({path: chance.choice(some) for path, some in choices.items()} for _ in range(_SAMPLES))
+
+
+def _contents(path: str, durable: bytes | None, visible: bytes) -> list[bytes | None]:
+    """Return what a file may hold; of an unfinished one nobody reads it."""
+    if durable == visible or files.TEMPORARY_PREFIX in path:
+        return [visible]
+    return _torn(durable or b"", visible)
 
 
 def _torn(durable: bytes, visible: bytes) -> list[bytes | None]:
