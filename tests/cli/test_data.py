@@ -61,7 +61,7 @@ def test_rows_are_held_to_the_context_of_the_model(model, tmp_path, capsys):
     assert main(["data", "check", str(rows), "--model", model]) == 0
     said = capsys.readouterr().out
     assert f"{rows}:2: too_long: " in said
-    assert "1 rows longer than seq_len = 5 left out" in said
+    assert "1 row longer than seq_len = 5 left out" in said
     assert main(["data", "check", str(rows), "--model", model, "--seq-len", "9"]) == 0
     assert "2 of 2 rows" in capsys.readouterr().out
 

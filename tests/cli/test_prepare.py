@@ -36,9 +36,9 @@ def test_a_corpus_is_made_and_summed_up(sources, tmp_path, capsys):
     manifest = Corpus.open(out).manifest
     assert f"{out}: vocabulary of {manifest.tokenizer.vocab_size:,}" in said
     assert f"{manifest.splits['train'].documents} documents" in said
-    assert f"{manifest.duplicates} duplicates left out" in said
+    assert f"{manifest.duplicates} duplicate" in said
     assert manifest.duplicates == 1
-    assert "1 files left out" in said
+    assert "1 file left out" in said
     assert "raw.bin" in said
 
 

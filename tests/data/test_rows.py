@@ -147,6 +147,18 @@ def test_packed_files_and_lists_in_jsonl_are_read(tmp_path):
     assert listed == [Row(f"{tmp_path}/b.jsonl:2", {"a": 1}), Row(f"{tmp_path}/b.jsonl:3", {"a": 2})]
 
 
+def test_a_parquet_row_beyond_the_limit_is_a_fault(tmp_path, monkeypatch):
+    """Rows are limited in bytes as lines are; those before and behind it are read."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("entrenar.data.table_rows.MAX_ROW_BYTES", 1000)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": ["one", "x" * 5000, "two"], "n": [1, 2, 3]}), path)
+    first, large, last = read_rows(path)
+    assert (first.fields, last.fields) == ({"text": "one", "n": 1}, {"text": "two", "n": 3})
+    assert (large.place, large.kind, large.ends_file) == (f"{path}:2", "broken", False)
+    assert "the row is larger than" in large.reason
+
+
 def test_parquet_rows_are_numbered(tmp_path):
     """A parquet file has no lines; its rows count from 1."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

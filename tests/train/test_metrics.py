@@ -54,6 +54,14 @@ def test_a_resume_drops_the_records_after_its_step(tmp_path: Path) -> None:
     assert [record["step"] for record in read_records(path)] == [1, 2, 3]
 
 
+def test_a_resume_drops_what_is_no_record_of_a_step(tmp_path: Path) -> None:
+    """Text, a list or null where the step should be was not written by a run, and does not stop the next one."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": "two"}\n{"step": null}\n{"step": [1]}\n{"step": 1, "loss": 2.0}\n')
+    RecordFile(path, after_step=5).close()
+    assert list(read_records(path)) == [{"step": 1, "loss": 2.0}]
+
+
 def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
     """NaN and infinity are no JSON; they are written as null, nested ones too."""
     path = tmp_path / "metrics.jsonl"

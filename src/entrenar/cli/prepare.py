@@ -9,6 +9,7 @@ from entrenar import data
 from entrenar.cli import flags
 from entrenar.cli.progress import TrainingView
 from entrenar.data import PrepareConfig
+from entrenar.data.row import counted
 from entrenar.report.step_line import quantity
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ def _print_summary(out: Path, manifest: "CorpusManifest") -> None:
     if not manifest.splits["val"].documents:
         print("  nothing is held out (val_fraction 0): a run on this corpus measures no held-out loss")
     if manifest.duplicates:
-        print(f"  {manifest.duplicates:,} duplicates left out")
-    if manifest.lossy_documents:
-        print(f"  {manifest.lossy_documents:,} documents contain text that the tokenizer cannot encode")
+        print(f"  {counted(manifest.duplicates, 'duplicate')} left out")
+    if lossy := manifest.lossy_documents:
+        print(f"  {counted(lossy, 'document')} contain{'s' * (lossy == 1)} text that the tokenizer cannot encode")
     for skipped in manifest.skipped:
         names = ", ".join(skipped.names[:3])
-        print(f"  {skipped.count:,} files left out, {skipped.reason}: {names}{' …' if skipped.count > 3 else ''}")
+        print(
+            f"  {counted(skipped.count, 'file')} left out, {skipped.reason}: {names}{' …' if skipped.count > 3 else ''}"
+        )

@@ -52,6 +52,11 @@ class RowFaultError(Exception):
         self.content = content
 
 
+def counted(number: int, name: str = "row") -> str:
+    """Return a count with its noun: 1 row, 2,000 rows."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def row_of(place: str, value: Any) -> Row | BadRow:
     """Return a JSON value as a row."""
     if isinstance(value, dict):

@@ -10,6 +10,8 @@ from entrenar.data.row import MAX_ROW_BYTES, BadRow, Row, RowFaultError, RowStre
 from entrenar.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_PARQUET_ROWS = 256
+_TOO_LARGE = f"the row is larger than {MAX_ROW_BYTES:,} bytes"
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 
 
@@ -96,10 +98,21 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
     """
     with _parquet_file(path) as table:
         number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            for fields in batch.to_pylist():
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            for row in _parquet_rows(batch):
                 number += 1
-                yield Row(f"{path}:{number}", fields)
+                place = f"{path}:{number}"
+                yield BadRow(place, "broken", _TOO_LARGE, None) if row is None else Row(place, row)
+
+
+def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a batch; None for one that is too large, which becomes no Python object."""
+    if batch.nbytes <= MAX_ROW_BYTES:
+        yield from batch.to_pylist()
+        return
+    for index in range(batch.num_rows):
+        one = batch.slice(index, 1)
+        yield None if one.nbytes > MAX_ROW_BYTES else one.to_pylist()[0]
 
 
 def parquet_columns(path: Path) -> list[str]:

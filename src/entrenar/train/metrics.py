@@ -34,7 +34,7 @@ class RecordFile:
     def _open(self, after_step: int) -> None:
         path = self._path
         with explained_disk_errors(path):
-            kept = [record for record in read_records(path) if record.get("step", 0) <= after_step]
+            kept = [record for record in read_records(path) if _is_until(record.get("step", 0), after_step)]
             atomic_write(path, "".join(_to_line(record) for record in kept))
             # Unbuffered: a buffer would keep what a full disk refused, and fail once more in `close`.
             self._stream = path.open("ab", buffering=0)
@@ -70,6 +70,11 @@ class RecordFile:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def _is_until(step: Any, last: int) -> bool:
+    """Return whether a record's step is one up to `last`; what is no step at all was not written by this program."""
+    return isinstance(step, int | float) and step <= last
 
 
 def _to_line(record: Mapping[str, Any]) -> str:

@@ -40,8 +40,8 @@ def test_every_fault_is_found_in_one_pass(file, tokenizer):
     notes = "\n".join(rows.notes(config(file)))
     assert "3 of 6 rows" in notes
     assert f"{total_tokens(rows.examples)} tokens, {sum(e.is_trained.sum() for e in rows.examples)} of them" in notes
-    assert "1 rows longer than seq_len = 40 left out" in notes
-    assert f"1 duplicate rows ({file}:4 is {file}:1)" in notes
+    assert "1 row longer than seq_len = 40 left out" in notes
+    assert f"1 duplicate row ({file}:4 is {file}:1)" in notes
     assert "2 rows cannot be used: 1 empty_answer, 1 broken" in notes
 
 
@@ -51,8 +51,8 @@ def test_rows_of_a_json_file_in_one_line_are_told_apart(tokenizer, tmp_path):
     path.write_text(json.dumps(ROWS))
     rows = read_examples([path], tokenizer, config(path))
     notes = "\n".join(rows.notes(config(path)))
-    assert f"1 rows longer than seq_len = 40 left out ({path}:1 (row 5) …)" in notes
-    assert f"1 duplicate rows ({path}:1 (row 4) is {path}:1)" in notes
+    assert f"1 row longer than seq_len = 40 left out ({path}:1 (row 5) …)" in notes
+    assert f"1 duplicate row ({path}:1 (row 4) is {path}:1)" in notes
 
 
 def test_bad_rows_stop_the_run_or_go_to_quarantine(file, tokenizer, tmp_path):
@@ -276,16 +276,16 @@ def test_fields_that_no_template_reads_are_named(tokenizer, tmp_path):
     """A user's own templates choose fields; names of speakers are only links."""
     given = {"prompt_template": "{q}", "completion_template": " {a}"}
     rows = one_row(tmp_path, tokenizer, {"q": "x", "a": 1, "id": 7}, **given)
-    assert "fields that the templates do not read: id (1 rows)" in "\n".join(rows.notes(config("f", **given)))
+    assert "fields that the templates do not read: id (1 row)" in "\n".join(rows.notes(config("f", **given)))
     chat = with_template(tokenizer, BARE)
     rows = one_row(tmp_path, chat, {"messages": [{**HI, "name": "Tom"}, HELLO]})
-    assert "do not read: name (1 rows)" in "\n".join(rows.notes(config("f")))
+    assert "do not read: name (1 row)" in "\n".join(rows.notes(config("f")))
 
 
 def test_control_tokens_in_text_are_said(tokenizer, tmp_path):
     """Text that was rendered before spells control tokens, which stay text."""
     rows = one_row(tmp_path, tokenizer, {"text": "<|bos|>[INST] Hi [/INST] Hello<|eos|>"})
-    assert "1 rows spell control tokens, which are read as plain text (<|bos|> in" in "\n".join(rows.notes(config("f")))
+    assert "1 row spells control tokens, which are read as plain text (<|bos|> in" in "\n".join(rows.notes(config("f")))
 
 
 def test_a_fault_of_a_file_is_not_one_bad_row(tokenizer, tmp_path):

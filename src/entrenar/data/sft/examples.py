@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from entrenar.data.row import BadRow, Row
+from entrenar.data.row import BadRow, Row, counted
 from entrenar.data.rows import format_of, read_rows
 from entrenar.data.sft.encode import Encoder, Example
 from entrenar.data.sft.prompt_template import PromptTemplate
@@ -64,29 +64,30 @@ class SftRows:
         """Describe the rows, a line for each thing that a user should know."""
         tokens = sum(example.num_inputs for example in self.examples)
         trained = sum(int(example.is_trained[1:].sum()) for example in self.examples)
-        yield f"{len(self.examples):,} of {self.num_rows:,} rows, {tokens:,} tokens, {trained:,} of them trained"
+        yield f"{len(self.examples):,} of {counted(self.num_rows)}, {tokens:,} tokens, {trained:,} of them trained"
         if self.too_long:
             deed = "cut" if config.long_rows == "cut" else "left out"
             places = ", ".join(row.place for row in self.too_long[:3])
-            yield f"{len(self.too_long):,} rows longer than seq_len = {config.seq_len} {deed} ({places} …)"
+            yield f"{counted(len(self.too_long))} longer than seq_len = {config.seq_len} {deed} ({places} …)"
         if self.not_trained:
             first_row = self.not_trained[0]
-            yield f"{len(self.not_trained):,} rows left out: {first_row.reason} ({first_row.place} …)"
+            yield f"{counted(len(self.not_trained))} left out: {first_row.reason} ({first_row.place} …)"
         if self.duplicates:
             later, first = self.duplicates[0]
-            yield f"{len(self.duplicates):,} duplicate rows ({later} is {first})"
+            yield f"{counted(len(self.duplicates), 'duplicate row')} ({later} is {first})"
         if self.unread:
-            fields = ", ".join(f"{name} ({count:,} rows)" for name, count in self.unread.most_common())
+            fields = ", ".join(f"{name} ({counted(count)})" for name, count in self.unread.most_common())
             yield f"fields that the templates do not read: {fields}"
         if self.control:
             place, name = self.control[0]
+            spell = "spells" if len(self.control) == 1 else "spell"
             yield (
-                f"{len(self.control):,} rows spell control tokens, which are read as plain text ({name} in {place}); "
-                "give such rows as messages, so that the chat template writes the tokens"
+                f"{counted(len(self.control))} {spell} control tokens, which are read as plain text ({name} in "
+                f"{place}); give such rows as messages, so that the chat template writes the tokens"
             )
         if self.bad:
             kinds = Counter(row.kind for row in self.bad)
-            yield f"{len(self.bad):,} rows cannot be used: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}"
+            yield f"{counted(len(self.bad))} cannot be used: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}"
 
 
 def read_examples(files: Sequence[Path], tokenizer: Tokenizer, config: SftConfig) -> SftRows:
