@@ -117,3 +117,12 @@ def test_json_holds_everything_and_csv_the_calls(reader):
     lines = list(report_json.as_csv(reader))
     assert len(lines) == 7
     assert lines[1].startswith("read,1,1,0,57000.0,10,,,,/work/train.py,42,load,")
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "shown"),
+    [(7, "7ns"), (1234, "1.23µs"), (998.4e6, "998ms"), (999.6e6, "1000ms"), (1e9, "1s"), (4321e9, "4321s")],
+)
+def test_a_duration_is_written_without_an_exponent(nanoseconds, shown):
+    """Three digits and a unit, also where rounding reaches the next one."""
+    assert report_text.duration(nanoseconds) == shown

@@ -15,9 +15,8 @@ def duration(nanoseconds: float) -> str:
     """Write a duration with three digits and its unit."""
     for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
         if nanoseconds >= limit:
-            return (
-                f"{nanoseconds / limit:.3g}{unit}" if nanoseconds < 1000 * limit else f"{nanoseconds / limit:.0f}{unit}"
-            )
+            value = nanoseconds / limit
+            return f"{value:.3g}{unit}" if value < 999.5 else f"{value:.0f}{unit}"  # .3g would write 1e+03
     return f"{nanoseconds:.0f}ns"
 
 

@@ -287,9 +287,10 @@ class _Training:
         targets = max(int(totals["targets"]), 1)
         with self._phase("optimizer"):
             horizon = self.progress.horizon(totals["elapsed_s"])
-            norms = self.optimizer.gradient_norms()
+            norm, parts = self.optimizer.gradient_norms()
             # The one moment of a step in which the host waits for a device.
-            loss, grad_norm, *layers = torch.cat([summed_loss.to(norms.device).reshape(1), norms.double()]).tolist()
+            both = torch.stack([summed_loss.to(norm.device), norm.double()])
+            loss, grad_norm, *of_parts = torch.cat([both, parts.double()]).tolist()
             own_gradient_s = time.perf_counter() - self.step_started
             figures = StepFigures(
                 loss=loss / targets,
@@ -301,7 +302,7 @@ class _Training:
                 micro_batches=math.ceil(totals["micro_batches"] / self.world.size),  # a rank's is a share of one
                 elapsed_s=totals["elapsed_s"],
                 gradient_s=own_gradient_s if self.world.size == 1 else totals["gradient_s"],
-                layer_norms={name: norm / targets for name, norm in zip(self.optimizer.layers, layers, strict=True)},
+                layer_norms={name: each / targets for name, each in self.optimizer.layer_norms(of_parts).items()},
             )
         self.wants_checkpoint = totals["wishes"] > 0
         self.stop.wants_checkpoint = False

@@ -16,8 +16,9 @@ https://kellerjordan.github.io/posts/muon/, with the update's size matched to Ad
 arXiv:2502.16982), so that one learning rate and one weight decay serve both.
 """
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -91,10 +92,16 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if is_tall else x
 
 
+def _layer_of(name: str) -> str:
+    """Return the layer of the model that a parameter belongs to, or its own name."""
+    found = _LAYER.match(name)
+    return found[0] if found else name
+
+
 class Optimizer:
     """Updates the weights; owns moments, masters and the step count.
 
-    `gradients` knows where the gradients are; `layers` names the parts of the model that `gradient_norms` tells apart.
+    `gradients` knows where the gradients are.
     """
 
     def __init__(self, trained: list[_Trained], config: OptimConfig) -> None:
@@ -102,11 +109,7 @@ class Optimizer:
         self.gradients = GradientSums(each.parameter for each in trained)
         self._trained = trained
         self._step = torch.zeros((), dtype=torch.float32)
-        # A layer of the model, or a parameter outside of all layers.
-        places = [found[0] if (found := _LAYER.match(each.name)) else each.name for each in trained]
-        self.layers = tuple(dict.fromkeys(places))
-        self._layer_of = {each.name: self.layers.index(place) for each, place in zip(trained, places, strict=True)}
-        self._layer_indices: tuple[list[int], Tensor] | None = None
+        self._layer_of_part: list[str] = []
         # Without a run that settled it, the dtype of torch's own Muon.
         self._muon_dtype = torch.float32 if config.muon_dtype == "float32" else torch.bfloat16
         is_coded = any(each.mean_scales is not None for each in trained)
@@ -118,26 +121,26 @@ class Optimizer:
         """Return the float32 norm over the gradients of all parameters, unscaled."""
         return self.gradient_norms()[0]
 
-    def gradient_norms(self) -> Tensor:
-        """Return the float32 norm over the gradients of all parameters, and then of each of `layers`, unscaled."""
+    def gradient_norms(self) -> tuple[Tensor, Tensor]:
+        """Return the float32 norm over the gradients of all parameters, and those of their parts, unscaled."""
         # In parts: torch makes a float32 copy of a gradient in fewer bits, and its sum over millions loses digits.
-        layers, norms = [], []
+        self._layer_of_part, norms = [], []
         for each in self._trained:
             if (gradient := self.gradients.of(each.parameter)) is not None:
                 for part in _pieces(gradient.reshape(-1), _chunk_size(gradient.device)):
                     norms.append(torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)))
-                    layers.append(self._layer_of[each.name])
+                    self._layer_of_part.append(_layer_of(each.name))
         if not norms:
-            return torch.zeros(1 + len(self.layers))
+            return torch.zeros(()), torch.zeros(0)
         parts = torch.stack(norms)
-        squares = parts.new_zeros(len(self.layers)).index_add_(0, self._on(parts.device, layers), parts.square())
-        return torch.cat([torch.linalg.vector_norm(parts).reshape(1), squares.sqrt_()])
+        return torch.linalg.vector_norm(parts), parts
 
-    def _on(self, device: torch.device, layers: list[int]) -> Tensor:
-        """Return the layer of each part as a tensor; made once, because a device would wait for it."""
-        if self._layer_indices is None or self._layer_indices[0] != layers:
-            self._layer_indices = layers, torch.tensor(layers, device=device)
-        return self._layer_indices[1]
+    def layer_norms(self, parts: Sequence[float]) -> dict[str, float]:
+        """Return the norm of each layer, or parameter outside of all layers, from those of `gradient_norms`' parts."""
+        squares: dict[str, float] = {}
+        for layer, norm in zip(self._layer_of_part, parts, strict=True):
+            squares[layer] = squares.get(layer, 0.0) + norm * norm
+        return {layer: math.sqrt(square) for layer, square in squares.items()}
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
