@@ -24,7 +24,7 @@ MAX_NESTING = 3
 
 # Imports run downwards only: a package may import those of lower floors, never its own floor or a higher one.
 FLOORS = {
-    "errors": 0, "version": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0, "lazy": 0,
+    "errors": 0, "version": 0, "files": 0, "locks": 0, "stats": 0, "runs": 0, "synonyms": 0, "lazy": 0, "memory": 0,
     "arguments": 0, "options": 0,
     "ops": 1, "data": 1, "train": 1, "trace": 1, "quality": 1, "report": 1,
     "model": 2, "peft": 2, "notebook": 2,
@@ -35,8 +35,15 @@ FLOORS = {
     "cli": 7, "api": 7, "__main__": 8,
 }  # fmt: skip
 # The ground floor is one room: its modules raise the errors, and a run's records are written as files.
-SAME_FLOOR = {("files", "errors"), ("runs", "errors"), ("runs", "files"), ("locks", "errors"), ("locks", "files")}
-STANDARD_LIBRARY_ONLY = ("errors", "version", "files", "locks", "stats", "runs", "synonyms", "lazy")
+SAME_FLOOR = {
+    ("files", "errors"),
+    ("runs", "errors"),
+    ("runs", "files"),
+    ("locks", "errors"),
+    ("locks", "files"),
+    ("memory", "errors"),
+}
+STANDARD_LIBRARY_ONLY = ("errors", "version", "files", "locks", "stats", "runs", "synonyms", "lazy", "memory")
 
 # Lines of code, without docstrings, comments and blanks. Raise a number in the commit that needs it, and say why.
 BUDGETS = {
@@ -44,7 +51,7 @@ BUDGETS = {
     "infer": 900,
     "planning": 1500, "recipe": 1700, "trace": 6000, "quality": 5000, "report": 1500, "scale": 1200, "cli": 4000,
     "errors": 80, "version": 5, "files": 220, "locks": 60, "stats": 60, "runs": 160, "synonyms": 40, "config": 160,
-    "lazy": 40,
+    "lazy": 40, "memory": 90,
     "config_file": 300, "api": 160, "arguments": 40, "options": 160, "notebook": 60,
     "__main__": 5,
 }  # fmt: skip

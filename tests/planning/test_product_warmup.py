@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from entrenar.memory import status_bytes
 from entrenar.planning import product_warmup as warmup
-from entrenar.planning.machine import status_bytes
 from entrenar.planning.product_warmup import ProductWarmup
 
 

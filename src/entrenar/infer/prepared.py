@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -32,6 +31,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from entrenar import ops
+from entrenar.memory import free_bytes
 from entrenar.model import Llama
 from entrenar.peft import LoraLinear, QuantizedLinear
 
@@ -248,20 +248,3 @@ def _tensors(model: Llama) -> Iterator[Tensor]:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def free_bytes() -> int:
-    """Return the memory that this process may still take: the machine's, or what its cgroup leaves."""
-    meminfo = Path("/proc/meminfo")
-    free = [int(line.split()[1]) * 1024 for line in _lines(meminfo) if line.startswith("MemAvailable:")]
-    limits = [int(line) for line in _lines(Path("/sys/fs/cgroup/memory.max")) if line.isdecimal()]
-    used = [int(line) for line in _lines(Path("/sys/fs/cgroup/memory.current")) if line.isdecimal()]
-    free += [limit - current for limit, current in zip(limits, used, strict=False)]
-    return min(free, default=0)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []

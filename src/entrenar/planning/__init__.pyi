@@ -1,14 +1,7 @@
+from entrenar.memory import MemoryLimit, memory_limit, parse_bytes, status_bytes
 from entrenar.planning.advice import Advice, Change, advise
 from entrenar.planning.ledger import Ledger
-from entrenar.planning.machine import (
-    MemoryLimit,
-    Rates,
-    measure_rates,
-    memory_limit,
-    parse_bytes,
-    settle_compute_dtype,
-    status_bytes,
-)
+from entrenar.planning.machine import Rates, measure_rates, settle_compute_dtype
 from entrenar.planning.rehearsal import Rehearsal, Scene, rehearse, take_step
 from entrenar.planning.run_plan import RunPlan, plan_run
 from entrenar.planning.sizing import check_room, sized, sized_for_corpus

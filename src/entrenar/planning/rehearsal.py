@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from entrenar.memory import status_bytes
 from entrenar.planning.heap import Heap
 from entrenar.planning.ledger import Ledger
-from entrenar.planning.machine import status_bytes
 from entrenar.train import OptimConfig, Optimizer, build_optimizer
 from entrenar.train.step import forward_backward
 

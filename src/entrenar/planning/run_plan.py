@@ -12,10 +12,11 @@ from torch import Tensor
 
 from entrenar.config import AnyConfig, FinetuneConfig
 from entrenar.data import Batch, DataConfig, SftConfig
+from entrenar.memory import status_bytes
 from entrenar.model import Llama, LlamaConfig, batch_loss
 from entrenar.peft import LoraConfig, from_base
 from entrenar.planning.ledger import Ledger
-from entrenar.planning.machine import settle_compute_dtype, status_bytes
+from entrenar.planning.machine import settle_compute_dtype
 from entrenar.planning.rehearsal import Scene, take_step
 from entrenar.planning.skeleton import give_shapes, skeleton
 from entrenar.planning.stand_ins import RehearsedStream, offloaded

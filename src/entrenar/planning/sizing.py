@@ -8,8 +8,8 @@ has a parameter for each five tokens of the corpus, and whose training state tak
 from entrenar.config import RunConfig
 from entrenar.data import Corpus
 from entrenar.errors import OutOfMemoryError
+from entrenar.memory import MemoryLimit, memory_limit
 from entrenar.model import LlamaConfig
-from entrenar.planning.machine import MemoryLimit, memory_limit
 
 _TOKENS_PER_PARAMETER = 5
 _WIDTHS = (768, 512, 384, 256, 192, 128, 64)

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from entrenar.errors import ConfigError
+from entrenar.memory import parse_bytes
 from entrenar.quality.chaos import ChaosConfig, Outcome, run
 
 _PRESETS = {"gentle": ChaosConfig.gentle, "aggressive": ChaosConfig.aggressive}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -67,21 +67,12 @@ def _config(parsed: argparse.Namespace) -> ChaosConfig:
         "after": parsed.after, "timeout_s": parsed.timeout, "cpu_share": parsed.cpu_share, "cpu_s": parsed.cpu,
         "disk": parsed.disk_at, "slow_write_s": parsed.slow_writes, "fail_write": parsed.fail_write,
         "write_error": parsed.write_error, "signal": parsed.signal, "within_s": parsed.within, "seed": parsed.seed,
-        **{name: None if text is None else _bytes(text) for name, text in sizes.items()},
+        **{name: parse_bytes(text, f"--{name.partition('_')[0]}") for name, text in sizes.items() if text is not None},
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
     if not values:
         raise ConfigError("no condition is given: name one, such as --memory 128MiB, --timeout 60 or --preset gentle")
     return ChaosConfig.of(values)
-
-
-def _bytes(text: str) -> int:
-    number = text.rstrip("KMGIBkmgib")
-    unit = text[len(number) :].upper()
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"a size must be a number with a unit, such as 128MiB or 6GB, got {text!r}") from None
 
 
 def _line(outcome: Outcome) -> str:

@@ -8,30 +8,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from entrenar.memory import status_bytes
 from entrenar.quality.chaos.config import ChaosConfig
 
 _NEW_USER, _NEW_MOUNTS = 0x10000000, 0x00020000
 _PRIVATE, _RECURSIVE = 1 << 18, 1 << 14
-
-
-def data_bytes(pid: int) -> int:
-    """Return the private memory of a process: what RLIMIT_DATA counts."""
-    return _status(pid, "VmData")
-
-
-def peak_bytes(pid: int) -> int:
-    """Return the most memory that a process has held; 0 when it is gone."""
-    return _status(pid, "VmHWM")
-
-
-def _status(pid: int, name: str) -> int:
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def limit_memory(pid: int, added_bytes: int) -> None:
@@ -39,7 +20,7 @@ def limit_memory(pid: int, added_bytes: int) -> None:
 
     Raises: OSError, ValueError.
     """
-    limit = data_bytes(pid) + added_bytes
+    limit = status_bytes("VmData", pid) + added_bytes
     resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit))
 
 

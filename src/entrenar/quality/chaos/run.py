@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from entrenar.errors import ConfigError
+from entrenar.memory import status_bytes
 from entrenar.quality.chaos import limits
 from entrenar.quality.chaos.config import ChaosConfig
 from entrenar.quality.chaos.outcome import Ending, Outcome
@@ -49,7 +50,7 @@ class _Watch:
             at = random.Random(config.seed).uniform(0, config.within_s)  # noqa: S311 - a moment, not a secret
         while not over.wait(0 if config.cpu_share else _PERIOD_S):
             elapsed = time.monotonic() - self.started
-            self.peak_bytes = max(self.peak_bytes, limits.peak_bytes(self.pid))
+            self.peak_bytes = max(self.peak_bytes, status_bytes("VmHWM", self.pid))
             if at is not None and elapsed >= at:
                 self._send(str(config.signal))
                 at = None
@@ -180,7 +181,7 @@ def _be_child(config: ChaosConfig, work: Callable[[], object], writing: int) -> 
         is_typed = hasattr(error, "exit_code") or isinstance(error, MemoryError)
         told |= {"error": type(error).__name__, "message": str(error)[:2000], "is_bug": not is_typed}
     with suppress(BaseException):
-        told["peak_bytes"] = limits.peak_bytes(os.getpid())
+        told["peak_bytes"] = status_bytes("VmHWM")
         os.write(writing, json.dumps(told).encode())
     os._exit(code)
 
