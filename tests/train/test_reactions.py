@@ -215,3 +215,16 @@ def test_policies_that_cannot_be_are_refused(policies, named):
     """An alarm has one policy, and only one that can still be carried out when the alarm comes."""
     with pytest.raises(ValidationError, match=named):
         MonitorConfig(**policies)
+
+
+def test_a_rate_that_was_lowered_after_a_step_is_in_that_step_s_checkpoint(tmp_path):
+    """An alarm of the step that is saved: the resumed run has the same rates as the one that was never stopped."""
+    settings = {"lower_lr_on": ("plateau",), "plateau_steps": 16, "plateau_min_drop": 0.99, "save_every": 17}
+    rates: dict[int, float] = {}
+    _train(tmp_path / "whole", on_record=lambda record: rates.update({record.step: record.lr}), **settings)
+    assert (17, "rate_lowered") in _events(tmp_path / "whole")
+    with pytest.raises(_Killed):
+        _train(tmp_path / "killed", on_record=_kill_at(19), **settings)
+    resumed: dict[int, float] = {}
+    _train(tmp_path / "killed", on_record=lambda record: resumed.update({record.step: record.lr}), **settings)
+    assert resumed == {step: rates[step] for step in (18, 19, 20)}

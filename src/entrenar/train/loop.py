@@ -234,6 +234,8 @@ class _Training:
         if self.reactions.heed(events) == "rewind":
             self._rewind(0)
             return reason if reason == "signal" else None
+        if events:
+            self.progress.mark_boundary()  # once more: an alarm may have lowered the rate
         if is_saving:
             self._save()
         return reason or self.progress.end_of_patience()
@@ -244,7 +246,8 @@ class _Training:
         if reason == "data" and progress.last_record is None:
             raise DataError(f"there is no batch to train on after step {progress.step}")
         if progress.last_record is not None and reason == "data" and progress.held_out is None:
-            self._evaluate()
+            for alarm in self._evaluate():  # told only: the run is at its end
+                self.journal.tell(alarm)
             progress.mark_boundary()
             self._write(progress.last_record, is_wanted=progress.held_out is not None)
         if self.keeper.saved_step != progress.step:
