@@ -86,7 +86,7 @@ def _tampered(bundle: Path, **changes: object) -> Path:
     ("changes", "said"),
     [
         ({}, "suspect memory or processor"),
-        ({"machine": {"threads": 64}}, "threads changed since"),
+        ({"machine": {"ranks": 1, "threads": 64}}, "threads changed since"),
         ({"batches": ["0" * 64] * 2}, "the data of the step have changed"),
     ],
 )
@@ -158,3 +158,10 @@ def test_a_bundle_outside_of_its_run_is_refused(halted, tmp_path, capsys):
         replay(lone)
     assert main(["replay", str(tmp_path / "none.json")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_step_of_several_ranks_is_refused(halted):
+    """One process has other shares of the batch: other bits would say nothing about the machine."""
+    bundle = halted / "replay" / "step-00000004.json"
+    with pytest.raises(ConfigError, match="a step of 2 ranks"):
+        replay(_tampered(bundle, machine={"ranks": 2}))

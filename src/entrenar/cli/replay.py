@@ -33,7 +33,7 @@ def run(words: Sequence[str]) -> int:
     print("\n".join(_lines(found)))
     if found.differing:
         raise GateFailed(f"{len(found.differing)} of {len(found.figures)} figures differ; {_suspicion(found)}")
-    print("\nEvery bit is the same: the alarm comes from the data or the arithmetic, not from this machine's mood.")
+    print("\nEvery bit is the same: the cause is in the data or the arithmetic, not in this machine.")
     return 0
 
 

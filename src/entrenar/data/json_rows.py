@@ -10,6 +10,7 @@ from typing import Any
 from entrenar.data.row import (
     CONTENT_SHOWN,
     MAX_ROW_BYTES,
+    TOO_LARGE,
     BadRow,
     Row,
     RowFaultError,
@@ -23,7 +24,6 @@ from entrenar.data.row import (
 _CHUNK_BYTES = 1 << 18
 _LIST_IN_OBJECT = re.compile(r'\{\s*"(?:data|rows|train|examples|instances|items)"\s*:\s*(?=\[)')
 _WHITE = re.compile(r"[ \t\r\n]*")
-_TOO_LARGE = f"the row is larger than {MAX_ROW_BYTES:,} bytes"
 
 
 def line_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -46,7 +46,7 @@ def _lines(path: Path, stream: RowStream) -> Iterator[Row | BadRow]:
         if len(line) > MAX_ROW_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_ROW_BYTES)
-            yield BadRow(place, "broken", _TOO_LARGE, None)
+            yield BadRow(place, "broken", TOO_LARGE, None)
         elif not line.isspace():
             yield _line(place, line)
 
@@ -178,7 +178,7 @@ class _Text:
         if self._is_whole:
             return False
         if waiting > MAX_ROW_BYTES:
-            raise RowFaultError(_TOO_LARGE)
+            raise RowFaultError(TOO_LARGE)
         data = self._stream.read(max(_CHUNK_BYTES, waiting))
         self._is_whole = not data
         try:

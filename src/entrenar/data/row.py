@@ -15,6 +15,7 @@ from typing import Any
 from entrenar.errors import DataError
 
 MAX_ROW_BYTES = 16 << 20
+TOO_LARGE = f"the row is larger than {MAX_ROW_BYTES:,} bytes"
 CONTENT_SHOWN = 1000
 RowStream = io.BufferedReader | gzip.GzipFile
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}

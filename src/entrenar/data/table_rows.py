@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entrenar.data.row import MAX_ROW_BYTES, BadRow, Row, RowFaultError, RowStream, not_utf8, opened
+from entrenar.data.row import MAX_ROW_BYTES, TOO_LARGE, BadRow, Row, RowFaultError, RowStream, not_utf8, opened
 from entrenar.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PARQUET_ROWS = 256
-_TOO_LARGE = f"the row is larger than {MAX_ROW_BYTES:,} bytes"
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 
 
@@ -102,7 +101,7 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[R
             for row in _parquet_rows(batch):
                 number += 1
                 place = f"{path}:{number}"
-                yield BadRow(place, "broken", _TOO_LARGE, None) if row is None else Row(place, row)
+                yield BadRow(place, "broken", TOO_LARGE, None) if row is None else Row(place, row)
 
 
 def _parquet_rows(batch: Any) -> Iterator[dict[str, Any] | None]:

@@ -107,6 +107,10 @@ def finetune_in(config: FinetuneConfig, mode: Mode, observer: Observer) -> Finet
     if any(example.is_chat for example in rows.train):
         tokenizer = tokenizer_to_train(tokenizer, config.sft.prompt_format)
     bits = None if started.is_resumed else config.quantize.bits
+    if bits is not None and mode.replay is not None:
+        raise ConfigError(
+            "a step before the first checkpoint cannot be taken again with quantize.bits: no base is kept"
+        )
     rounded = None if bits is None else round_base(config, bits, model, tokenizer, observer)
     with run_folder(started, kept=QUARANTINE_FILE):
         if rounded is not None:

@@ -33,16 +33,20 @@ class Replay:
 
 
 def replay(path: Path, observer: Observer | None = None) -> Replay:
-    """Take the step of the bundle at RUN/replay/FILE again; nothing in the run's folder is changed.
+    """Take the step of the bundle at RUN/replay/FILE again; the run's folder is as before.
 
     Raises:
-        ConfigError: no run is around the bundle.
+        ConfigError: no run is around the bundle, several ranks took the step, or the base was rounded for the run and
+            no checkpoint holds it yet.
         FormatError, DataError, CheckpointError, MachineError: bundle, data or checkpoint cannot be used.
     """
     bundle = Bundle.read(path)
     file = RunFolder(path.resolve().parent.parent).config
     if not file.is_file():
         raise ConfigError(f"{path} must lie in RUN/replay of its run, but there is no {file}")
+    ranks = bundle.machine.get("ranks", 1)
+    if ranks != 1:
+        raise ConfigError(f"{path} is of a step of {ranks} ranks; only a step of one process can be taken again")
     folder = {"name": file.parent.name, "runs_dir": str(file.parent.parent)}
     mode = Mode(replay=path)
     try:
@@ -52,7 +56,7 @@ def replay(path: Path, observer: Observer | None = None) -> Replay:
             train_in(load_config(file, folder), mode, observer or Observer())
     except StepTaken as taken:
         figures, batches = figures_by_name(taken.figures), taken.batches
-    now = machine()
+    now = machine(1)
     changes = tuple((name, then, now.get(name)) for name, then in bundle.machine.items() if then != now.get(name))
     different = tuple(differing(bundle.figures, figures))
     return Replay(bundle, figures, batches == bundle.batches, different, changes)

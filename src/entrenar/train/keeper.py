@@ -33,13 +33,13 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 class CheckpointKeeper:
-    """Keeps the checkpoints of one run; `saved_step` is the step of the newest one, 0 if there is none.
+    """Keeps the checkpoints of one run in `world`; `saved_step` is the step of the newest one, 0 if there is none.
 
     On a rank that does not write, saving only counts.
     """
 
     def __init__(self, task: Task[Any], run: Run, config: CheckpointConfig, journal: Journal, world: World) -> None:
-        self._task, self._run, self._config, self._journal, self._world = task, run, config, journal, world
+        self._task, self._run, self._config, self._journal, self.world = task, run, config, journal, world
         self._folder = run.files.checkpoints
         self._saver = Saver(self._folder, task.write_model, before_commit=journal.sync)
         self._unconfirmed: int | None = None
@@ -53,14 +53,14 @@ class CheckpointKeeper:
 
     def clean_up(self) -> None:
         """Remove what a crash left half written."""
-        if self._world.is_writer:
+        if self.world.is_writer:
             remove_incomplete(self._folder)
 
     def restore(self, resumed: checkpoint.Checkpoint, optimizer: Optimizer) -> None:
         """Take over the weights and moments of a checkpoint; newer ones are set aside, damaged ones are reported."""
         for reason in resumed.skipped:
             self._journal.tell(Event(resumed.step, "checkpoint_damaged", reason))
-        for path in checkpoint.abandon_after(self._folder, resumed.step) if self._world.is_writer else ():
+        for path in checkpoint.abandon_after(self._folder, resumed.step) if self.world.is_writer else ():
             message = f"{path.name} is newer than the step resumed from"
             self._journal.tell(Event(resumed.step, "checkpoint_abandoned", message))
         trained = {name: p.data for name, p in self._task.module.named_parameters() if p.requires_grad}
@@ -75,24 +75,22 @@ class CheckpointKeeper:
         """
         self.report(wait=True)
         folder = self._folder
-        steps = (
-            [step for step in list_checkpoints(folder) if step != self._unconfirmed] if self._world.is_writer else []
-        )
-        return checkpoint.latest_good(folder, among=self._world.broadcast(steps))
+        steps = [step for step in list_checkpoints(folder) if step != self._unconfirmed] if self.world.is_writer else []
+        return checkpoint.latest_good(folder, among=self.world.broadcast(steps))
 
     def save(self, state: dict[str, Any], optimizer: Optimizer) -> None:
         """Start writing `state`, the weights and the moments.
 
         Raises: MachineError if the run's folder is not there any more.
         """
-        if self._world.is_writer and _identity(self._run.folder) != self._place:
+        if self.world.is_writer and _identity(self._run.folder) != self._place:
             raise MachineError(
                 f"{self._run.folder} was moved, renamed or deleted while the run was training; continue with --resume "
                 "where the folder is now"
             )
         self.report(wait=True)
         self.saved_step = state["counters"]["step"]
-        if self._world.is_writer:
+        if self.world.is_writer:
             self._unconfirmed = self.saved_step
             self._saver.start(self._snapshot(state, optimizer))
 
@@ -116,7 +114,7 @@ class CheckpointKeeper:
         it was saved already.
         """
         self._journal.dismiss_listeners()  # the error may be a listener's: a terminal that is gone, a full disk
-        if state is None or not self._world.is_writer:
+        if state is None or not self.world.is_writer:
             return
         try:
             self.report(wait=True)

@@ -16,6 +16,7 @@ https://kellerjordan.github.io/posts/muon/, with the update's size matched to Ad
 arXiv:2502.16982), so that one learning rate and one weight decay serve both.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,6 +93,7 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if is_tall else x
 
 
+@functools.cache
 def _layer_of(name: str) -> str:
     """Return the layer of the model that a parameter belongs to, or its own name."""
     found = _LAYER.match(name)

@@ -110,7 +110,7 @@ class Reactions:
             batches=batch_hashes(self.judged.batches),
             figures=figures_by_name(self.judged.figures),
             monitor=self._progress.monitor.state_dict(),
-            machine=machine(),
+            machine=machine(self._keeper.world.size),
             trace_id=current_trace(),
         )
         path = files.replay / f"{checkpoint_name(step + 1)}.json"

@@ -110,9 +110,10 @@ def _hash(batch: Any) -> str:
     return digest.hexdigest()
 
 
-def machine() -> dict[str, Any]:
+def machine(ranks: int) -> dict[str, Any]:
     """Return what the bits of a result may depend on."""
     return {
+        "ranks": ranks,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
