@@ -54,6 +54,20 @@ def _events(folder: Path) -> list[tuple[int, str]]:
     return [(event["step"], event["kind"]) for event in read_records(folder / "events.jsonl")]
 
 
+def _at_loss(module: Toy, number: int, act: Callable[[], None]) -> Callable[[ToyBatch], Tensor]:
+    """Return the toy loss; before its computation of this number something happens."""
+    loss, count = toy_loss(module), 0
+
+    def run(batch: ToyBatch) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == number:
+            act()
+        return loss(batch)
+
+    return run
+
+
 def _bad_loss(module: Toy, bad_steps: tuple[int, ...], value: float) -> Callable[[ToyBatch], Tensor]:
     """Return the toy loss, turned into `value` times its weights in the given steps."""
     loss, step = toy_loss(module), 0
@@ -196,15 +210,8 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 @pytest.mark.chaos
 def test_a_checkpoint_on_demand_is_saved_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
     """SIGUSR1 in step 3 saves step 3, once; the run ends as it would have."""
-    module, count = Toy(), 0
-    loss = toy_loss(module)
-
-    def asking(batch: ToyBatch) -> Tensor:
-        nonlocal count
-        count += 1
-        if count == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return loss(batch)
+    module = Toy()
+    asking = _at_loss(module, 3, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
     outcome = _fit(tmp_path, module, task={"loss": asking}, save_every=0, keep_last=9)
     assert (outcome.reason, outcome.step) == ("steps", 12)
@@ -565,18 +572,14 @@ def test_what_is_known_of_the_code_is_kept_and_can_stop_the_run(tmp_path: Path) 
 
 def test_a_step_that_is_not_over_in_time_is_given_up(tmp_path: Path) -> None:
     """With `grace_s` the step before is saved although this one never ends, and the run says how it ended."""
-    module, count = Toy(), 0
-    loss = toy_loss(module)
+    module = Toy()
 
-    def stuck(batch: ToyBatch) -> Tensor:
-        nonlocal count
-        count += 1
-        if count == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-            while True:
-                time.sleep(0.01)
-        return loss(batch)
+    def never_end() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            time.sleep(0.01)
 
+    stuck = _at_loss(module, 5, never_end)
     with signals_by_default():
         outcome = _fit(tmp_path, module, task={"loss": stuck}, save_every=0, grace_s=0.5)
     assert (outcome.reason, outcome.step) == ("signal", 4)
@@ -587,15 +590,8 @@ def test_a_step_that_is_not_over_in_time_is_given_up(tmp_path: Path) -> None:
 
 def test_a_step_that_is_over_in_time_is_kept(tmp_path: Path) -> None:
     """A long grace changes nothing: the step is finished and saved."""
-    module, count = Toy(), 0
-    loss = toy_loss(module)
-
-    def asking(batch: ToyBatch) -> Tensor:
-        nonlocal count
-        count += 1
-        if count == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(batch)
+    module = Toy()
+    asking = _at_loss(module, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     with signals_by_default():
         outcome = _fit(tmp_path, module, task={"loss": asking}, save_every=0, grace_s=600)
@@ -605,18 +601,14 @@ def test_a_step_that_is_over_in_time_is_kept(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_moved_under_the_run_is_named(tmp_path: Path) -> None:
     """The next save says so, no second folder appears, and what was saved is where the folder went."""
-    module, count = Toy(), 0
-    loss = toy_loss(module)
+    module = Toy()
 
-    def moving(batch: ToyBatch) -> Tensor:
-        nonlocal count
-        count += 1
-        if count == 5:
-            while not (tmp_path / "run" / "checkpoints" / "step-00000003").exists():  # another thread writes it
-                time.sleep(0.01)
-            (tmp_path / "run").rename(tmp_path / "elsewhere")
-        return loss(batch)
+    def move() -> None:
+        while not (tmp_path / "run" / "checkpoints" / "step-00000003").exists():  # another thread writes it
+            time.sleep(0.01)
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
 
+    moving = _at_loss(module, 5, move)
     (tmp_path / "run").mkdir()
     with pytest.raises(MachineError, match="was moved, renamed or deleted while the run was training"):
         _fit(tmp_path / "run", module, task={"loss": moving}, save_every=3)
