@@ -7,36 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from entrenar import recipe
 from entrenar.cli.main import main
 from entrenar.config_file import load_config
-from entrenar.data import PrepareConfig, prepare
 from entrenar.errors import TrainingHalted
+
+from ..small import small_corpus, small_run
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """A small corpus."""
-    folder = tmp_path_factory.mktemp("data")
-    words = np.random.default_rng(0).choice(["def", "return", "value", "self", "for", "0"], size=(200, 30))
-    (folder / "text.txt").write_text("\n----\n".join(" ".join(row) for row in words), encoding="utf-8")
-    options = PrepareConfig(vocab_size=300, val_fraction=0.1, document_separator="----", threads=1)
-    prepare([folder / "text.txt"], folder / "corpus", options)
-    return folder / "corpus"
+    return small_corpus(tmp_path_factory.mktemp("data"))
 
 
-def _train(corpus: Path, runs: Path, **flags: str) -> Path:
-    base = {
-        "name": "first", "runs_dir": str(runs), "data.corpus": json.dumps([str(corpus)]), "data.batch_size": "2",
-        "data.seq_len": "32", "model.vocab_size": "300", "model.hidden_size": "32", "model.num_layers": "1",
-        "model.num_heads": "2", "model.num_kv_heads": "1", "model.intermediate_size": "64", "model.max_seq_len": "64",
-        "train.max_steps": "4", "train.eval_every": "2", "train.threads": "1", "checkpoint.save_every": "2",
-        "checkpoint.keep_last": "9",
-    }  # fmt: skip
-    recipe.train(load_config(None, base | {name.replace("__", "."): value for name, value in flags.items()}))
+def _train(corpus: Path, runs: Path, **changes: str) -> Path:
+    options = {"train__max_steps": "4", "train__eval_every": "2", "checkpoint__keep_last": "9"} | changes
+    recipe.train(load_config(None, small_run(corpus, runs, **options)))
     return runs / "first"
 
 

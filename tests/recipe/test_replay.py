@@ -11,31 +11,20 @@ from entrenar import recipe
 from entrenar.cli.main import main
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_config, load_finetune_config
-from entrenar.data import PrepareConfig, prepare
 from entrenar.errors import ConfigError, FormatError, TrainingHalted
 from entrenar.files import sha256_file
 from entrenar.recipe.replay import replay
 from entrenar.runs import read_records
 from entrenar.train.replay import Bundle
 
-VOCAB_SIZE = 300
+from ..small import small_corpus, small_run
+
 STEP_4_HALTS = {"monitor.halt_on": '["dead_gradient"]', "monitor.dead_gradient_norm": "1e9"}
 
 
 def _pretrain(folder: Path, **flags: str) -> Path:
-    """Train a tiny model on words until an alarm stops it; return the run's folder."""
-    words = np.random.default_rng(0).choice(["def", "return", "value", "self", "for", "in", "0"], size=(200, 30))
-    (folder / "text.txt").write_text("\n----\n".join(" ".join(row) for row in words), encoding="utf-8")
-    options = PrepareConfig(vocab_size=VOCAB_SIZE, val_fraction=0.1, document_separator="----", threads=1)
-    prepare([folder / "text.txt"], folder / "corpus", options)
-    base = {
-        "name": "first", "runs_dir": str(folder / "runs"), "data.corpus": json.dumps([str(folder / "corpus")]),
-        "data.batch_size": "4", "data.seq_len": "32", "model.vocab_size": str(VOCAB_SIZE), "model.hidden_size": "32",
-        "model.num_layers": "2", "model.num_heads": "4", "model.num_kv_heads": "2", "model.intermediate_size": "64",
-        "model.max_seq_len": "64", "train.max_steps": "6", "train.eval_every": "0", "train.threads": "1",
-        "train.grad_accum_steps": "2", "checkpoint.save_every": "2",
-    }  # fmt: skip
-    config = load_config(None, base | flags)
+    """Train a small model until an alarm stops it, if one does; return the run's folder."""
+    config = load_config(None, small_run(small_corpus(folder), folder / "runs", train__grad_accum_steps="2") | flags)
     with suppress(TrainingHalted):
         recipe.train(config)
     return config.run_dir
