@@ -71,6 +71,9 @@ class Event:
     message: str
 
 
+# Events of a healthy run, which nobody needs to be told one by one.
+ROUTINE_EVENTS = ("checkpoint_saved",)
+
 RecordT = TypeVar("RecordT", StepRecord, Event)
 
 

@@ -84,6 +84,7 @@ def test_a_run_that_an_alarm_stopped_can_be_looked_into(corpus, tmp_path, capsys
     run = tmp_path / "first"
     out = _said(capsys, run)
     assert out.count("dead_gradient") == 1
+    assert "stopped by an alarm at step 2" in out
     assert f"entrenar replay {run / 'replay' / 'step-00000003.json'}" in out
     assert f"entrenar train --resume --name first --runs-dir {tmp_path}" in out
 

@@ -15,11 +15,11 @@ from entrenar.files import TEMPORARY_PREFIX
 from entrenar.locks import is_held
 from entrenar.report import Finding, findings, read_history
 from entrenar.report.overview import Overview, describe
-from entrenar.runs import Event, RunFolder, checkpoint_name, list_checkpoints
+from entrenar.runs import ROUTINE_EVENTS, Event, RunFolder, checkpoint_name, list_checkpoints
 from entrenar.train.manifest import faults_of_files, read_manifest
 
 _EVENTS_SHOWN, _PLACES_SHOWN = 12, 5
-_ROUTINE = ("checkpoint_saved", "checkpoint_pruned", "bundle_written")
+_ELSEWHERE = (*ROUTINE_EVENTS, "bundle_written")  # checkpoints and bundles have their own places on the page
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def examine(folder: Path) -> Examination:
     overview, is_live = describe(folder), is_held(run.lock)
     events: list[Event] = []
     with suppress(EntrenarError, OSError):
-        events = [event for event in run.read_events() if event.kind not in _ROUTINE]
+        events = [event for event in run.read_events() if event.kind not in _ELSEWHERE]
     found: list[Finding] = []
     with suppress(EntrenarError, OSError, ValueError):
         named = {event.kind.replace("_", " ").capitalize() + "." for event in events}

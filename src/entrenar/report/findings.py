@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from entrenar.report.history import History
+from entrenar.runs import ROUTINE_EVENTS
 
 _SPIKE = 6.0  # median absolute deviations of the steps around
 _AROUND = 50
@@ -122,7 +123,7 @@ def _slower(history: History) -> Iterator[Finding]:
 
 def _alarms(history: History) -> Iterator[Finding]:
     for event in history.events:
-        if event.kind not in ("checkpoint_saved", "checkpoint_pruned"):
+        if event.kind not in ROUTINE_EVENTS:
             yield Finding(
                 "advice", f"{event.kind.replace('_', ' ').capitalize()}.", f"step {event.step:,}", event.message
             )

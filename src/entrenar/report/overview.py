@@ -18,7 +18,7 @@ from entrenar.locks import check_free, is_held
 from entrenar.report.history import History, read_history
 from entrenar.runs import RunFolder, list_checkpoints
 
-_ALARMS = ("non_finite", "checkpoint_rejected")
+_ALARMS = ("non_finite", "checkpoint_rejected", "bundle_written")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from collections import deque
 from collections.abc import Mapping
 
 from entrenar.report.follow import News
-from entrenar.runs import Event, StepRecord
+from entrenar.runs import ROUTINE_EVENTS, Event, StepRecord
 
-_QUIET = ("checkpoint_saved", "checkpoint_pruned")
 _KEPT_EVENTS, _MEAN_OVER = 5, 20
 
 
@@ -48,8 +47,8 @@ class Sight:
             self._forget()
         for record in news.steps:
             self._count(record)
-        loud = [event for event in news.events if event.kind not in _QUIET]
-        self.num_saved += sum(event.kind == _QUIET[0] for event in news.events)
+        loud = [event for event in news.events if event.kind not in ROUTINE_EVENTS]
+        self.num_saved += sum(event.kind == "checkpoint_saved" for event in news.events)
         self.events.extend(loud)
         evaluations = [record for record in news.steps if record.held_out]
         self.new_events = loud[-_KEPT_EVENTS:] if is_first else loud
