@@ -7,7 +7,10 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from launched import (
 
 from entrenar.config import RunConfig
 from entrenar.errors import ConfigError
-from entrenar.runs import read_records
+from entrenar.runs import list_checkpoints, read_records
 from entrenar.train import World, latest_good
 
 # Float32 sums in another order; the exact comparison is in float64 (test_exactness.py).
@@ -43,6 +46,13 @@ def model(tmp_path_factory):
     return base_model(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """The runs folder of two ranks that nobody disturbed, and how each ended."""
+    runs = tmp_path_factory.mktemp("two")
+    return runs, on_ranks(*[train_words(corpus, runs)] * 2)
+
+
 def figures(run):
     return [(r["step"], r["targets"], r["loss"]) for r in read_records(run / "metrics.jsonl")]
 
@@ -54,14 +64,14 @@ def assert_same_figures(run, other):
         assert mine[2] == pytest.approx(expected[2], rel=ROUNDING)
 
 
-def test_two_ranks_write_one_run(corpus, tmp_path):
+def test_two_ranks_write_one_run(corpus, undisturbed, tmp_path):
     """Rank 0 prints and writes metrics, events and checkpoints once; rank 1 writes its log and prints nothing."""
     assert on_ranks(train_words(corpus, tmp_path / "one"))[0][0] == 0
-    first, second = on_ranks(*[train_words(corpus, tmp_path / "two")] * 2)
+    runs, (first, second) = undisturbed
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "Training complete" in first[1]
     assert second[1:] == ("", "")
-    one, two = tmp_path / "one" / "trial", tmp_path / "two" / "trial"
+    one, two = tmp_path / "one" / "trial", runs / "trial"
     assert_same_figures(two, one)
     assert {path.name for path in two.iterdir()} - {path.name for path in one.iterdir()} == {"ranks"}
     assert [path.name for path in (two / "ranks").iterdir()] == ["rank-1.log"]
@@ -167,6 +177,23 @@ def test_a_killed_rank_ends_the_other_with_its_progress_saved(corpus, tmp_path):
     assert ranks[0].returncode == 3
     assert "MachineError: rank 0 lost contact with another rank" in error
     assert latest_good(tmp_path / "trial" / "checkpoints").step == figures(tmp_path / "trial")[-1][0]
+
+
+def test_a_killed_rank_restarts_all_until_the_weights_are_those_of_an_undisturbed_run(corpus, undisturbed, tmp_path):
+    """`torchrun --max-restarts` starts the same command again, which then continues its own run."""
+    run = tmp_path / "trial"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    program = [str(Path(__file__).parent / "dying_program.py"), str(run / "checkpoints"), "1"]
+    ended = subprocess.run(
+        [sys.executable, "-m", *torchrun, *program, *train_words(corpus, tmp_path), "--overwrite"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Loading checkpoint") == 1
+    other = undisturbed[0] / "trial"
+    assert figures(run) == figures(other)
+    saved, expected = (latest_good(one / "checkpoints").model / "model.safetensors" for one in (run, other))
+    assert saved.read_bytes() == expected.read_bytes()
 
 
 def test_a_port_in_use_is_named(corpus, tmp_path):

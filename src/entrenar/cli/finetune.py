@@ -11,7 +11,7 @@ from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, conclusion
-from entrenar.cli.ranks import one_of_ranks
+from entrenar.cli.ranks import continue_if_restarted, one_of_ranks
 from entrenar.cli.train import describe
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
@@ -24,6 +24,7 @@ def run(words: Sequence[str]) -> int:
     parsed = flags.parse(_arguments(), words)
     given = flags.given_flags(parsed, FinetuneConfig)
     config = _config(parsed.config, given, is_resuming=parsed.resume)
+    continue_if_restarted(parsed, config.run_dir)
     with one_of_ranks(config.train.rank_timeout_s):
         return _finetune(config, parsed, given)
 

@@ -1,12 +1,19 @@
-"""The command as one rank of several: rank 0 prints, the other ranks write their output into their logs."""
+"""The command as one rank of several: rank 0 prints, the other ranks write their output into their logs.
 
+Under `torchrun --max-restarts` the same command starts again after a rank has died, and then continues its run.
+"""
+
+import argparse
 import io
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 from entrenar import scale
 from entrenar.errors import EntrenarError
+from entrenar.runs import RunFolder, list_checkpoints
 
 _log = logging.getLogger("entrenar.ranks")
 
@@ -36,6 +43,18 @@ def one_of_ranks(timeout_s: float) -> Iterator[None]:
         except Exception:
             _log.exception("on rank %d", world.rank)
             raise
+
+
+def continue_if_restarted(parsed: argparse.Namespace, run_dir: Path) -> None:
+    """Turn a start into a resume if torchrun has started this command before: what it saved then is not replaced.
+
+    The first start has refused, or replaced as told, what another run left in the folder.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return
+    parsed.overwrite = False
+    if list_checkpoints(RunFolder(run_dir).checkpoints):
+        parsed.resume = True
 
 
 class _LogStream(io.TextIOBase):

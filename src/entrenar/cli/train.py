@@ -12,7 +12,7 @@ from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, conclusion
-from entrenar.cli.ranks import one_of_ranks
+from entrenar.cli.ranks import continue_if_restarted, one_of_ranks
 from entrenar.config import RunConfig
 from entrenar.config_file import load_config
 from entrenar.runs import RunFolder
@@ -29,6 +29,7 @@ def run(words: Sequence[str]) -> int:
     config = _config(parsed.config, given, is_resuming=parsed.resume)
     if parsed.dry_run:
         return _dry_run(config, parsed)
+    continue_if_restarted(parsed, config.run_dir)
     with one_of_ranks(config.train.rank_timeout_s):
         return _train(config, parsed, given)
 

@@ -85,7 +85,7 @@ def joined(timeout_s: float) -> Iterator[World]:
         yield current_world()
         return
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        _meet(timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().partition("\n")[0]
@@ -97,6 +97,18 @@ def joined(timeout_s: float) -> Iterator[World]:
         yield current_world()
     finally:
         dist.destroy_process_group()
+
+
+def _meet(timeout: timedelta) -> None:
+    """Join the group; ranks that torchrun has started again do not read the addresses of those that died.
+
+    torchrun keeps the same store for all starts (seen with torch 2.13 and --standalone), so each start has keys of its
+    own.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
 
 
 def rank_log(run_dir: Path, rank: int) -> logging.FileHandler:
