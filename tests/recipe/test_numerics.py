@@ -12,7 +12,7 @@ from entrenar.config_file import load_config
 from entrenar.data import Batch, Loader, PrepareConfig, prepare
 from entrenar.interop import load_model
 from entrenar.model import llama
-from entrenar.recipe import numerics
+from entrenar.recipe import numerics, two_processes
 
 WAYS = 9
 
@@ -31,6 +31,32 @@ def config_file(tmp_path_factory):
         "intermediate_size = 48\nmax_seq_len = 24\ntie_word_embeddings = true\n[train]\nmax_steps = 4\nthreads = 1\n"
     )
     return path
+
+
+class OneProcess:
+    """What two processes do, one after the other: starting them takes seconds, and one test is enough for that."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """End nothing."""
+
+    def gradients(self, model, shares):
+        """Sum over both."""
+        one, other = (numerics._gradients(model, [share]) for share in shares)
+        return {name: one[name] + other[name] for name in one}
+
+
+@pytest.fixture
+def two_real_processes():
+    """Asked for by the tests that start them."""
+
+
+@pytest.fixture(autouse=True)
+def _one_process(request, monkeypatch):
+    if "two_real_processes" not in request.fixturenames:
+        monkeypatch.setattr(numerics, "TwoProcesses", OneProcess)
 
 
 def found(config_file, **flags) -> dict[str, numerics.Finding]:
@@ -103,7 +129,7 @@ PLANTS = {
     "activations recomputed (selective)": (llama, "recomputed", detached),
     "loss in chunks of 7 tokens": (numerics, "linear_cross_entropy", enlarged),
     "saved, loaded and resumed": (numerics, "load_model", nudged),
-    "two ranks": (numerics, "Loader", first_rank),
+    "two ranks, each a process": (numerics, "Loader", first_rank),
 }
 
 
@@ -139,6 +165,21 @@ def test_what_was_asked_for_and_not_measured_ends_with_five(config_file, monkeyp
     assert main(["doctor", "--numerics", "--compiled", "--config", str(config_file)]) == 5
     assert "NotMeasured: compiled: not measured: no compiler on this machine" in capsys.readouterr().err
     assert main(["doctor", "--numerics", "--config", str(config_file)]) == 0
+
+
+@pytest.mark.usefixtures("two_real_processes")
+def test_two_processes_give_the_gradient_of_one(config_file, capsys):
+    """Two processes meet, each takes its share, and their sum is the whole batch's gradient."""
+    assert main(["doctor", "--numerics", "--config", str(config_file)]) == 0
+    assert "same   two ranks, each a process" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("two_real_processes")
+def test_processes_that_cannot_meet_are_not_measured(config_file, monkeypatch, capsys):
+    """A way that was not measured is no pass: code 5, with the reason."""
+    monkeypatch.setattr(two_processes, "__name__", "entrenar.no_such_module")
+    assert main(["doctor", "--numerics", "--config", str(config_file)]) == 5
+    assert "process 0 of 2 failed: " in capsys.readouterr().err
 
 
 def test_the_json_holds_what_the_table_shows(config_file, capsys):

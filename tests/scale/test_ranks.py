@@ -27,7 +27,7 @@ from launched import (
 
 from entrenar.config import RunConfig
 from entrenar.errors import ConfigError
-from entrenar.runs import list_checkpoints, read_records
+from entrenar.runs import read_records
 from entrenar.train import World, latest_good
 
 # Float32 sums in another order; the exact comparison is in float64 (test_exactness.py).

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, embedding, linear
 
 from entrenar.config import RunConfig
 from entrenar.data import Batch, Corpus, Loader, LoaderState
+from entrenar.errors import MachineError
 from entrenar.interop import load_model, save_model
 from entrenar.model import Llama
 from entrenar.ops import Documents, linear_cross_entropy
@@ -28,13 +29,13 @@ from entrenar.ops.swiglu import reference_swiglu
 from entrenar.planning import settle_compute_dtype
 from entrenar.recipe.pretrain import open_corpora
 from entrenar.recipe.start import Observer, choose_device
+from entrenar.recipe.two_processes import SIZE, Gradients, TwoProcesses
 from entrenar.train import prepare_process
 
 MOST_IN_FLOAT64 = 1e-9
 MOST_ROUNDINGS = 4.0
 _MOST_ROWS = 4
 
-Gradients = dict[str, Tensor]
 Pair = tuple[Gradients, Gradients]  # the plain way, the other way
 
 
@@ -97,9 +98,10 @@ def compare_ways(config: RunConfig, *, with_compiler: bool = False, observer: Ob
     observer.on_stage("The plain way")
     rounding = _distance(_gradients(exact, [data.first]), _gradients(own, [data.first]))[0]
     findings = []
-    for name, way in _ways(with_compiler=with_compiler or config.train.compile):
-        observer.on_stage(name)
-        findings.append(_finding(name, way, exact, own, data, rounding))
+    with TwoProcesses() as processes:
+        for name, way in _ways(processes, with_compiler=with_compiler or config.train.compile):
+            observer.on_stage(name)
+            findings.append(_finding(name, way, exact, own, data, rounding))
     return Numerics(
         len(data.first.input_ids), config.data.seq_len, config.model.parameter_count(), config.train.precision,
         config.compute_dtype, rounding, tuple(findings),
@@ -119,7 +121,7 @@ def _model(config: RunConfig, dtype: torch.dtype, compute_dtype: str | None, dev
 Way = Callable[[Llama, _Data], Pair]
 
 
-def _ways(*, with_compiler: bool) -> Iterator[tuple[str, Way | None]]:
+def _ways(processes: TwoProcesses, *, with_compiler: bool) -> Iterator[tuple[str, Way | None]]:
     yield (
         "one row at a time",
         lambda model, data: (
@@ -146,7 +148,7 @@ def _ways(*, with_compiler: bool) -> Iterator[tuple[str, Way | None]]:
     )
     yield "compiled", _compiled if with_compiler else None
     yield "saved, loaded and resumed", _resumed
-    yield "two ranks", _two_ranks
+    yield "two ranks, each a process", lambda model, data: _two_ranks(processes, model, data)
 
 
 def _finding(name: str, way: Way | None, exact: Llama, own: Llama, data: _Data, rounding: float) -> Finding:
@@ -157,6 +159,8 @@ def _finding(name: str, way: Way | None, exact: Llama, own: Llama, data: _Data, 
         plain, other = way(own, data)
     except torch._dynamo.exc.TorchDynamoException as fault:  # the root of the compiler's errors
         return Finding(name, note=f"not measured: {str(fault).strip().splitlines()[0]}")
+    except MachineError as fault:
+        return Finding(name, note=f"not measured: {fault}")
     in_own, _ = _distance(plain, other)
     is_same = in_float64 <= MOST_IN_FLOAT64 and in_own <= MOST_ROUNDINGS * rounding
     same_bits = plain.keys() == other.keys() and all(torch.equal(plain[key], other[key]) for key in plain)
@@ -277,8 +281,7 @@ def _resumed(model: Llama, data: _Data) -> Pair:
     return _gradients(model, [data.second]), _gradients(loaded.to(model.model.norm.weight.device), [batch])
 
 
-def _two_ranks(model: Llama, data: _Data) -> Pair:
-    """Sum the gradients of two ranks, each on its share of the batch."""
-    shares = [next(iter(data.loader(rank, 2)))[0] for rank in range(2)]
-    ranks = [_gradients(model, [share]) for share in shares]
-    return _gradients(model, [data.first]), {name: ranks[0][name] + ranks[1][name] for name in ranks[0]}
+def _two_ranks(processes: TwoProcesses, model: Llama, data: _Data) -> Pair:
+    """Sum the gradients of two processes, each on its share of the batch."""
+    shares = [next(iter(data.loader(rank, SIZE)))[0] for rank in range(SIZE)]
+    return _gradients(model, [data.first]), processes.gradients(model, shares)

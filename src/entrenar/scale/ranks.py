@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from entrenar.errors import MachineError
 from entrenar.scale.watch import RANKS_FOLDER, Watch
@@ -105,9 +107,9 @@ def _meet(timeout: timedelta) -> None:
     torchrun keeps the same store for all starts (seen with torch 2.13 and --standalone), so each start has keys of its
     own.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    own = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    own = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
 
 
