@@ -132,3 +132,32 @@ def test_what_finetune_refuses_is_not_planned(capsys, base, words, message):
     code = main(["plan", "--model", base, "--data", "rows.jsonl", "--method", "qlora", *words])
     assert code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_several_ranks_are_planned_with_their_link(capsys):
+    """One rank's memory, what it sends, and how efficient all are; the exit code says whether one fits."""
+    words = ["--batch-size", "8", "--ranks", "4", "--link-rate", "1GB/s", "--link-latency-us", "100"]
+    code, out, _ = plan(capsys, *words, "--memory", "64GB")
+    assert code == 0
+    assert "ranks        4; the figures above are one rank's" in out
+    assert "link         1.00 GB/s, 100 µs a sum (given)" in out
+    assert "64.00 GB (--memory): one rank fits" in out
+    code, out, _ = plan(capsys, *words, "--memory", "1MB", "--json")
+    table = json.loads(out)
+    assert (code, table["fits"], table["ranks"]) == (1, False, 4)
+    assert table["sent_bytes"] == 2 * 3 * 4 * table["of_one_rank"]["trained_parameters"] // 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--link-rate", "1GB"], "--link-rate and --link-latency-us belong to --ranks"),
+        (["--ranks", "2", "--link-latency-us", "3"], "--link-latency-us needs --link-rate"),
+        (["--ranks", "2", "--link-rate", "fast"], "--link-rate must be an amount above 0 with its unit"),
+        (["--ranks", "0"], "must be a whole number >= 1"),
+    ],
+)
+def test_a_link_that_is_not_used_or_wrong_is_refused(capsys, words, message):
+    """Exit code 2 and a remedy."""
+    code, _, err = plan(capsys, *words)
+    assert (code, message in err) == (2, True)

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -542,6 +543,28 @@ def test_out_of_memory_in_the_evaluation_is_typed_and_the_step_is_saved(tmp_path
     with pytest.raises(OutOfMemoryError, match="while evaluating held-out data; use smaller evaluation batches"):
         _fit(tmp_path, task={"evaluate": hungry})
     assert latest_good(tmp_path / "checkpoints").step == 4
+
+
+@pytest.mark.parametrize("ending", ["an error", "no time left"])
+def test_a_step_that_is_saved_without_its_evaluation_is_recorded(tmp_path: Path, ending: str) -> None:
+    """A resume begins after the step, so its record would be missing for good; it claims no earlier held-out loss."""
+    measured = []
+
+    def evaluate() -> dict[str, float]:
+        if measured and ending == "an error":
+            raise MemoryError
+        if measured:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while measured:
+            time.sleep(0.01)
+        measured.append(1.0)
+        return {"loss": 1.0}
+
+    with signals_by_default(), nullcontext() if ending == "no time left" else pytest.raises(OutOfMemoryError):
+        _fit(tmp_path, task={"evaluate": evaluate}, save_every=0, eval_every=2, grace_s=0.5)
+    saved = latest_good(tmp_path / "checkpoints")
+    assert (saved.step, saved.state["held_out"]) == (4, None)
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_out_of_memory_before_the_first_step_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

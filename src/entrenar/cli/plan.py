@@ -14,11 +14,12 @@ from entrenar import planning, recipe
 from entrenar.cli import flags
 from entrenar.config import AnyConfig, FinetuneConfig, RunConfig
 from entrenar.config_file import ConfigFile, load_config, load_finetune_config
-from entrenar.errors import GateFailed
+from entrenar.errors import ConfigError, GateFailed
 from entrenar.report.step_line import duration, quantity
 
 if TYPE_CHECKING:
-    from entrenar.planning import Advice, Change, MemoryLimit, RunPlan
+    from entrenar.planning import Advice, Change, MemoryLimit, RanksPlan, RunPlan
+    from entrenar.scale import Link
 
 _OF_FINETUNING = ("--model", "--method", "--data")
 
@@ -31,6 +32,12 @@ def run(words: Sequence[str]) -> int:
     read = partial(_read, kind, parsed.config, flags.given_flags(parsed, kind))
     config = read({})
     base = recipe.model_folder(config.model) if isinstance(config, FinetuneConfig) else None
+    if parsed.ranks == 1 and (parsed.link_rate or parsed.link_latency_us):
+        raise ConfigError("--link-rate and --link-latency-us belong to --ranks; add it, or leave them out")
+    if parsed.link_latency_us and not parsed.link_rate:
+        raise ConfigError("--link-latency-us needs --link-rate; add it, or leave both out to measure them here")
+    if parsed.ranks > 1:
+        return _plan_ranks(config, base, parsed, limit)
     planned = planning.plan_run(config, base)
     limit = limit or planning.memory_limit()
     fits = planned.step.peak_bytes <= limit.size_bytes
@@ -57,6 +64,57 @@ def run(words: Sequence[str]) -> int:
         last = advice.changes[-1].plan
         print(f"it fits with {_words(advice.flags)}\n  peak {_gb(last.step.peak_bytes)}, {_step(last)} a step")
     return 1
+
+
+def _plan_ranks(config: AnyConfig, base: Path | None, parsed: argparse.Namespace, limit: "MemoryLimit | None") -> int:
+    """Print the plan of several ranks; return 0 if one of them fits, 1 if it does not."""
+    share = planning.plan_run(config, base, ranks=parsed.ranks)
+    limit = limit or planning.memory_limit()
+    alone = planning.plan_run(config, base, share.step.imports_bytes)
+    planned = planning.RanksPlan(parsed.ranks, share, alone, _link(parsed))
+    fits = share.step.peak_bytes <= limit.size_bytes
+    if parsed.json:
+        print(json.dumps(_ranks_as_json(planned, limit), indent=2))
+    else:
+        print("\n".join([*lines(share, config), *_ranks_lines(planned, is_given=parsed.link_rate is not None)]))
+        print(f"memory       {_gb(limit.size_bytes)} ({limit.source}): one rank {'fits' if fits else 'does NOT fit'}")
+        if not fits:
+            print(f"for advice plan one rank: --batch-size {planning.batches_of(config).batch_size // parsed.ranks}")
+    return 0 if fits else 1
+
+
+def _link(parsed: argparse.Namespace) -> "Link":
+    from entrenar.scale import Link, measure_loopback  # noqa: PLC0415  # loads torch
+
+    if parsed.link_rate is None:
+        return measure_loopback()  # by two processes
+    rate = planning.parse_bytes(parsed.link_rate.removesuffix("/s"), "--link-rate")
+    return Link(float(rate), 1e-6 * (parsed.link_latency_us or 0))
+
+
+def _ranks_lines(planned: "RanksPlan", *, is_given: bool) -> list[str]:
+    link = planned.link
+    source = "given" if is_given else "measured between two processes of this machine"
+    return [
+        f"ranks        {planned.ranks}; the figures above are one rank's",
+        f"link         {_gb(round(link.bytes_per_s))}/s, {1e6 * link.latency_s:,.0f} µs a sum ({source})",
+        f"sums         {planned.share.step.trained_tensors} a step, {_gb(planned.sent_bytes)} sent by each rank,"
+        f" about {planned.sum_s:.2g}s",
+        f"all ranks    about {planned.step_s:.2g}s a step, where one process takes {planned.alone_s:.2g}s: efficiency"
+        f" {planned.efficiency:.0%}",
+        "             if each rank has a processor as fast as this one to itself",
+    ]
+
+
+def _ranks_as_json(planned: "RanksPlan", limit: "MemoryLimit") -> dict[str, Any]:
+    return {
+        "ranks": planned.ranks, "limit_bytes": limit.size_bytes, "limit": limit.source,
+        "fits": planned.share.step.peak_bytes <= limit.size_bytes, "of_one_rank": _figures(planned.share),
+        "alone": _figures(planned.alone), "link_bytes_per_s": planned.link.bytes_per_s,
+        "link_latency_s": planned.link.latency_s, "sums": planned.share.step.trained_tensors,
+        "sent_bytes": planned.sent_bytes, "sum_s": planned.sum_s, "step_s": planned.step_s,
+        "efficiency": planned.efficiency,
+    }  # fmt: skip
 
 
 def measured(planned: "RunPlan | None") -> str:
@@ -103,6 +161,11 @@ def _arguments(kind: type[BaseModel]) -> argparse.ArgumentParser:
     )
     arguments.add_argument("--memory", metavar="SIZE", help="plan for a machine with this much memory, such as 6GB")
     arguments.add_argument("--json", action="store_true", help="print the plan as JSON")
+    arguments.add_argument("--ranks", type=flags.positive, default=1, metavar="N", help="plan for N processes")
+    arguments.add_argument("--link-rate", metavar="SIZE", help="what a rank sends in a second; measured here if absent")
+    arguments.add_argument(
+        "--link-latency-us", type=flags.positive, metavar="N", help="what the least sum takes, in µs"
+    )
     flags.add_config_flags(arguments, kind)
     return arguments
 

@@ -28,6 +28,7 @@ class Scene:
     Attributes:
         mapped: weights in a mapped file, which take no room on the heap.
         streamed_bytes: the part of these that comes and goes; the ledger notes it when it does.
+        ranks: how many processes add up their gradients; more than one sum in float32.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class Scene:
     precision: Literal["float32", "bfloat16"]
     mapped: Sequence[Tensor] = ()
     streamed_bytes: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Rehearsal:
         mapped_bytes: weights in mapped files that stay all the time; part of `peak_bytes`, not of `heap_bytes`.
         state_bytes: the optimizer's state in a checkpoint.
         trained_bytes: the trained weights in a checkpoint.
+        trained_tensors: whose gradients several ranks add up.
         flops, moved_bytes: of one step, the matrix products and the bytes that other operations read and wrote.
     """
 
@@ -60,6 +63,7 @@ class Rehearsal:
     state_bytes: int
     trained_bytes: int
     trained_parameters: int
+    trained_tensors: int
     flops: int
     moved_bytes: int
 
@@ -92,6 +96,7 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
         state_bytes=sum(t.nbytes for t in state),
         trained_bytes=sum(p.nbytes for p in trained),
         trained_parameters=sum(p.numel() for p in trained),
+        trained_tensors=len(trained),
         flops=ledger.flops - flops,
         moved_bytes=ledger.moved_bytes - moved + moved_besides,
     )
@@ -100,7 +105,7 @@ def rehearse(build: Callable[[Ledger], Scene], returned_from: int | None = None)
 def take_step(scene: Scene, optimizer: Optimizer, ledger: Ledger) -> int:
     """Take one step as the training loop does; return the bytes that the left-out parameters would have moved."""
     first = ledger.count
-    optimizer.gradients.begin(len(scene.batches))
+    optimizer.gradients.begin(len(scene.batches) * scene.ranks)
     forward_backward(scene.batches, scene.loss, ledger.phase)
     trained = [p for p in scene.module.parameters() if p.requires_grad]
     ledger.mark((p.grad for p in trained if p.grad is not None), "gradients")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entrenar.config import AnyConfig, FinetuneConfig
 from entrenar.data import Batch, DataConfig, SftConfig
+from entrenar.errors import ConfigError
 from entrenar.memory import status_bytes
 from entrenar.model import Llama, LlamaConfig, batch_loss
 from entrenar.peft import LoraConfig, from_base
@@ -56,15 +57,19 @@ class RunPlan:
         return self.kept_checkpoints * self.step.checkpoint_bytes + self.cache_bytes
 
 
-def plan_run(config: AnyConfig, base: Path | None = None, imports_bytes: int | None = None) -> RunPlan:
+def plan_run(
+    config: AnyConfig, base: Path | None = None, imports_bytes: int | None = None, *, ranks: int = 1
+) -> RunPlan:
     """Return what a run of `config` will take on this machine's CPU; nothing large is allocated.
 
-    Sets threads, allocator and seeds as the run does. `base` is the folder of the model to
-    fine-tune, needed where `config.model` names a run. A process that has computed nothing yet holds what the imports
-    take, and warms up with a step of a tiny model; otherwise `imports_bytes` says what they took.
+    Sets threads, allocator and seeds as the run does. `base` is the folder of the model to fine-tune, needed where
+    `config.model` names a run. A process that has computed nothing yet holds what the imports take, and warms up with a
+    step of a tiny model; otherwise `imports_bytes` says what they took. Of several `ranks` one is planned, with its
+    share of the rows.
 
     Raises:
-        ConfigError, FormatError: the config asks for what the model cannot do, or the folder holds no model.
+        ConfigError, FormatError: the config asks for what the model cannot do, the batch cannot be shared, or the
+            folder holds no model.
     """
     is_first = imports_bytes is None
     imports_bytes = status_bytes("VmRSS") if imports_bytes is None else imports_bytes
@@ -75,14 +80,14 @@ def plan_run(config: AnyConfig, base: Path | None = None, imports_bytes: int | N
     begun = skeleton(config, base)
     architecture = begun.model.config
     batches = batches_of(config)
-    rows, length = batches.batch_size, min(batches.seq_len, architecture.context_length)
+    rows, length = share_of_rows(batches.batch_size, ranks), min(batches.seq_len, architecture.context_length)
     accumulated = config.train.grad_accum_steps
     rehearsed = min(accumulated, _MOST_REHEARSED)
 
     def build(ledger: Ledger) -> Scene:
         mapped = give_shapes(config, begun, ledger)
         batch = full_rows(rows, length, architecture.vocab_size, has_documents=batches.packs_documents)
-        scene = scene_of(config, begun.model, [batch] * rehearsed, mapped)
+        scene = replace(scene_of(config, begun.model, [batch] * rehearsed, mapped), ranks=ranks)
         if not config.train.stream_base:
             return scene
         begun.model.stream = stream = RehearsedStream(begun.model, mapped, ledger)
@@ -94,13 +99,24 @@ def plan_run(config: AnyConfig, base: Path | None = None, imports_bytes: int | N
     trunk_bytes = config.trunk.cache_bytes if isinstance(config, FinetuneConfig) else 0
     tokens = rows * length * accumulated
     return RunPlan(
-        step=replace(step, flops=round(step.flops * times), step_s=step.step_s * times),
+        step=replace(step, flops=round(step.flops * times), moved_bytes=round(step.moved_bytes * times)),
         parameters=architecture.parameter_count(),
         needed_flops=architecture.flops_per_token(length) * tokens,
         tokens=tokens,
         kept_checkpoints=config.checkpoint.keep_last + config.checkpoint.keep_best + 1,
         cache_bytes=config.train.offload_bytes + trunk_bytes,
     )
+
+
+def share_of_rows(batch_size: int, ranks: int) -> int:
+    """Return the rows of a batch that each rank takes.
+
+    Raises:
+        ConfigError: they cannot be shared.
+    """
+    if batch_size % ranks:
+        raise ConfigError(f"batch_size must be a multiple of the number of ranks ({ranks}), got {batch_size}")
+    return batch_size // ranks
 
 
 def batches_of(config: AnyConfig) -> DataConfig | SftConfig:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from entrenar.planning.ledger import Ledger
-from entrenar.planning.machine import measure_rates
+from entrenar.planning.machine import Rates, measure_rates
 from entrenar.planning.rehearsal import Scene, rehearse
 from entrenar.train.oom import return_freed_memory
 
@@ -30,17 +30,26 @@ class StepPlan:
         kernels_bytes: what kernels and libraries took at their first use, the graph and all small objects.
         allocator_bytes: what the heap holds in addition; None where the allocator cannot be asked.
         flops: what one step spends in products, adapters and recomputation included.
+        moved_bytes: what all other operations of a step read and write.
+        rates: the machine's, measured with the plan.
         checkpoint_bytes: the weights and optimizer state of one checkpoint.
     """
 
     trained_parameters: int
+    trained_tensors: int
     tensors: Mapping[str, int]
     allocator_bytes: int | None
     imports_bytes: int
     kernels_bytes: int
     flops: int
-    step_s: float
+    moved_bytes: int
+    rates: Rates
     checkpoint_bytes: int
+
+    @property
+    def step_s(self) -> float:
+        """How long a step takes."""
+        return self.rates.seconds(self.flops, self.moved_bytes)
 
     @property
     def added_bytes(self) -> int:
@@ -67,11 +76,13 @@ def plan_step(
     in_heap = sum(seen.peak_bytes.values()) - seen.mapped_bytes
     return StepPlan(
         trained_parameters=seen.trained_parameters,
+        trained_tensors=seen.trained_tensors,
         tensors=seen.peak_bytes,
         allocator_bytes=None if seen.heap_bytes is None else seen.heap_bytes - in_heap,
         imports_bytes=imports_bytes,
         kernels_bytes=max(seen.held_bytes - imports_bytes, 0),
         flops=seen.flops,
-        step_s=rates.seconds(seen.flops, seen.moved_bytes),
+        moved_bytes=seen.moved_bytes,
+        rates=rates,
         checkpoint_bytes=seen.trained_bytes + seen.state_bytes,
     )

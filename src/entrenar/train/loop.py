@@ -9,14 +9,14 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from entrenar.errors import ConfigError, DataError, NonFiniteError, TrainingHalted
+from entrenar.errors import ConfigError, DataError, MachineError, NonFiniteError, TrainingHalted
 from entrenar.runs import Event, StepRecord, list_checkpoints
 from entrenar.train import rng
 from entrenar.train.judge import TrainedOn, fault_of_loss, fault_of_numbers
@@ -135,6 +135,7 @@ class _Training:
             on_split=lambda message: journal.tell(Event(self.progress.step + 1, "oom_split", message)),
         )
         self.trained_on: TrainedOn | None = None
+        self.unwritten: StepRecord | None = None  # of a step that is taken, until it is in the journal
         self.wants_checkpoint = False
         self.phases = Phases(next(task.module.parameters()).device)
         self.step_started = time.perf_counter()
@@ -212,10 +213,10 @@ class _Training:
             self.trained_on = TrainedOn(batches, figures.loss)
         else:
             self.optimizer.gradients.begin(0)
-        self.reactions.judged = None
+        self.reactions.judged = self.progress.held_out = None
         self.progress.advance(figures)
         self.progress.mark_boundary()
-        record = self.progress.record(figures, time.perf_counter() - self.step_started)
+        self.unwritten = record = self.progress.record(figures, time.perf_counter() - self.step_started)
         return record, self.progress.end(figures.elapsed_s, is_interrupted=is_interrupted)
 
     def conclude_step(self, record: StepRecord, reason: Reason | None) -> Reason | None:
@@ -223,7 +224,6 @@ class _Training:
         train, save = self.settings.train, self.settings.checkpoint
         is_saving = _is_due(record.step, save.save_every) or self.wants_checkpoint
         is_ending = reason not in (None, "signal")
-        self.progress.held_out = None
         events: list[Event] = []
         if _is_due(record.step, train.eval_every) or is_ending or (is_saving and save.keep_best):
             events += self._evaluate()
@@ -261,6 +261,7 @@ class _Training:
         """Save the last whole step, because a kill is near and the step under way will not be over in time."""
         message = "the step under way was given up, because train.grace_s is over; the one before is saved"
         self.journal.tell(Event(self.progress.step + 1, "step_given_up", message))
+        self._write_if_left()
         self.keeper.rescue(self.progress.boundary, self.optimizer, None)
         return "signal"
 
@@ -271,6 +272,7 @@ class _Training:
             fault = fault_of_numbers(self._tensors())
             if fault is None and self.trained_on is not None:
                 fault = fault_of_loss(self.task.module, self.gradient.loss, self.trained_on, self.progress.limit.rows)
+        self._write_if_left()
         self.keeper.rescue(self.progress.boundary, self.optimizer, fault)
         if isinstance(error, TrainingHalted) and self.world.is_writer:
             self.reactions.write_bundle(str(error))
@@ -354,7 +356,15 @@ class _Training:
         self.progress.note_evaluation(figures)
         return self.progress.monitor.after_evaluation(self.progress.step, figures["loss"], best)
 
+    def _write_if_left(self) -> None:
+        """Write the record of a step that is about to be saved though it was interrupted before its record."""
+        if self.unwritten is not None and self.progress.boundary is not None:
+            self.journal.dismiss_listeners()
+            with suppress(MachineError):  # the error under way says more
+                self._write(self.unwritten, is_wanted=_is_due(self.unwritten.step, self.settings.train.log_every))
+
     def _write(self, record: StepRecord, *, is_wanted: bool) -> None:
+        self.unwritten = None
         complete = self.progress.complete(record, self.phases.take())
         if is_wanted or complete.held_out is not None:
             self.journal.record(complete)
