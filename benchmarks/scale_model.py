@@ -5,10 +5,10 @@
 Here: step = arithmetic of a rank's share at the rate of the plain run + sums of all gradients over the measured link,
 nothing overlapped, and ranks beyond the number of cores share them. Nothing is fitted to the runs of several ranks.
 
-On GPUs, with every matrix of a block gathered for forward and again for backward and its gradient scattered
-(fully sharded, Rajbhandari et al. 2020): each rank sends and receives 3 (N-1)/N of the weights' bytes a step. What hides
-behind the arithmetic of the blocks before is not paid. Every assumption is a named number below; none was measured by
-this project.
+On GPUs the weights are fully sharded (Rajbhandari et al. 2020): every matrix is gathered for forward and again for
+backward, and its gradient is reduced and scattered, so each rank sends and receives 3 (N-1)/N of the weights' bytes a
+step. What hides behind the arithmetic of other blocks is not paid. Every assumption is a named number below; none was
+measured by this project.
 """
 
 import json
