@@ -8,6 +8,7 @@ from typing import get_args
 
 from entrenar import peft, recipe
 from entrenar.cli import flags
+from entrenar.cli.next_step import generate_command, tell_next
 from entrenar.errors import ConfigError
 from entrenar.interop.formats import Format
 from entrenar.peft.quantize_config import Kind
@@ -38,6 +39,8 @@ def run(words: Sequence[str]) -> int:
     report = convert(source, target, thresholds)
     print(f"{path} ({source.format}) -> {target.path} ({target.format} {target.dtype_for(source.model)})")
     print("\n".join([*lines, *report.lines()]))
+    if source.tokenizer is not None:
+        tell_next(generate_command(target.path))
     return 0
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from entrenar.cli.next_step import generate_command, resume_command
 from entrenar.errors import CheckpointError, EntrenarError
 from entrenar.files import TEMPORARY_PREFIX
 from entrenar.locks import is_held
@@ -128,22 +129,20 @@ def _next(
 ) -> Iterator[tuple[str, str]]:
     place = shlex.quote(str(folder))
     command = "train" if overview.kind in ("", "pre-training") else "finetune"
-    named = f"--name {shlex.quote(folder.name)}"
-    if str(folder.parent) != "runs":
-        named += f" --runs-dir {shlex.quote(str(folder.parent))}"
+    resume = resume_command(command, folder)
     if is_live:
         yield "watch it", f"entrenar watch {place}"
         return
     if bundles:
         yield "is it the data or the machine", f"entrenar replay {shlex.quote(bundles[-1])}"
     if checkpoints and all(one.fault for one in checkpoints):
-        yield "restore a copy of a checkpoint, or start again", f"entrenar {command} --overwrite {named} …"
+        yield "restore a copy of a checkpoint, or start again", f"{resume.replace('--resume', '--overwrite')} …"
     elif checkpoints and overview.status != "complete":
-        yield "continue", f"entrenar {command} --resume {named}"
+        yield "continue", resume
     elif checkpoints:
-        yield "use it", f"entrenar generate {place} --prompt …"
+        yield "use it", generate_command(folder)
     else:
-        yield "start it", f"entrenar {command} {named} …"
+        yield "start it", f"{resume.replace(' --resume', '')} …"
     if overview.steps:
         yield "see its curves", f"entrenar report {place}"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from entrenar import planning, recipe
 from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
+from entrenar.cli.next_step import tell_next
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, conclusion
 from entrenar.cli.ranks import continue_if_restarted, one_of_ranks
-from entrenar.cli.train import describe
+from entrenar.cli.train import after_training, describe
 from entrenar.config import FinetuneConfig
 from entrenar.config_file import load_finetune_config
 from entrenar.runs import RunFolder
@@ -47,6 +48,7 @@ def _finetune(config: FinetuneConfig, parsed: argparse.Namespace, given: dict[st
     )
     _print_report(report, config)
     print(measured(planned))
+    tell_next(after_training("finetune", report.outcome, report.run_dir))
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrenar.cli import flags
+from entrenar.cli.next_step import generate_command, tell_next
 
 if TYPE_CHECKING:
     from entrenar.interop.hf_peft import BaseIdentity
@@ -36,6 +37,7 @@ def run(words: Sequence[str]) -> int:
     if merged.quantized_base is not None:
         print(f"the adapter was trained over this base in {_own_model(merged.quantized_base)};")
         print("an adapter that started from LoftQ makes up for that rounding, and belongs over the rounded model only")
+    tell_next(generate_command(parsed.out))
     return 0
 
 

@@ -1,12 +1,14 @@
 """`entrenar prepare SOURCE… --out DIR`."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrenar import data
 from entrenar.cli import flags
+from entrenar.cli.next_step import tell_next
 from entrenar.cli.progress import TrainingView
 from entrenar.data import PrepareConfig
 from entrenar.data.row import counted
@@ -32,6 +34,7 @@ def run(words: Sequence[str]) -> int:
         overwrite=parsed.overwrite,
     )
     _print_summary(parsed.out, manifest)
+    tell_next(f"entrenar train --corpus {shlex.quote(str(parsed.out))}")
     return 0
 
 

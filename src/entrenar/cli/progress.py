@@ -41,7 +41,7 @@ def conclusion(outcome: "Outcome") -> str:
         )
     after = f"{outcome.step:,} step{'' if outcome.step == 1 else 's'} after {duration(last.elapsed_s)}"
     if outcome.reason == "signal":
-        return f"[entrenar: Training interrupted] {after}: stopped by a signal; continue with --resume"
+        return f"[entrenar: Training interrupted] {after}: stopped by a signal"
     return f"[entrenar: Training complete!] {after}: {_ENDS[outcome.reason]}"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from entrenar import planning, recipe
 from entrenar.cli import flags
 from entrenar.cli.code_inspection import code_inspector
+from entrenar.cli.next_step import generate_command, resume_command, tell_next
 from entrenar.cli.plan import lines, measured
 from entrenar.cli.progress import TrainingView, conclusion
 from entrenar.cli.ranks import continue_if_restarted, one_of_ranks
@@ -19,6 +20,7 @@ from entrenar.runs import RunFolder
 
 if TYPE_CHECKING:
     from entrenar.infer import Evaluation
+    from entrenar.train import Outcome
 
 
 def run(words: Sequence[str]) -> int:
@@ -52,6 +54,7 @@ def _train(config: RunConfig, parsed: argparse.Namespace, given: dict[str, str])
     )
     _print_report(report)
     print(measured(planned))
+    tell_next(after_training("train", report.outcome, report.run_dir))
     return 0
 
 
@@ -97,6 +100,11 @@ def _print_report(report: "recipe.TrainReport") -> None:
         print(f"  held-out after    {describe(report.after)}")
     print(f"  checkpoint        {recipe.model_folder(report.run_dir)}")
     print(f"  metrics           {RunFolder(report.run_dir).metrics}")
+
+
+def after_training(command: str, outcome: "Outcome", run_dir: Path) -> str:
+    """Return what to do next: continue a run that was interrupted, or let the model write."""
+    return resume_command(command, run_dir) if outcome.reason == "signal" else generate_command(run_dir)
 
 
 def describe(evaluation: "Evaluation") -> str:
