@@ -19,6 +19,7 @@ from entrenar.infer import TaskConfig
 from entrenar.model import LlamaConfig, PresetName
 from entrenar.peft import LoraConfig, QuantizeConfig, TrunkConfig
 from entrenar.runs import CHANGEABLE
+from entrenar.scale import ScaleConfig
 from entrenar.train import CheckpointConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class RunConfig(BaseModel):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    scale: ScaleConfig = ScaleConfig()
 
     @model_validator(mode="after")
     def _windows_fit_the_context(self) -> Self:
@@ -93,6 +95,7 @@ class FinetuneConfig(BaseModel):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    scale: ScaleConfig = ScaleConfig()
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
@@ -179,6 +182,7 @@ _NEEDS = (
         lambda c: c.optim.optimizer == "muon",
     ),
     _Need(("schedule.wsd_decay_ratio",), "schedule = wsd", lambda c: c.schedule.schedule == "wsd"),
+    _Need(("scale.shard_size",), "shard = hybrid", lambda c: c.scale.shard == "hybrid"),
     _Need(("train.offload_dir", "train.offload_budget_gb"), "offload = disk", lambda c: c.train.offload == "disk"),
 )
 _FINETUNE_NEEDS = (

@@ -77,6 +77,8 @@ class TrainingOptions(TypedDict, total=False):
     throughput_drop: float
     throughput_drop_steps: int
     held_out_rise: float
+    shard: Literal["auto", "none", "full", "hybrid"]
+    shard_size: int | None
 
 
 class PretrainOptions(TrainingOptions, total=False):

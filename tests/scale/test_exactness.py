@@ -1,10 +1,13 @@
 """Ranks train as one process does, to 1e-12 in float64, and a run may change its number of ranks (`scale`)."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launched import TIMEOUT_S, free_port
@@ -21,21 +24,49 @@ STEPS = 20
 CLOSE = 1e-12
 
 
-def train(folder: Path, size: int, *, method: str = "full", batching: str = "packed", steps: int = STEPS) -> Path:
-    """Train up to `steps` with `size` ranks, from the checkpoint in `folder` if there is one."""
-    words = [sys.executable, str(PROGRAM), str(folder), method, batching, str(steps)]
+WHOLE, PIECES, HYBRID = {"shard": "none"}, {"shard": "full"}, {"shard": "hybrid", "shard_size": 2}
+# Ranks, what each trains, how batches are laid out, and how the weights are spread.
+CASES = [
+    (2, "full", "packed", WHOLE), (2, "full", "padded", WHOLE), (2, "lora", "packed", WHOLE),
+    (2, "qlora", "packed", WHOLE), (2, "full", "packed", PIECES), (2, "tied", "padded", PIECES),
+    (3, "full", "packed", WHOLE), (3, "lora", "packed", WHOLE), (3, "qlora", "packed", WHOLE),
+    (3, "full", "packed", PIECES), (4, "full", "packed", HYBRID),
+]  # fmt: skip
+
+
+def train(size: int, jobs: list[dict[str, Any]]) -> None:
+    """Train each job in turn with `size` ranks that start once; a job continues what is in its folder."""
+    words = [sys.executable, str(PROGRAM), json.dumps(jobs)]
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     each = [subprocess.Popen(words, env=os.environ | place | {"RANK": str(rank)}) for rank in range(size)]
     assert [process.wait(timeout=TIMEOUT_S) for process in each] == [0] * size
-    return folder
+
+
+def job(folder: Path, method: str, batching: str, scale: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
+    """Describe a run up to `steps`."""
+    return {
+        "folder": str(folder), "method": method, "batching": batching, "scale": scale, "steps": steps, "nan_on": None,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Runs of one process, by method and batching."""
-    place = tmp_path_factory.mktemp("alone")
-    kinds = [("full", "packed"), ("full", "padded"), ("lora", "packed"), ("qlora", "packed")]
-    return {kind: train(place / "-".join(kind), 1, method=kind[0], batching=kind[1]) for kind in kinds}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return where a case was trained; all cases of a number of ranks are trained at the first question."""
+    place, trained = tmp_path_factory.mktemp("runs"), set()
+    cases = [*CASES, *{(1, method, batching, ()) for _, method, batching, _ in CASES}]
+
+    def find(size: int, method: str, batching: str, scale: dict[str, Any]) -> Path:
+        def folder(*case: Any) -> Path:
+            return place / "-".join(map(str, case[:3])) / dict(case[3]).get("shard", "none")
+
+        if size not in trained:
+            trained.add(size)
+            jobs = [job(folder(*case), *case[1:3], dict(case[3])) for case in cases if case[0] == size]
+            poisoned = [job(folder(2, "full", "nan", PIECES), "full", "packed", PIECES) | {"nan_on": 1}]
+            train(size, jobs + (poisoned if size == 2 else []))
+        return folder(size, method, batching, scale)
+
+    return find
 
 
 def assert_same(ranks: Path, one: Path) -> None:
@@ -55,23 +86,28 @@ def assert_same(ranks: Path, one: Path) -> None:
             assert (mine[name] - tensor).norm() <= CLOSE * tensor.norm(), name
 
 
-@pytest.mark.parametrize(
-    ("method", "batching", "size"),
-    [
-        ("full", "packed", 2), ("full", "packed", 3), ("full", "padded", 2), ("lora", "packed", 2),
-        ("lora", "packed", 3), ("qlora", "packed", 2), ("qlora", "packed", 3),
-    ],
-)  # fmt: skip
-def test_ranks_equal_one_process(alone, tmp_path, method, batching, size):
+@pytest.mark.parametrize(("size", "method", "batching", "scale"), CASES)
+def test_ranks_equal_one_process(runs, size, method, batching, scale):
     """Twenty steps of two micro-batches, with rows of unequal targets and epochs that end within a batch."""
-    assert_same(train(tmp_path / "run", size, method=method, batching=batching), alone[method, batching])
+    assert_same(runs(size, method, batching, scale), runs(1, method, batching, WHOLE))
 
 
-def test_a_run_changes_its_number_of_ranks(alone, tmp_path):
+def test_nan_on_one_rank_stops_all_with_the_step_before_saved(runs):
+    """Rank 1 alone has NaN at step 4: both ranks say so, and the pieces of step 3 are one good checkpoint."""
+    folder = runs(2, "full", "nan", PIECES)
+    assert [(folder / f"error-{rank}").read_text().partition(": to")[0][:19] for rank in (0, 1)] == [
+        "step 4: non_finite:"
+    ] * 2
+    assert latest_good(folder / "checkpoints").step == 3
+
+
+def test_a_run_changes_its_number_of_ranks(runs, tmp_path):
     """Two ranks to step 7, three to step 14, one to the end: the data order, the losses and the end of one process."""
-    for size, steps in ((2, 7), (3, 14), (1, STEPS)):
-        train(tmp_path / "run", size, steps=steps)
-    assert_same(tmp_path / "run", alone["full", "packed"])
+    ways = {"whole": [WHOLE] * 3, "pieces": [PIECES, PIECES, WHOLE]}
+    for number, (size, steps) in enumerate(((2, 7), (3, 14), (1, STEPS))):
+        train(size, [job(tmp_path / name, "full", "packed", each[number], steps) for name, each in ways.items()])
+    for name in ways:
+        assert_same(tmp_path / name, runs(1, "full", "packed", WHOLE))
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -57,11 +57,27 @@ def figures(run):
     return [(r["step"], r["targets"], r["loss"]) for r in read_records(run / "metrics.jsonl")]
 
 
-def assert_same_figures(run, other):
+def assert_same_figures(run, other, rel=ROUNDING):
     """The same steps and targets, and losses that differ by rounding."""
     for mine, expected in zip(figures(run), figures(other), strict=True):
         assert mine[:2] == expected[:2]
-        assert mine[2] == pytest.approx(expected[2], rel=ROUNDING)
+        assert mine[2] == pytest.approx(expected[2], rel=rel)
+
+
+def test_weights_in_pieces_give_the_same_run(corpus, undisturbed, tmp_path):
+    """Two ranks with half of each weight: losses, held-out loss and checkpoints are those of whole weights."""
+    flags = {
+        "shard": "full",
+        "precision": "bfloat16",
+        "checkpointing": "full",
+        "eval_every": "3",
+        "grad_accum_steps": "1",
+    }
+    for name, more in (("whole", {"shard": "none"}), ("pieces", {})):
+        ended = on_ranks(*[train_words(corpus, tmp_path / name, **flags | more)] * 2)
+        assert [code for code, _, _ in ended] == [0, 0], ended
+    assert_same_figures(tmp_path / "pieces" / "trial", tmp_path / "whole" / "trial", rel=1e-3)
+    assert "Weights in pieces over 2 ranks" in ended[0][1]
 
 
 def test_two_ranks_write_one_run(corpus, undisturbed, tmp_path):
@@ -162,9 +178,10 @@ def test_a_corpus_is_prepared_before_ranks_train(tmp_path):
     assert "must be prepared before several ranks train on it; run `entrenar prepare`" in ended[0][2]
 
 
-def test_a_killed_rank_ends_the_other_with_its_progress_saved(corpus, tmp_path):
-    """After SIGKILL of rank 1, rank 0 saves its last whole step and ends with code 3 and a remedy."""
-    words = train_words(corpus, tmp_path, max_steps="100000", save_every="0")
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_killed_rank_ends_the_other_with_its_progress_saved(corpus, tmp_path, shard):
+    """After SIGKILL of rank 1, rank 0 ends with code 3 and a remedy; what it holds whole, it saves."""
+    words = train_words(corpus, tmp_path, max_steps="100000", save_every="0", shard=shard)
     port = free_port()
     ranks = [start(words, rank, 2, port) for rank in range(2)]
     metrics = tmp_path / "trial" / "metrics.jsonl"
@@ -174,9 +191,12 @@ def test_a_killed_rank_ends_the_other_with_its_progress_saved(corpus, tmp_path):
     os.kill(ranks[1].pid, signal.SIGKILL)
     _, error = ranks[0].communicate(timeout=TIMEOUT_S)
     ranks[1].communicate(timeout=TIMEOUT_S)
-    assert ranks[0].returncode == 3
+    assert ranks[0].returncode == 3, error
     assert "MachineError: rank 0 lost contact with another rank" in error
-    assert latest_good(tmp_path / "trial" / "checkpoints").step == figures(tmp_path / "trial")[-1][0]
+    if shard == "none":
+        assert latest_good(tmp_path / "trial" / "checkpoints").step == figures(tmp_path / "trial")[-1][0]
+    else:
+        assert not list((tmp_path / "trial" / "checkpoints").glob("*"))
 
 
 def test_a_killed_rank_restarts_all_until_the_weights_are_those_of_an_undisturbed_run(corpus, undisturbed, tmp_path):

@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 
 from entrenar.model import KVCache, Llama, LlamaConfig
 from entrenar.model.llama import Block, Linear
+from entrenar.train.pieces import has_pieces
 
 NextLogits = Callable[[Int[Tensor, "B 1"]], Float[Tensor, "B V"]]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,10 +43,11 @@ def next_logits(model: Llama, cache: KVCache, head: Callable[[Tensor], Tensor] |
 
 
 def is_plain(model: Llama) -> bool:
-    """Return whether every weight is an unadapted matrix, in single or double precision on the CPU."""
+    """Return whether every weight is an unadapted whole matrix, in single or double precision on the CPU."""
     projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
     return (
         model.device.type == "cpu"
+        and not has_pieces(model)
         and model.dtype in (torch.float32, torch.float64)
         and model.compute_dtype in (None, model.dtype)
         and all(type(module) is Linear for module in projections)

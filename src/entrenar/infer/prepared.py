@@ -34,6 +34,7 @@ from entrenar import ops
 from entrenar.memory import free_bytes
 from entrenar.model import Llama
 from entrenar.peft import LoraLinear, QuantizedLinear
+from entrenar.train.pieces import has_pieces
 
 _log = logging.getLogger(__name__)
 _MOST_ROWS_INT8 = 4  # beyond, torch's int8 kernel is slower than a bfloat16 product (benchmarks/decode_quantized.py)
@@ -172,7 +173,8 @@ class Prepared:
 
 def prepare(model: Llama, rows: int, num_tokens: int) -> Prepared:
     """Return a model's quantized projections in the form that writes `num_tokens` tokens for `rows` texts fastest."""
-    forms = _forms(model, rows) if num_tokens >= _LEAST_TOKENS else _NOTHING
+    has_whole_weights = not has_pieces(model)
+    forms = _forms(model, rows) if num_tokens >= _LEAST_TOKENS and has_whole_weights else _NOTHING
     modules = dict(model.named_modules()) if forms.of_modules else {}
     return Prepared({modules[name]: form for name, form in forms.of_modules.items()}, forms.head)
 

@@ -153,7 +153,7 @@ def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) ->
         before = held_out.measure()
     loader = _loader(started, parts.rows.train)
     observer.on_stage(f"{len(parts.rows.train):,} examples in {loader.num_rows:,} rows, {config.sft.batching}")
-    put_into_training(model, config.train)
+    started = put_into_training(started, model, observer)
     loss = batch_loss(model, started.device, is_compiled=config.train.compile)
     if parts.trunk is not None:
         loss = _cached_loss(parts.trunk)

@@ -95,7 +95,8 @@ def train_in(config: RunConfig, mode: Mode, observer: Observer) -> TrainReport:
             observer.on_stage("Held-out loss before training" if held_out.is_there else _NOTHING_HELD_OUT)
             before = held_out.measure() if held_out.is_there else None
             observer.on_look(model, ready.tokenizer)
-        put_into_training(model, config.train)
+        started = put_into_training(started, model, observer)
+        ready = replace(ready, started=started)
         outcome = carry_out(started, _task(ready, model, held_out, observer), observer)
         return TrainReport(outcome, config.run_dir, before, held_out.after(outcome))
 

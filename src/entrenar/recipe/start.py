@@ -18,6 +18,7 @@ from typing import Any, Generic
 import torch
 from torch import nn
 
+from entrenar import scale
 from entrenar.config import AnyConfig, ConfigT, changeable
 from entrenar.config_file import to_toml
 from entrenar.data import Batch, Progress, Tokenizer
@@ -34,7 +35,6 @@ from entrenar.train import (
     Run,
     Settings,
     Task,
-    TrainConfig,
     World,
     check_same_config,
     figures_of_next_step,
@@ -273,16 +273,29 @@ def _clear(run: RunFolder, kept: str) -> None:
             old.unlink()
 
 
-def put_into_training(model: Llama, config: TrainConfig) -> None:
-    """Switch the model to training mode, with the memory savers that the config asks for.
+def put_into_training(started: Start[ConfigT], model: Llama, observer: Observer) -> Start[ConfigT]:
+    """Switch the model to training mode, with the memory savers that the config asks for, and spread it over the ranks.
+
+    Returns: the start, whose world knows of the pieces if the weights were cut.
 
     Raises:
-        ConfigError: the base is to be streamed and is not mapped from a file.
+        ConfigError: the base is to be streamed and is not mapped from a file, the ranks differ in a weight, or the
+            weights cannot be cut as asked.
     """
+    config, world = started.config, started.world
     model.train()
-    model.checkpointing = config.checkpointing
-    if config.stream_base:
+    model.checkpointing = config.train.checkpointing
+    if config.train.stream_base:
         model.stream_base()
+    if world.size == 1:
+        return started
+    # What a resumed run trains comes from the checkpoint, and has no values yet.
+    check_same(world, {"weights": weight_hashes(model, only_frozen=started.is_resumed)})
+    world = scale.shard(model, config.scale, world, config.train, config.optim)
+    if world.pieces is not None:
+        copies = f", {world.pieces.copies} copies" if world.pieces.copies > 1 else ""
+        observer.on_stage(f"Weights in pieces over {world.size // world.pieces.copies} ranks{copies}")
+    return replace(started, world=world)
 
 
 def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) -> Outcome:
@@ -295,10 +308,6 @@ def carry_out(started: Start[ConfigT], task: Task[Batch], observer: Observer) ->
     settings = Settings(config.train, config.optim, config.schedule, config.checkpoint, config.monitor)
     observer.on_stage("Resuming" if started.is_resumed else "Training")
     observer.on_model(task.module)
-    if started.world.size > 1:
-        # What a resumed run trains comes from the checkpoint, and has no values yet.
-        hashes = weight_hashes(task.module, only_frozen=started.is_resumed)
-        check_same(started.world, {"weights": hashes})
     run = Run(config.run_dir, _recorded(config), started.checkpoint, observer.inspect_code)
     if started.mode.replay is not None:
         with TemporaryDirectory() as elsewhere:

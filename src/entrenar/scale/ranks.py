@@ -35,22 +35,31 @@ def current_world() -> World:
 
 def _add_up(tensor: Tensor) -> None:
     dense = tensor.contiguous()
-    for watch in _watches:
-        watch.note()
+    note()
     try:
         dist.all_reduce(dense)
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        late = sorted({rank for watch in _watches for rank in watch.late()})
-        who = f": {_ranks(late)} did not come" if late else ""
-        raise MachineError(
-            f"rank {dist.get_rank()} lost contact with another rank{who} ({reason}); the message of the rank that "
-            f"ended first names the cause, see also RUN/{RANKS_FOLDER}; continue with --resume"
-        ) from error
+        raise _lost_contact(error) from error
     for watch in _watches:
         watch.expect()
     if dense is not tensor:
         tensor.copy_(dense)
+
+
+def note() -> None:
+    """Count a place in the run that every rank comes to, so that those who did not can be named."""
+    for watch in _watches:
+        watch.note()
+
+
+def _lost_contact(error: RuntimeError) -> MachineError:
+    reason = str(error).strip().partition("\n")[0]
+    late = sorted({rank for watch in _watches for rank in watch.late()})
+    who = f": {_ranks(late)} did not come" if late else ""
+    return MachineError(
+        f"rank {dist.get_rank()} lost contact with another rank{who} ({reason}); the message of the rank that "
+        f"ended first names the cause, see also RUN/{RANKS_FOLDER}; continue with --resume"
+    )
 
 
 def _ranks(numbers: list[int]) -> str:
@@ -61,7 +70,7 @@ def _ranks(numbers: list[int]) -> str:
 def watched(run_dir: Path, timeout_s: float) -> Iterator[None]:
     """Let the ranks know of each other, inside the block, who is late and where it stands.
 
-    Raises: MachineError.
+    Raises: MachineError, also for a connection that is lost inside the block.
     """
     if not (dist.is_available() and dist.is_initialized()):
         yield
@@ -70,6 +79,10 @@ def watched(run_dir: Path, timeout_s: float) -> Iterator[None]:
     _watches.append(watch)
     try:
         yield
+    except RuntimeError as error:  # of a sum or an exchange that torch began by itself
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise _lost_contact(error) from error
+        raise
     finally:
         _watches.remove(watch)
         watch.close()

@@ -36,6 +36,7 @@ from entrenar.files import (
 from entrenar.runs import MODEL_FOLDER, checkpoint_name, list_checkpoints
 from entrenar.train.manifest import OPTIMIZER, STATE, fault_of_state, faults_of_files, read_manifest, write_manifest
 from entrenar.train.oom import explained_oom, is_oom
+from entrenar.train.pieces import fill
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 _log = logging.getLogger(__name__)
@@ -297,7 +298,7 @@ def restore_weights(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> N
                 f"weight {name} must be {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the checkpoint holds {other.dtype} {tuple(other.shape)}"
             )
-        tensor.copy_(other)
+        fill(tensor, other)
 
 
 def git_revision() -> str | None:

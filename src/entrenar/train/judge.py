@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entrenar.train.pieces import own_part
 from entrenar.train.task import SplittableBatch
 
 # A loss near zero may double by chance; the margin is in nats a target.
@@ -29,8 +30,9 @@ class TrainedOn:
 
 def fault_of_numbers(tensors: Mapping[str, Tensor]) -> str | None:
     """Say which tensors hold NaN or infinity; None if all are finite."""
-    names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
-    finite = _are_finite(tensors[name] for name in names)
+    parts = {name: own_part(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    names = [name for name, part in parts.items() if part.numel()]
+    finite = _are_finite(parts[name] for name in names)
     bad = [name for name, is_good in zip(names, finite, strict=True) if not is_good]
     return f"{len(bad)} of {len(tensors)} tensors are not finite, {bad[0]} among them" if bad else None
 

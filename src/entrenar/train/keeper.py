@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from entrenar.errors import MachineError
 from entrenar.files import remove_incomplete
 from entrenar.runs import Event, checkpoint_name, list_checkpoints
@@ -63,7 +65,7 @@ class CheckpointKeeper:
         for path in checkpoint.abandon_after(self._folder, resumed.step) if self.world.is_writer else ():
             message = f"{path.name} is newer than the step resumed from"
             self._journal.tell(Event(resumed.step, "checkpoint_abandoned", message))
-        trained = {name: p.data for name, p in self._task.module.named_parameters() if p.requires_grad}
+        trained = {name: p.detach() for name, p in self._task.module.named_parameters() if p.requires_grad}
         checkpoint.restore_weights(trained, self._task.read_model(resumed.model))
         optimizer.load_state_dict(resumed.optimizer())
         self.saved_step, self._unconfirmed = resumed.step, None
@@ -90,16 +92,25 @@ class CheckpointKeeper:
             )
         self.report(wait=True)
         self.saved_step = state["counters"]["step"]
-        if self.world.is_writer:
+        snapshot = self._snapshot(state, optimizer)
+        if snapshot is not None:
             self._unconfirmed = self.saved_step
-            self._saver.start(self._snapshot(state, optimizer))
+            self._saver.start(snapshot)
 
-    def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot:
-        weights = {name: parameter.detach() for name, parameter in self._task.module.named_parameters()}
+    def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot | None:
+        """Return what the writer is to save; every rank adds its pieces to it."""
+        weights = self._whole({name: parameter.detach() for name, parameter in self._task.module.named_parameters()})
+        moments = self._whole(optimizer.state_dict())
         loss = (state["held_out"] or {}).get("loss")
-        return checkpoint.Snapshot(
-            state["counters"]["step"], weights, optimizer.state_dict(), state, held_out_loss=loss
-        )  # fmt: skip
+        if not self.world.is_writer:
+            return None
+        return checkpoint.Snapshot(state["counters"]["step"], weights, moments, state, held_out_loss=loss)
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.world.pieces is None:
+            return tensors
+        whole = {name: self.world.pieces.whole(tensor) for name, tensor in tensors.items()}
+        return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
     def confirm(self) -> None:
         """Take the newest checkpoint for good, and delete those that it makes superfluous."""
@@ -114,7 +125,7 @@ class CheckpointKeeper:
         it was saved already.
         """
         self._journal.dismiss_listeners()  # the error may be a listener's: a terminal that is gone, a full disk
-        if state is None or not self.world.is_writer:
+        if state is None or not (self.world.is_writer or self.world.pieces):
             return
         try:
             self.report(wait=True)
@@ -132,10 +143,12 @@ class CheckpointKeeper:
             return
         message = f"{checkpoint_name(step)} is kept apart in {apart}, because {fault}; --resume takes the one before"
         self._journal.tell(Event(step, "checkpoint_rejected", message))
-        if step == self.saved_step:
+        if step == self.saved_step and self.world.is_writer:
             checkpoint.move(self._folder / checkpoint_name(step), apart)
         elif step > self.saved_step:
-            self._saver.start_apart(self._snapshot(state, optimizer), apart)
+            if (snapshot := self._snapshot(state, optimizer)) is None:
+                return
+            self._saver.start_apart(snapshot, apart)
             if outcome := self._saver.take(wait=True):
                 _, error = outcome
                 if error is not None:

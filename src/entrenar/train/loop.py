@@ -22,6 +22,7 @@ from entrenar.train import rng
 from entrenar.train.judge import TrainedOn, fault_of_loss, fault_of_numbers
 from entrenar.train.keeper import CheckpointKeeper
 from entrenar.train.metrics import Journal, open_journal
+from entrenar.train.norms import loss_and_norms, own_squares
 from entrenar.train.offload import open_store
 from entrenar.train.oom import explained_oom
 from entrenar.train.optim import build_optimizer
@@ -120,7 +121,7 @@ class _Training:
         remedy = "choose precision = bfloat16, an adapter or a smaller model"
         with explained_oom(f"preparing the optimizer's state; {remedy}"):
             self.optimizer = build_optimizer(
-                task.module.named_parameters(), settings.optim, settings.train.precision, task.lr_factors
+                task.module.named_parameters(), settings.optim, settings.train.precision, task.lr_factors, world.pieces
             )
             self.keeper = CheckpointKeeper(task, run, settings.checkpoint, journal, world)
         stop.save_s = lambda: self.keeper.save_s
@@ -268,11 +269,14 @@ class _Training:
     def rescue(self, error: Exception) -> None:
         """Keep the last whole step on the way out of an error; judge it first if the run has diverged."""
         fault = None
+        self._write_if_left()
+        if self.world.pieces is not None and not isinstance(error, TrainingHalted):
+            return  # the others may be gone, and their pieces with them
         if self.progress.boundary is not None and isinstance(error, TrainingHalted):
-            fault = fault_of_numbers(self._tensors())
+            fault = self.world.fault(fault_of_numbers(self._tensors()))
             if fault is None and self.trained_on is not None:
                 fault = fault_of_loss(self.task.module, self.gradient.loss, self.trained_on, self.progress.limit.rows)
-        self._write_if_left()
+                fault = self.world.fault(fault)
         self.keeper.rescue(self.progress.boundary, self.optimizer, fault)
         if isinstance(error, TrainingHalted) and self.world.is_writer:
             self.reactions.write_bundle(str(error))
@@ -292,10 +296,7 @@ class _Training:
         targets = max(int(totals["targets"]), 1)
         with self._phase("optimizer"):
             horizon = self.progress.horizon(totals["elapsed_s"])
-            norm, parts = self.optimizer.gradient_norms()
-            # The one moment of a step in which the host waits for a device.
-            both = torch.stack([summed_loss.to(norm.device), norm.double()])
-            loss, grad_norm, *of_parts = torch.cat([both, parts.double()]).tolist()
+            loss, grad_norm, layer_norms = loss_and_norms(self.optimizer, summed_loss, totals)
             own_gradient_s = time.perf_counter() - self.step_started
             figures = StepFigures(
                 loss=loss / targets,
@@ -307,7 +308,7 @@ class _Training:
                 micro_batches=math.ceil(totals["micro_batches"] / self.world.size),  # a rank's is a share of one
                 elapsed_s=totals["elapsed_s"],
                 gradient_s=own_gradient_s if self.world.size == 1 else totals["gradient_s"],
-                layer_norms={name: each / targets for name, each in self.optimizer.layer_norms(of_parts).items()},
+                layer_norms={name: each / targets for name, each in layer_norms.items()},
             )
         self.wants_checkpoint = totals["wishes"] > 0
         self.stop.wants_checkpoint = False
@@ -321,6 +322,7 @@ class _Training:
             "gradient_s": clock * (time.perf_counter() - self.step_started),
             "signals": float(self.stop.requested is not None),
             "wishes": float(self.stop.wants_checkpoint),
+            **own_squares(self.optimizer, self.world.pieces),
         }
 
     def _rewind(self, micro_batches: int) -> None:
@@ -374,7 +376,7 @@ class _Training:
 
         Raises: NonFiniteError for a state that holds NaN or infinity: it would take the place of a good one.
         """
-        if fault := fault_of_numbers(self._tensors()):
+        if fault := self.world.fault(fault_of_numbers(self._tensors())):
             step = self.progress.step
             raise NonFiniteError(
                 f"step {step}: not saved, because {fault}: the step itself made them so; lower the learning rate, and "

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.train.eight_bit import BLOCK, EightBitCoder, empty_codes
+from entrenar.train.pieces import Pieces, fill, is_in_pieces, own_part
 from entrenar.train.precision import GradientSums, cast_parameters, join_master, split_master
 from entrenar.train.settings import OptimConfig
 
@@ -129,7 +130,7 @@ class Optimizer:
         self._layer_of_part, norms = [], []
         for each in self._trained:
             if (gradient := self.gradients.of(each.parameter)) is not None:
-                for part in _pieces(gradient.reshape(-1), _chunk_size(gradient.device)):
+                for part in _pieces(own_part(gradient).reshape(-1), _chunk_size(gradient.device)):
                     norms.append(torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)))
                     self._layer_of_part.append(_layer_of(each.name))
         if not norms:
@@ -164,9 +165,9 @@ class Optimizer:
         scratch = self._scratch[_scratch_key(each.parameter)]
         step = self._step.to(gradient.device)
         chunk = scratch.gradient.numel()
-        weights = each.parameter.data
+        weights = each.parameter.detach()
         remainders = weights if each.remainder is None else each.remainder
-        flat = (t.reshape(-1) for t in (weights, gradient, each.mean, all_squares, remainders))
+        flat = (own_part(t).reshape(-1) for t in (weights, gradient, each.mean, all_squares, remainders))
         for number, pieces in enumerate(zip(*(_pieces(t, chunk) for t in flat), strict=True)):
             weight, piece, mean, squares, remainder = pieces
             size = weight.numel()
@@ -222,7 +223,7 @@ class Optimizer:
                     f"optimizer state {name} must be {tensor.dtype} {tuple(tensor.shape)}, "
                     f"the checkpoint holds {other.dtype} {tuple(other.shape)}"
                 )
-            tensor.copy_(other)
+            fill(tensor, other)
 
 
 def build_optimizer(
@@ -230,18 +231,23 @@ def build_optimizer(
     config: OptimConfig,
     precision: Literal["float32", "bfloat16"] = "float32",
     lr_factors: Mapping[str, float] | None = None,
+    pieces: Pieces | None = None,
 ) -> Optimizer:
     """Prepare the trainable parameters; `bfloat16` first turns all float32 parameters into bfloat16 in place.
 
     A tied parameter is trained once, under its first name. Matrices get weight decay; norms and other vectors do not.
-    `lr_factors` multiply the learning rate of the parameters they name.
+    `lr_factors` multiply the learning rate of the parameters they name. Those in `pieces` have their type already.
 
     Raises: ConfigError when nothing is trainable or a parameter's type cannot be trained.
     """
     names: dict[nn.Parameter, str] = {}
     for name, parameter in named_parameters:
         names.setdefault(parameter, name)
-    remainders = cast_parameters(names) if precision == "bfloat16" else {}
+    if pieces is not None:
+        whole = pieces.remainders
+        remainders = {p: _in_pieces(whole[name], p) for p, name in names.items() if name in whole}
+    else:
+        remainders = cast_parameters(names) if precision == "bfloat16" else {}
     trained = [
         replace(_prepare(name, p, config, remainders.get(p)), lr_factor=(lr_factors or {}).get(name, 1.0))
         for p, name in names.items()
@@ -254,17 +260,25 @@ def build_optimizer(
     return Optimizer(trained, config)
 
 
+def _in_pieces(remainder: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return this rank's rows of a whole remainder, as a tensor in pieces."""
+    cut = torch.zeros_like(parameter, dtype=remainder.dtype, requires_grad=False)
+    fill(cut, remainder)
+    return cut
+
+
 def _prepare(name: str, parameter: nn.Parameter, config: OptimConfig, remainder: Tensor | None) -> _Trained:
     if parameter.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ConfigError(
             f"parameter {name} must be bfloat16, float32 or float64 to be trained, it is {parameter.dtype}"
         )
-    parameter.data = parameter.data.contiguous()
+    if not is_in_pieces(parameter):
+        parameter.data = parameter.data.contiguous()
     state_type = torch.promote_types(parameter.dtype, torch.float32)
     is_matrix = parameter.ndim == 2 and not any(part in name for part in config.muon_excluded)
     is_muon = config.optimizer == "muon" and is_matrix
     if parameter.dtype == torch.bfloat16 and remainder is None:
-        remainder = torch.zeros_like(parameter, dtype=torch.int16)
+        remainder = torch.zeros_like(parameter, dtype=torch.int16, requires_grad=False)
     weight_decay = config.weight_decay if parameter.ndim >= 2 else 0.0
     if config.optimizer == "adamw8bit" and parameter.numel() >= _LEAST_EIGHT_BIT:
         if state_type != torch.float32:

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from entrenar.train.pieces import own_part
+
 _HALF_WEIGHT_STEP = 0x8000
 
 
@@ -81,13 +83,13 @@ class GradientSums:
             return
         for parameter in self._low:
             if parameter in self._sums:
-                self._sums[parameter].zero_()
+                own_part(self._sums[parameter]).zero_()
             else:
                 self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
 
     def _take(self, parameter: Tensor) -> None:
         if self._is_summing and parameter.grad is not None:
-            self._sums[parameter].add_(parameter.grad)  # type: ignore[index]  # the hook is given the nn.Parameter
+            own_part(self._sums[parameter]).add_(own_part(parameter.grad))  # type: ignore[index]  # the hook is given the nn.Parameter
             parameter.grad = None
 
     def all(self) -> Iterator[Tensor]:

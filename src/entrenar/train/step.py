@@ -90,7 +90,8 @@ class StepGradient:
                 **report(),
             )
             if not totals["out_of_memory"]:
-                self.world.add_up(self.gradients.all())
+                if self.world.pieces is None:  # pieces are summed as the backward goes
+                    self.world.add_up(self.gradients.all())
                 total = totals.pop("loss")
                 return torch.tensor(total, dtype=torch.float64) if self.world.size > 1 else loss, totals
             self._undo(before)
@@ -101,14 +102,21 @@ class StepGradient:
 
     def _attempt(self, batches: Sequence[SplittableBatch]) -> tuple[Tensor, str | None]:
         """Return the summed loss, or the reason why memory ran out."""
-        passes = self.limit.cut(batches)
+        has_pieces = self.world.pieces is not None
+        passes = list(batches) if has_pieces else self.limit.cut(batches)
         try:
             self.gradients.begin(len(passes) * self.world.size)
             return forward_backward(passes, self.loss, self.phase), None
         except (RuntimeError, MemoryError) as error:
             if not is_oom(error):
                 raise
-            return torch.zeros((), dtype=torch.float64), str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0]
+            if has_pieces:  # the others are in the middle of a sum that this rank will not come to
+                raise OutOfMemoryError(
+                    f"memory ran out in the middle of a step ({reason}), and ranks that hold pieces of the weights "
+                    "cannot repeat one; set a smaller batch_size with more grad_accum_steps, or checkpointing = full"
+                ) from error
+            return torch.zeros((), dtype=torch.float64), reason
 
     def _undo(self, before: dict[str, Any]) -> None:
         # Outside the handler, so that the traceback and the activations its frames hold are gone.

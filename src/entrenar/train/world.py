@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from entrenar.train.pieces import Pieces
+
 ValueT = TypeVar("ValueT")
 
 
@@ -23,12 +25,14 @@ ValueT = TypeVar("ValueT")
 class World:
     """This process among all that train together: number `rank` of `size`.
 
-    `all_reduce` replaces a tensor by its sum over all ranks; every rank calls it in the same order.
+    `all_reduce` replaces a tensor by its sum over all ranks; every rank calls it in the same order. `pieces` is set
+    where no rank holds the weights as a whole.
     """
 
     rank: int
     size: int
     all_reduce: Callable[[Tensor], Any]
+    pieces: Pieces | None = None
 
     @staticmethod
     def alone() -> "World":
@@ -51,6 +55,15 @@ class World:
     def any(self, *, flag: bool) -> bool:
         """Return whether `flag` is true on any rank."""
         return self.sum(flag=float(flag))["flag"] > 0
+
+    def fault(self, own: str | None) -> str | None:
+        """Return a fault that this rank found, or says that another did; None if all is well on all ranks.
+
+        Ranks that hold the same find the same, and are not asked.
+        """
+        if self.pieces is None:
+            return own
+        return (own or "another rank has found a fault") if self.any(flag=own is not None) else None
 
     def largest(self, value: int) -> int:
         """Return the largest `value` of all ranks."""
