@@ -327,6 +327,9 @@ def test_base_hash_ignores_adapters() -> None:
         ({"rank_pattern": {"k_proj": 4}}, r"adapter_config.json: rank_pattern: 'k_proj' matches no target module"),
         ({"alpha_pattern": {"x.*": 4}}, r"adapter_config.json: alpha_pattern: 'x\.\*' matches no target module"),
         ({"target_modules": ["q_proj", "lm_head"]}, r"json: target_modules: lm_head cannot take a low-rank adapter"),
+        ({"init_lora_weights": ["a"]}, r"init_lora_weights = \['a'\] changes the base's weights"),
+        ({"modules_to_save": 0.5}, r"describes no adapter: modules_to_save: "),
+        ({"modules_to_save": {"a": 1}}, r"describes no adapter: modules_to_save: "),
         ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices = \[1, 2\] changes what the adapter computes"),
     ],
 )

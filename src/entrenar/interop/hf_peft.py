@@ -244,7 +244,7 @@ def _from_peft(values: dict[str, Any], keys: list[str], path: Path, *, is_tied: 
         if value and key not in _WITHOUT_EFFECT | _READ and not (key == "bias" and value == "none"):
             raise FormatError(f"{path}: {key} = {value!r} changes what the adapter computes; that is not supported")
     init = values.get("init_lora_weights", True)
-    if init not in _INITS and init != "pissa":
+    if not isinstance(init, bool | str) or (init not in _INITS and init != "pissa"):
         raise FormatError(
             f"{path}: init_lora_weights = {init!r} changes the base's weights in a way that cannot be repeated here; "
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
@@ -255,7 +255,9 @@ def _from_peft(values: dict[str, Any], keys: list[str], path: Path, *, is_tied: 
         # A regular expression or an exclusion: the tensors say by name what it came to.
         names = (path for path, part in map(split_key, keys) if part != WHOLE)
         targets, layers = list(dict.fromkeys(names)), None
-    saved = [module for module in values.get("modules_to_save") or () if not (is_tied and module == _HEAD)]
+    saved = values.get("modules_to_save") or []
+    if is_tied and isinstance(saved, list):
+        saved = [module for module in saved if module != _HEAD]
     fields = {
         "rank": values.get("r"),
         "target_modules": targets,

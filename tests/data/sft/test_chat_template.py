@@ -106,6 +106,7 @@ HOSTILE = {
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}": "recursion|more than 1 s of CPU",
     "{{ 10 ** (10 ** 10) }}": "more than 1 s of CPU|memory",
     "{% for x in %}": "TemplateSyntaxError: ",
+    "{% break %}": "SyntaxError: 'break' outside loop",
     "{% include '/etc/passwd' %}": r"(TypeError|TemplateNotFound|TemplatesNotFound): ",
     "{{ raise_exception('no system role') }}": r"TemplateError: no system role$",
     "{{ undefined_thing.x }}": r"UndefinedError",

@@ -30,7 +30,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MAX_MEMORY_BYTES = 1 << 29
 MAX_CHARACTERS = 4_000_000
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PROBLEMS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+# SyntaxError: jinja2 writes Python, and Python refuses some of it, such as a break outside a loop.
+_PROBLEMS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, SyntaxError)
 Span = tuple[int, int]
 
 
