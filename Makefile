@@ -163,10 +163,10 @@ mutation-smoke: $(VENV)/.test ## the mutants of the schedule alone, all anew: sh
 
 mutation-llama: mutation
 
-fuzz: $(VENV)/.tier3 ## FUZZ_RUNS inputs (a million) for tokenizer, model and loaders, each after a planted fault
+fuzz: $(VENV)/.tier3 ## FUZZ_RUNS inputs (a million; documents: a tenth) for each target, each after a planted fault
 	$(BIN)/python fuzz/run.py --runs $(FUZZ_RUNS) --out quality/results/fuzz.json
 
-fuzz-smoke: $(VENV)/.tier3 ## the planted faults, and 20,000 inputs for each target
+fuzz-smoke: $(VENV)/.tier3 ## the planted faults, and 20,000 inputs for each target (documents: a tenth)
 	$(BIN)/python fuzz/run.py --runs 20000
 
 proofs: $(VENV)/.test ## derivations, index logic and shapes, proved within stated bounds
