@@ -36,6 +36,20 @@ CONFIG = LlamaConfig(
 LORA = LoraConfig(rank=3, lora_alpha=6, target_modules=("q_proj", "down_proj"), lora_dropout=0.0)
 
 
+def test_codes_held_as_parameters_are_the_same_weight():
+    """FSDP cuts parameters only: each part but single numbers becomes one, frozen, and the product stays the same."""
+    weight = ops.quantize_nf4(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+    projection = QuantizedLinear(weight, torch.float32)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    before = projection(x)
+    projection.hold_as_parameters()
+    assert {name for name, _ in projection.named_parameters()} == {
+        name for name, tensor in weight.tensors().items() if tensor is not None and tensor.ndim
+    }
+    assert not any(parameter.requires_grad for parameter in projection.parameters())
+    assert torch.equal(projection(x), before)
+
+
 def plain_model(dtype: torch.dtype = torch.float32) -> Llama:
     model = Llama(CONFIG).to(dtype).eval()
     model.init_weights(torch.Generator().manual_seed(1))

@@ -29,8 +29,10 @@ WHOLE, PIECES, HYBRID = {"shard": "none"}, {"shard": "full"}, {"shard": "hybrid"
 CASES = [
     (2, "full", "packed", WHOLE), (2, "full", "padded", WHOLE), (2, "lora", "packed", WHOLE),
     (2, "qlora", "packed", WHOLE), (2, "full", "packed", PIECES), (2, "tied", "padded", PIECES),
+    (2, "lora", "packed", PIECES), (2, "qlora", "packed", PIECES),
     (3, "full", "packed", WHOLE), (3, "lora", "packed", WHOLE), (3, "qlora", "packed", WHOLE),
-    (3, "full", "packed", PIECES), (4, "full", "packed", HYBRID),
+    (3, "full", "packed", PIECES), (3, "qlora", "packed", PIECES), (4, "full", "packed", HYBRID),
+    (4, "qlora", "packed", HYBRID),
 ]  # fmt: skip
 
 

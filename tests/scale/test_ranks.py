@@ -24,6 +24,7 @@ from launched import (
     start,
     train_words,
 )
+from safetensors.torch import load_file
 
 from entrenar.config import RunConfig
 from entrenar.errors import ConfigError
@@ -98,13 +99,27 @@ def test_two_ranks_write_one_run(corpus, undisturbed, tmp_path):
     assert events == [event["kind"] for event in read_records(one / "events.jsonl")]
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_ranks_fine_tune_as_one_process(model, tmp_path, method):
-    """Three ranks with a row each have the losses of one process."""
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"method": "full"},
+        {"method": "lora", "lora_init": "pissa", "shard": "full", "eval_every": "3", "sample_answers": "1"},
+        {"method": "qlora", "shard": "full", "eval_every": "3", "sample_answers": "1"},
+    ],
+    ids=lambda flags: flags["method"],
+)
+def test_ranks_fine_tune_as_one_process(model, tmp_path, flags):
+    """Three ranks with a row each, whole or with pieces of base and adapter, have one process' losses and weights."""
     for name, size in (("one", 1), ("three", 3)):
-        ended = on_ranks(*[finetune_words(model, tmp_path / name, method=method)] * size)
+        ended = on_ranks(*[finetune_words(model, tmp_path / name, **flags)] * size)
         assert [code for code, _, _ in ended] == [0] * size, ended
-    assert_same_figures(tmp_path / "three" / "trial", tmp_path / "one" / "trial")
+    runs = [tmp_path / name / "trial" for name in ("three", "one")]
+    assert_same_figures(*runs)
+    (mine, expected) = (
+        load_file(next(latest_good(run / "checkpoints").model.glob("*model.safetensors"))) for run in runs
+    )
+    assert mine.keys() == expected.keys()
+    assert all(torch.allclose(mine[name], expected[name], atol=1e-3) for name in mine)
 
 
 def test_a_run_is_resumed_on_other_numbers_of_ranks(corpus, tmp_path):

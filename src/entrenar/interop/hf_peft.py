@@ -116,15 +116,20 @@ def identify_base(model: Llama, name: str | None = None, *, dtype: torch.dtype |
 
 
 def save_adapter(
-    folder: Path, model: Llama, config: LoraConfig, name: str = DEFAULT_ADAPTER, base: BaseIdentity | None = None
+    folder: Path,
+    model: Llama,
+    config: LoraConfig,
+    name: str = DEFAULT_ADAPTER,
+    base: BaseIdentity | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write one of the model's adapters into an existing folder.
+    """Write one of the model's adapters into an existing folder; `weights` take the place of the model's own.
 
     Raises:
         ConfigError: no adapter of that name is held.
         DiskFullError, MachineError: the disk refuses.
     """
-    tensors = _tensors_of(model, name)
+    tensors = _tensors_of(model, name, dict(model.named_parameters()) if weights is None else weights)
     if not tensors:
         raise ConfigError(f"no adapter {name!r} is held, so there is nothing to save")
     if model.config.tie_word_embeddings and key_of(_EMBEDDING) in tensors:
@@ -136,11 +141,12 @@ def save_adapter(
         write_json(folder / BASE_FILE, asdict(base))
 
 
-def _tensors_of(model: Llama, name: str) -> dict[str, Tensor]:
-    tensors = _parameters_of(model, name)
+def _tensors_of(model: Llama, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {key: weights[own] for own, key in keys_by_parameter(model, name).items()}
     for path, module in wrappers(model):
         if isinstance(module, LoraLinear) and name in module.adapters:
-            tensors[key_of(path, LORA_A)], tensors[key_of(path, LORA_B)] = module.adapter(name).matrices()
+            keys = key_of(path, LORA_A), key_of(path, LORA_B)
+            tensors |= zip(keys, module.adapter(name).with_start(*(tensors[key] for key in keys)), strict=True)
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 

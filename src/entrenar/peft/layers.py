@@ -111,9 +111,15 @@ class LowRank(nn.Module):
 
     def matrices(self) -> tuple[Float[Tensor, "R I"], Float[Tensor, "O R"]]:
         """Return A and B of the update s B A; after PiSSA they are [A; A₀] and [B, -B₀]."""
+        return self.with_start(self.lora_A, self.lora_B)
+
+    def with_start(
+        self, lora_a: Float[Tensor, "R I"], lora_b: Float[Tensor, "O R"]
+    ) -> tuple[Float[Tensor, "S I"], Float[Tensor, "O S"]]:
+        """Return the matrices of the update where A and B are these."""
         if self.start_a is None or self.start_b is None:
-            return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.start_a)), torch.cat((self.lora_B, -self.start_b), dim=1)
+            return lora_a, lora_b
+        return torch.cat((lora_a, self.start_a)), torch.cat((lora_b, -self.start_b), dim=1)
 
     def _wide_matrices(self) -> tuple[Tensor, Tensor]:
         # A run in bfloat16 turns trained parameters into bfloat16.

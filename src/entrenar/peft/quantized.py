@@ -45,18 +45,27 @@ class QuantizedLinear(nn.Module):
         """The quantized weight; None while a plain one has replaced it."""
         if self._make is None:
             return None
-        return self._make(*self._buffers.values(), self.shape)
+        return self._make(*(getattr(self, name) for name in self._parts), self.shape)
 
     def hold(self, weight: BaseWeight) -> None:
         """Hold another weight, plain or quantized, from now on."""
         self._buffers.clear()
+        self._parts: tuple[str, ...] = ()
         self._make: Callable[..., ops.QuantizedWeight] | None = None
         if isinstance(weight, Tensor):
             self.weight = nn.Parameter(weight, requires_grad=False)
             return
         self.weight, self._make = None, type(weight)
+        self._parts = tuple(weight.tensors())
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
+
+    def hold_as_parameters(self) -> None:
+        """Hold codes and scales as frozen parameters, which FSDP cuts over ranks as it cuts no buffer."""
+        for name, tensor in list(self._buffers.items()):
+            if tensor is not None and tensor.ndim:
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         """Multiply each token by the weight."""

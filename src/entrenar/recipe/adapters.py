@@ -1,5 +1,6 @@
 """Write adapters as PEFT folders, and read them back into the parameters in training, bit for bit."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -60,10 +61,12 @@ def use_adapter(folder: Path, model: Llama) -> None:
     set_adapter(model, DEFAULT_ADAPTER)
 
 
-def write_adapter(folder: Path, model: Llama, config: LoraConfig, base: BaseIdentity) -> None:
-    """Write the adapter in training as a PEFT folder."""
+def write_adapter(
+    folder: Path, model: Llama, config: LoraConfig, base: BaseIdentity, weights: Mapping[str, Tensor]
+) -> None:
+    """Write the adapter in training, with these weights, as a PEFT folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder, model, config, base=base)
+    save_adapter(folder, model, config, base=base, weights=weights)
 
 
 def read_weights(folder: Path, model: Llama, base: BaseIdentity) -> dict[str, Tensor]:

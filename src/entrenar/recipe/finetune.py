@@ -170,6 +170,7 @@ def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) ->
         loss=loss,
         write_model=_writer(config, parts),
         read_model=_reader(parts),
+        saves_frozen=parts.base is None,
         evaluate=evaluate if parts.rows.held_out else None,
         micro_batches_per_epoch=loader.batches_per_epoch,
         lr_factors=learning_rate_factors(model, config.lora.lora_plus_ratio),
@@ -265,8 +266,8 @@ def _writer(config: FinetuneConfig, parts: _Parts) -> Callable[[Path, Mapping[st
     if base is None:
         return lambda folder, weights: write_model_folder(folder, parts.model, weights, parts.tokenizer)
 
-    def write(folder: Path, _: Mapping[str, Tensor]) -> None:
-        write_adapter(folder, parts.model, config.lora, base)
+    def write(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        write_adapter(folder, parts.model, config.lora, base, weights)
         parts.tokenizer.save(folder)
 
     return write

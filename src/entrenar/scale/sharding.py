@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from entrenar.errors import ConfigError
 from entrenar.memory import memory_limit
 from entrenar.model import Llama
+from entrenar.peft import quantized_projections
 from entrenar.scale.ranks import note
 from entrenar.scale.settings import ScaleConfig
 from entrenar.train import OptimConfig, TrainConfig, World
@@ -47,6 +48,8 @@ def shard(model: Llama, config: ScaleConfig, world: World, train: TrainConfig, o
     remainders = _cast(model) if train.precision == "bfloat16" else {}
     timeout = timedelta(seconds=train.rank_timeout_s)
     mesh = _mesh(world, size, timeout)
+    for _, projection in quantized_projections(model):
+        projection.hold_as_parameters()
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if train.precision == "bfloat16" else None)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -99,7 +99,8 @@ class CheckpointKeeper:
 
     def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot | None:
         """Return what the writer is to save; every rank adds its pieces to it."""
-        weights = self._whole({name: parameter.detach() for name, parameter in self._task.module.named_parameters()})
+        parameters, task = self._task.module.named_parameters(), self._task
+        weights = self._whole({name: p.detach() for name, p in parameters if task.saves_frozen or p.requires_grad})
         moments = self._whole(optimizer.state_dict())
         loss = (state["held_out"] or {}).get("loss")
         if not self.world.is_writer:

@@ -276,7 +276,7 @@ class _Training:
             fault = self.world.fault(fault_of_numbers(self._tensors()))
             if fault is None and self.trained_on is not None:
                 fault = fault_of_loss(self.task.module, self.gradient.loss, self.trained_on, self.progress.limit.rows)
-                fault = self.world.fault(fault)
+                fault = fault if self.world.pieces is None else self.world.broadcast(fault)
         self.keeper.rescue(self.progress.boundary, self.optimizer, fault)
         if isinstance(error, TrainingHalted) and self.world.is_writer:
             self.reactions.write_bundle(str(error))

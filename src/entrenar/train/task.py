@@ -41,6 +41,7 @@ class Task(Generic[BatchT]):
         loss: returns the float32 *sum* over a batch's targets.
         write_model: writes the given weights as a model or adapter folder, from another thread while the next step's
             forward runs.
+        saves_frozen: whether `write_model` is given the weights that are not trained too.
         read_model: returns the weights in such a folder under the module's own names.
         evaluate: returns held-out figures, "loss" among them; the module is in evaluation mode meanwhile.
         micro_batches_per_epoch: length of one pass over the data, if it is known.
@@ -55,6 +56,7 @@ class Task(Generic[BatchT]):
     evaluate: Callable[[], Mapping[str, float]] | None = None
     micro_batches_per_epoch: int | None = None
     lr_factors: Mapping[str, float] = field(default_factory=dict)
+    saves_frozen: bool = True
 
 
 @dataclass(frozen=True)
