@@ -47,7 +47,7 @@ STANDARD_LIBRARY_ONLY = ("errors", "version", "files", "locks", "stats", "runs",
 
 # Lines of code, without docstrings, comments and blanks. Raise a number in the commit that needs it, and say why.
 BUDGETS = {
-    "ops": 2200, "model": 1100, "peft": 1500, "quantize": 600, "data": 4400, "train": 2900, "interop": 3600,
+    "ops": 2200, "model": 1100, "peft": 1500, "quantize": 600, "data": 4400, "train": 3050, "interop": 3600,
     "infer": 900,
     "planning": 1500, "recipe": 1700, "trace": 6000, "quality": 5000, "report": 1500, "scale": 1200, "cli": 4000,
     "errors": 80, "version": 5, "files": 220, "locks": 60, "stats": 60, "runs": 160, "synonyms": 40, "config": 170,

@@ -70,6 +70,11 @@ def model(method: str) -> Llama:
     return made
 
 
+def weights_in(place: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of all files in a folder."""
+    return {name: tensor for file in place.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def train(job: dict[str, Any], world: World) -> None:
     """Train up to `steps` as one rank of `world`; leave the next batch's gradients next to the run."""
     folder = Path(job["folder"])
@@ -96,7 +101,8 @@ def train(job: dict[str, Any], world: World) -> None:
         write_model=lambda place, weights: save_file(
             {name: weight for name, weight in weights.items() if name in names}, place / "model.safetensors"
         ),
-        read_model=lambda place: load_file(place / "model.safetensors"),
+        write_index=None if job["method"] in ("lora", "qlora") else lambda *_: None,
+        read_model=weights_in,
         micro_batches_per_epoch=loader.batches_per_epoch,
     )
     try:
@@ -109,7 +115,7 @@ def train(job: dict[str, Any], world: World) -> None:
     step.take([next(task.batches)[0]])
     gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     if world.pieces is not None:
-        gradients = {name: world.pieces.whole(gradient) for name, gradient in gradients.items()}
+        gradients = {name: world.pieces.whole(gradient, 0) for name, gradient in gradients.items()}
     if world.is_writer:
         save_file({name: g.contiguous() for name, g in gradients.items()}, folder / "gradients.safetensors")
 

@@ -25,6 +25,7 @@ from launched import (
     train_words,
 )
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from entrenar.config import RunConfig
 from entrenar.errors import ConfigError
@@ -65,20 +66,26 @@ def assert_same_figures(run, other, rel=ROUNDING):
         assert mine[2] == pytest.approx(expected[2], rel=rel)
 
 
-def test_weights_in_pieces_give_the_same_run(corpus, undisturbed, tmp_path):
-    """Two ranks with half of each weight: losses, held-out loss and checkpoints are those of whole weights."""
-    flags = {
-        "shard": "full",
-        "precision": "bfloat16",
-        "checkpointing": "full",
-        "eval_every": "3",
-        "grad_accum_steps": "1",
-    }
-    for name, more in (("whole", {"shard": "none"}), ("pieces", {})):
-        ended = on_ranks(*[train_words(corpus, tmp_path / name, **flags | more)] * 2)
+def test_weights_in_pieces_give_the_same_run(corpus, tmp_path):
+    """Two ranks with half of each weight: the losses of whole weights, and the same checkpoint in a file of each rank.
+
+    It is a Hugging Face folder as it lies there; every byte is written once.
+    """
+    flags = {"precision": "bfloat16", "checkpointing": "full", "eval_every": "3", "grad_accum_steps": "1"}
+    for shard in ("none", "full"):
+        ended = on_ranks(*[train_words(corpus, tmp_path / shard, shard=shard, **flags)] * 2)
         assert [code for code, _, _ in ended] == [0, 0], ended
-    assert_same_figures(tmp_path / "pieces" / "trial", tmp_path / "whole" / "trial", rel=1e-3)
     assert "Weights in pieces over 2 ranks" in ended[0][1]
+    runs = [tmp_path / shard / "trial" for shard in ("full", "none")]
+    assert_same_figures(*runs, rel=1e-3)
+    pieces, whole = (latest_good(run / "checkpoints") for run in runs)
+    numbered = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(path.name for path in pieces.model.glob("*.safetensors")) == numbered
+    sizes = [sum(file.stat().st_size for file in one.path.rglob("*.safetensors")) for one in (pieces, whole)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)  # more headers
+    theirs = LlamaForCausalLM.from_pretrained(pieces.model, dtype=torch.float32).state_dict()
+    expected = load_file(whole.model / "model.safetensors")
+    assert all(torch.allclose(theirs[name], weight.float(), atol=2e-2) for name, weight in expected.items())
 
 
 def test_two_ranks_write_one_run(corpus, undisturbed, tmp_path):
@@ -123,8 +130,8 @@ def test_ranks_fine_tune_as_one_process(model, tmp_path, flags):
 
 
 def test_a_run_is_resumed_on_other_numbers_of_ranks(corpus, tmp_path):
-    """Two ranks, then three, then one: data order and losses of a run that was never stopped."""
-    schedule = {"schedule": "constant"}
+    """Two ranks, then three, both with pieces of the weights, then one: data order and losses of one that ran on."""
+    schedule = {"schedule": "constant", "shard": "full"}
     assert on_ranks(train_words(corpus, tmp_path / "one", **schedule))[0][0] == 0
     for size, steps in ((2, "2"), (3, "4"), (1, "6")):
         words = train_words(corpus, tmp_path / "changed", **schedule, max_steps=steps)

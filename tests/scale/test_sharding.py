@@ -10,9 +10,9 @@ from entrenar.memory import MemoryLimit
 from entrenar.model import Llama, LlamaConfig
 from entrenar.scale import ScaleConfig, shard
 from entrenar.train import OptimConfig, TrainConfig, World
-from entrenar.train.pieces import Pieces
 from entrenar.train.precision import GradientSums
 from entrenar.train.step import RowLimit, StepGradient
+from entrenar.train.world import Pieces
 
 sharding = importlib.import_module("entrenar.scale.sharding")
 TINY = LlamaConfig(vocab_size=64, hidden_size=64, num_layers=1, num_heads=2, intermediate_size=64)
@@ -93,7 +93,7 @@ def test_memory_that_runs_out_between_exchanges_ends_the_rank():
         raise MemoryError("no more")
 
     model = Llama(TINY)
-    world = World(0, 2, lambda _: None, Pieces(1, lambda tensor: tensor, {}))
+    world = World(0, 2, lambda _: None, Pieces(1, 2, lambda tensor, _: tensor, World.alone(), {}))
     step = StepGradient(loss, GradientSums(model.parameters()), RowLimit(), world, lambda _: nullcontext(), print)
     with pytest.raises(OutOfMemoryError, match=r"in the middle of a step \(no more\).*set a smaller batch_size"):
         step.take([_Row()])

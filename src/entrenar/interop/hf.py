@@ -22,7 +22,7 @@ from entrenar.interop.generation_config import (
     with_end_tokens,
     write_generation_config,
 )
-from entrenar.interop.hf_files import read_entries, write_shards
+from entrenar.interop.hf_files import read_entries, write_index, write_shards
 from entrenar.interop.quantized_layout import CONFIG_KEY
 from entrenar.interop.safetensors_file import Entry, TensorReader
 from entrenar.model import Llama, LlamaConfig
@@ -92,9 +92,26 @@ def save_model(
     Weight files of an earlier save that this one does not replace are removed: a reader would mix the two.
     """
     tensors = ((name, weights[name].detach().contiguous().cpu()) for name in weights)
-    dtype = weights[EMBEDDING].dtype if EMBEDDING in weights else next(iter(weights.values())).dtype
     write_shards(folder, tensors, max_shard_bytes)
-    _write_configs(folder, config, config.to_hf(dtype), generation)
+    _write_configs(folder, config, config.to_hf(_announced_dtype(weights)), generation)
+
+
+def _announced_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    return weights[EMBEDDING].dtype if EMBEDDING in weights else next(iter(weights.values())).dtype
+
+
+def save_around(
+    folder: Path,
+    config: LlamaConfig,
+    weights: Mapping[str, Tensor],
+    files: Mapping[str, str],
+    *,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all of a model folder but the files of weights; `files` names the file of each, which others write."""
+    _write_configs(folder, config, config.to_hf(_announced_dtype(weights)), generation)
+    if len(set(files.values())) > 1:
+        write_index(folder, files, sum(weight.numel() * weight.element_size() for weight in weights.values()))
 
 
 def save_quantized(

@@ -3,7 +3,7 @@
 Format: safetensors' README and the `model.safetensors.index.json` of transformers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -36,12 +36,16 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
     for name, file in zip(names, files, strict=True):
         file.replace(folder / name)
     if len(files) > 1:
-        weight_map = {name: file for file, shard in zip(names, held, strict=True) for name in shard}
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_index(folder, {name: file for file, shard in zip(names, held, strict=True) for name in shard}, total)
         kept.add(INDEX_FILE)
     for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
         if old.name not in kept:
             old.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index that names the file of each weight."""
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": dict(files)})
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:

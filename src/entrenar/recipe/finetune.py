@@ -28,7 +28,7 @@ from entrenar.recipe.adapters import read_weights, write_adapter
 from entrenar.recipe.base import check_adapter, keep_base, open_base, put_adapter, round_base
 from entrenar.recipe.finetune_figures import Figures, HeldOut
 from entrenar.recipe.finetune_rows import QUARANTINE_FILE, Rows, read_rows
-from entrenar.recipe.models import model_folder, write_model_folder
+from entrenar.recipe.models import model_folder, write_model_around, write_model_folder
 from entrenar.recipe.start import (
     Mode,
     Observer,
@@ -169,6 +169,7 @@ def _train(started: Start[FinetuneConfig], parts: _Parts, observer: Observer) ->
         batches=iter(loader),
         loss=loss,
         write_model=_writer(config, parts),
+        write_index=_index_writer(parts),
         read_model=_reader(parts),
         saves_frozen=parts.base is None,
         evaluate=evaluate if parts.rows.held_out else None,
@@ -271,6 +272,13 @@ def _writer(config: FinetuneConfig, parts: _Parts) -> Callable[[Path, Mapping[st
         parts.tokenizer.save(folder)
 
     return write
+
+
+def _index_writer(parts: _Parts) -> Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None] | None:
+    """Return the writer of what stands around weights that all ranks write; an adapter is small, and one file."""
+    if parts.base is not None:
+        return None
+    return lambda folder, weights, files: write_model_around(folder, parts.model, weights, files, parts.tokenizer)
 
 
 def _reader(parts: _Parts) -> Callable[[Path], Mapping[str, Tensor]]:

@@ -10,6 +10,7 @@ from entrenar.data import Corpus, Tokenizer, check_same_tokenizer, validation_ba
 from entrenar.errors import ConfigError, DataError
 from entrenar.infer import Evaluation, evaluate
 from entrenar.interop import load_model, read_config, save_model
+from entrenar.interop.hf import save_around
 from entrenar.interop.source import MODEL_BIN, detect, open_source
 from entrenar.model import Llama
 from entrenar.recipe.adapters import base_of, is_adapter, use_adapter
@@ -21,6 +22,14 @@ def write_model_folder(folder: Path, model: Llama, weights: Mapping[str, Tensor]
     """Write a Hugging Face model folder with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, model.config, weights, generation=model.generation)
+    tokenizer.save(folder)
+
+
+def write_model_around(
+    folder: Path, model: Llama, weights: Mapping[str, Tensor], files: Mapping[str, str], tokenizer: Tokenizer
+) -> None:
+    """Write what belongs to a model folder with its tokenizer besides the `files` of weights."""
+    save_around(folder, model.config, weights, files, generation=model.generation)
     tokenizer.save(folder)
 
 

@@ -30,7 +30,7 @@ from entrenar.interop import load_model
 from entrenar.interop.assemble import give_storage
 from entrenar.model import Llama, LlamaConfig, batch_loss
 from entrenar.planning import check_room, memory_limit, sized
-from entrenar.recipe.models import write_model_folder
+from entrenar.recipe.models import write_model_around, write_model_folder
 from entrenar.recipe.start import (
     Mode,
     Observer,
@@ -140,6 +140,7 @@ def _task(ready: _Ready, model: Llama, held_out: "_HeldOut", observer: Observer)
         batches=iter(ready.loader),
         loss=batch_loss(model, started.device, is_compiled=started.config.train.compile),
         write_model=lambda folder, weights: write_model_folder(folder, model, weights, ready.tokenizer),
+        write_index=lambda folder, weights, files: write_model_around(folder, model, weights, files, ready.tokenizer),
         read_model=lambda folder: dict(load_model(folder).named_parameters()),
         evaluate=evaluate if held_out.is_there else None,
         micro_batches_per_epoch=max(1, round(ready.loader.batches_per_epoch)),

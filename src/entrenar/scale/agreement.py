@@ -3,13 +3,10 @@
 Every check ends on every rank with the same error, so no rank is left waiting.
 """
 
-import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from entrenar.errors import ConfigError
 from entrenar.files import atomic_write
@@ -20,17 +17,7 @@ _MISSING = "not there"
 
 def gather(world: World, value: Any) -> list[Any]:
     """Return the `value` of every rank, by rank; JSON must be able to hold it."""
-    content = json.dumps(value).encode()
-    counted = world.sum(**{str(rank): float(len(content) * (rank == world.rank)) for rank in range(world.size)})
-    sizes = [int(counted[str(rank)]) for rank in range(world.size)]
-    payload = torch.zeros(sum(sizes), dtype=torch.uint8)
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    payload[ends[world.rank] - len(content) : ends[world.rank]] = torch.frombuffer(
-        bytearray(content), dtype=torch.uint8
-    )
-    world.add_up([payload])
-    received = payload.numpy().tobytes()
-    return [json.loads(received[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    return world.gather(value)
 
 
 def check_same(world: World, facts: Mapping[str, Any]) -> None:

@@ -36,14 +36,24 @@ def current_world() -> World:
 def _add_up(tensor: Tensor) -> None:
     dense = tensor.contiguous()
     note()
-    try:
+    with in_contact():
         dist.all_reduce(dense)
-    except RuntimeError as error:
-        raise _lost_contact(error) from error
     for watch in _watches:
         watch.expect()
     if dense is not tensor:
         tensor.copy_(dense)
+
+
+@contextmanager
+def in_contact() -> Iterator[None]:
+    """Say what it means if an exchange in the block fails.
+
+    Raises: MachineError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise _lost_contact(error) from error
 
 
 def note() -> None:

@@ -23,11 +23,12 @@ from entrenar.errors import ConfigError
 from entrenar.memory import memory_limit
 from entrenar.model import Llama
 from entrenar.peft import quantized_projections
-from entrenar.scale.ranks import note
+from entrenar.scale.ranks import in_contact, note
 from entrenar.scale.settings import ScaleConfig
 from entrenar.train import OptimConfig, TrainConfig, World
-from entrenar.train.pieces import Pieces, is_in_pieces, own_part
+from entrenar.train.pieces import is_in_pieces, own_part
 from entrenar.train.precision import cast_parameters
+from entrenar.train.world import Pieces
 
 # What is called from outside of the model and reads weights.
 _ENTRANCES = ("loss", "hidden", "logits")
@@ -60,7 +61,10 @@ def shard(model: Llama, config: ScaleConfig, world: World, train: TrainConfig, o
         cast(FSDPModule, unit).set_force_sum_reduction_for_comms(True)  # gloo has no other
     for name in _ENTRANCES:
         register_fsdp_forward_method(model, name)
-    return replace(world, pieces=Pieces(world.size // size, _Gather(size, timeout), remainders))
+    gather = _Gather(size, dist.new_group(list(range(size)), timeout=timeout))
+    apart = _apart(world, dist.new_group(timeout=timeout))
+    pieces = Pieces(world.size // size, size, gather, apart, remainders)
+    return replace(world, pieces=pieces)
 
 
 def group_size(config: ScaleConfig, world: World, model_bytes: int, optim: OptimConfig) -> int:
@@ -126,22 +130,35 @@ def _mesh(world: World, size: int, timeout: timedelta) -> DeviceMesh:
 
 
 class _Gather:
-    """Brings the pieces of a tensor together on the writer; ranks beyond the first copy of the model take no part."""
+    """Brings the pieces of a tensor together; ranks beyond the first copy of the model take no part."""
 
-    def __init__(self, size: int, timeout: timedelta) -> None:
-        self._size, self._rank = size, dist.get_rank()
-        self._group = dist.new_group(list(range(size)), timeout=timeout)
+    def __init__(self, size: int, group: Any) -> None:
+        self._size, self._rank, self._group = size, dist.get_rank(), group
 
-    def __call__(self, tensor: Tensor) -> Tensor | None:
-        """Return the whole of a tensor on the writer, None elsewhere."""
+    def __call__(self, tensor: Tensor, to: int) -> Tensor | None:
+        """Return a copy of the whole of a tensor on rank `to`, None elsewhere.
+
+        Raises: MachineError.
+        """
         if not is_in_pieces(tensor) or self._rank >= self._size:
-            return tensor if self._rank == 0 else None
+            return tensor.clone() if self._rank == to else None
         part, rows = own_part(tensor), -(-tensor.shape[0] // self._size)
         padded = part.new_zeros((rows, *part.shape[1:]))
         padded[: len(part)] = part
         sent = padded.view(-1).view(torch.uint8)  # gloo does not know every dtype
-        received = [torch.empty_like(sent) for _ in range(self._size)] if self._rank == 0 else None
-        dist.gather(sent, received, dst=0, group=self._group)
+        received = [torch.empty_like(sent) for _ in range(self._size)] if self._rank == to else None
+        with in_contact():
+            dist.gather(sent, received, dst=to, group=self._group)
         if received is None:
             return None
         return torch.cat(received).view(part.dtype).view(-1, *part.shape[1:])[: tensor.shape[0]]
+
+
+def _apart(world: World, group: Any) -> World:
+    """Return the same ranks over another group, for a thread that works beside the training."""
+
+    def add_up(tensor: Tensor) -> None:
+        with in_contact():
+            dist.all_reduce(tensor, group=group)
+
+    return World(world.rank, world.size, add_up)

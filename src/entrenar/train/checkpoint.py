@@ -3,7 +3,8 @@
     step-00000100/
       manifest.json          format version, step, held-out loss, size and sha256 of every other file, sha256 of itself
       model/                 a Hugging Face folder or a PEFT adapter, written by the caller
-      optimizer.safetensors  moments, step count, low halves of float32 masters (the high halves are the bfloat16 model)
+      optimizer.safetensors  moments, step count, low halves of float32 masters (the high halves are the bfloat16
+                             model); several numbered files if several ranks wrote it (`joint`)
       state.json             random states, loader position, counters, monitor windows, config, git revision
 
 It is committed by one rename after everything is durable (`files.atomic_directory`). Both safetensors and torch
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,15 @@ from entrenar.files import (
     write_json,
 )
 from entrenar.runs import MODEL_FOLDER, checkpoint_name, list_checkpoints
-from entrenar.train.manifest import OPTIMIZER, STATE, fault_of_state, faults_of_files, read_manifest, write_manifest
+from entrenar.train.manifest import (
+    OPTIMIZER,
+    STATE,
+    fault_of_state,
+    faults_of_files,
+    optimizer_files,
+    read_manifest,
+    write_manifest,
+)
 from entrenar.train.oom import explained_oom, is_oom
 from entrenar.train.pieces import fill
 
@@ -75,7 +85,7 @@ class Checkpoint:
 
     def optimizer(self) -> dict[str, Tensor]:
         """Read the optimizer's tensors."""
-        return load_file(self.path / OPTIMIZER)
+        return {name: tensor for file in optimizer_files(self.path) for name, tensor in load_file(file).items()}
 
 
 def write(
@@ -97,32 +107,49 @@ def write(
             _stage(folder, snapshot, write_model)
         finally:
             staged()
-        write_manifest(
-            folder,
-            {
-                "step": snapshot.step,
-                "held_out_loss": snapshot.held_out_loss,
-                "git_revision": snapshot.state.get("git_revision"),
-                "code": snapshot.state.get("code"),
-            },
-        )
+        write_manifest(folder, facts_of(snapshot))
         before_commit()
+
+
+def facts_of(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what a manifest says of a snapshot, besides its files."""
+    return {
+        "step": snapshot.step,
+        "held_out_loss": snapshot.held_out_loss,
+        "git_revision": snapshot.state.get("git_revision"),
+        "code": snapshot.state.get("code"),
+    }
 
 
 def _stage(folder: Path, snapshot: Snapshot, write_model: Callable[[Path, Mapping[str, Tensor]], None]) -> None:
     (folder / MODEL_FOLDER).mkdir()
-    try:
+    with _with_errno():
         write_model(folder / MODEL_FOLDER, snapshot.weights)
-        (folder / OPTIMIZER).touch()
-        mode = (folder / OPTIMIZER).stat().st_mode
-        save_file(snapshot.optimizer, folder / OPTIMIZER)
-        (folder / OPTIMIZER).chmod(mode)  # the library's own lets no one else read the file
+    save_tensors(folder / OPTIMIZER, snapshot.optimizer)
+    write_json(folder / STATE, snapshot.state)
+
+
+@contextmanager
+def _with_errno() -> Iterator[None]:
+    """Give back the errno that safetensors hides in its sentence, so that "disk full" is recognized as such."""
+    try:
+        yield
     except SafetensorError as error:
-        # safetensors hides the errno in its sentence; give it back so that "disk full" is recognized as such.
         if code := _OS_ERROR.search(str(error)):
             raise OSError(int(code[1]), str(error)) from error
         raise
-    write_json(folder / STATE, snapshot.state)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors.
+
+    Raises: OSError.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    with _with_errno():
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library's own lets no one else read the file
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -155,8 +182,10 @@ def _load(path: Path) -> Checkpoint:
         )
     try:
         state = read_json(path / STATE)
-        with safe_open(path / OPTIMIZER, "pt") as optimizer:
-            names = set(optimizer.keys())
+        names = set()
+        for file in optimizer_files(path):
+            with safe_open(file, "pt") as optimizer:
+                names.update(optimizer.keys())
     except (OSError, FormatError, SafetensorError) as error:
         if is_oom(error):
             raise

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from entrenar.errors import MachineError
 from entrenar.files import remove_incomplete
 from entrenar.runs import Event, checkpoint_name, list_checkpoints
 from entrenar.train import checkpoint
+from entrenar.train.joint import JointWriter
 from entrenar.train.metrics import Journal
 from entrenar.train.optim import Optimizer
 from entrenar.train.saver import Saver
@@ -37,13 +36,14 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 class CheckpointKeeper:
     """Keeps the checkpoints of one run in `world`; `saved_step` is the step of the newest one, 0 if there is none.
 
-    On a rank that does not write, saving only counts.
+    On a rank that does not write, saving only counts; where weights are in pieces every rank writes its share.
     """
 
     def __init__(self, task: Task[Any], run: Run, config: CheckpointConfig, journal: Journal, world: World) -> None:
         self._task, self._run, self._config, self._journal, self.world = task, run, config, journal, world
         self._folder = run.files.checkpoints
-        self._saver = Saver(self._folder, task.write_model, before_commit=journal.sync)
+        joint = None if world.pieces is None else JointWriter(task, world.pieces, journal.sync)
+        self._saver = Saver(self._folder, task.write_model, before_commit=journal.sync, joint=joint)
         self._unconfirmed: int | None = None
         self._place = _identity(run.folder)
         self.saved_step = 0
@@ -92,26 +92,18 @@ class CheckpointKeeper:
             )
         self.report(wait=True)
         self.saved_step = state["counters"]["step"]
-        snapshot = self._snapshot(state, optimizer)
-        if snapshot is not None:
+        if self.world.is_writer:
             self._unconfirmed = self.saved_step
-            self._saver.start(snapshot)
+        if self.world.is_writer or self.world.pieces:
+            self._saver.start(self._snapshot(state, optimizer))
 
-    def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot | None:
-        """Return what the writer is to save; every rank adds its pieces to it."""
+    def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot:
         parameters, task = self._task.module.named_parameters(), self._task
-        weights = self._whole({name: p.detach() for name, p in parameters if task.saves_frozen or p.requires_grad})
-        moments = self._whole(optimizer.state_dict())
+        weights = {name: p.detach() for name, p in parameters if task.saves_frozen or p.requires_grad}
         loss = (state["held_out"] or {}).get("loss")
-        if not self.world.is_writer:
-            return None
-        return checkpoint.Snapshot(state["counters"]["step"], weights, moments, state, held_out_loss=loss)
-
-    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.world.pieces is None:
-            return tensors
-        whole = {name: self.world.pieces.whole(tensor) for name, tensor in tensors.items()}
-        return {name: tensor for name, tensor in whole.items() if tensor is not None}
+        return checkpoint.Snapshot(
+            state["counters"]["step"], weights, optimizer.state_dict(), state, held_out_loss=loss
+        )  # fmt: skip
 
     def confirm(self) -> None:
         """Take the newest checkpoint for good, and delete those that it makes superfluous."""
@@ -147,9 +139,7 @@ class CheckpointKeeper:
         if step == self.saved_step and self.world.is_writer:
             checkpoint.move(self._folder / checkpoint_name(step), apart)
         elif step > self.saved_step:
-            if (snapshot := self._snapshot(state, optimizer)) is None:
-                return
-            self._saver.start_apart(snapshot, apart)
+            self._saver.start_apart(self._snapshot(state, optimizer), apart)
             if outcome := self._saver.take(wait=True):
                 _, error = outcome
                 if error is not None:

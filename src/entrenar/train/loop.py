@@ -251,6 +251,7 @@ class _Training:
                 self.journal.tell(alarm)
             progress.mark_boundary()
             self._write(progress.last_record, is_wanted=progress.held_out is not None)
+        self.keeper.report(wait=True)
         if self.keeper.saved_step != progress.step:
             self._save()
         self.keeper.report(wait=True, is_final=True)

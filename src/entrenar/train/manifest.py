@@ -10,6 +10,7 @@ import json
 import math
 import stat
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,13 +24,12 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of all files in `folder`, with `content` beside them."""
-    files = {
-        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+def write_manifest(folder: Path, content: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest of all files in `folder`, with `content` beside them; `known` are entries made elsewhere."""
+    files = dict(known or {})
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and (name := file.relative_to(folder).as_posix()) not in files:
+            files[name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
     manifest = {"version": FORMAT_VERSION, **content, "files": files}
     write_json(folder / MANIFEST, manifest | {"manifest_sha256": _hash(manifest)})
 
@@ -78,10 +78,21 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
             or not isinstance(entry.get("sha256"), str)
         ):
             return f"{name} needs a size and a sha256, got {entry!r:.100}"
-    missing = [name for name in (OPTIMIZER, STATE) if name not in files]
+    missing = [] if any(is_optimizer(name) for name in files) else [OPTIMIZER]
+    missing += [] if STATE in files else [STATE]
     if not any(name.startswith(f"{MODEL_FOLDER}/") for name in files):
         missing.append(f"{MODEL_FOLDER}/")
     return f"it lists no {missing[0]}" if missing else None
+
+
+def is_optimizer(name: str) -> bool:
+    """Return whether a file of a checkpoint holds tensors of the optimizer: all, or the share of one rank."""
+    return fnmatch(name, "optimizer*.safetensors")
+
+
+def optimizer_files(path: Path) -> list[Path]:
+    """Return the files of the optimizer in the checkpoint `path`."""
+    return sorted(path.glob("optimizer*.safetensors")) or [path / OPTIMIZER]
 
 
 def faults_of_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entrenar.train.optim import Optimizer
-from entrenar.train.pieces import Pieces
+from entrenar.train.world import Pieces
 
 _SQUARE = "square of "
 

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from entrenar.errors import CheckpointError, ConfigError
 from entrenar.train.eight_bit import BLOCK, EightBitCoder, empty_codes
-from entrenar.train.pieces import Pieces, fill, is_in_pieces, own_part
+from entrenar.train.pieces import fill, is_in_pieces, own_part
 from entrenar.train.precision import GradientSums, cast_parameters, join_master, split_master
 from entrenar.train.settings import OptimConfig
+from entrenar.train.world import Pieces
 
 # 1.5 MiB of scratch stays in a core's second-level cache together with the state it updates. A GPU wants few launches.
 _CPU_CHUNK = 1 << 17

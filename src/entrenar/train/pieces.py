@@ -5,27 +5,10 @@ and is made of what lies here: arithmetic on single numbers works on that part, 
 such as a norm or a checkpoint, asks the other ranks.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """How a module's weights are spread over the ranks.
-
-    Attributes:
-        copies: how many ranks hold the same piece.
-        whole: returns a tensor as a whole on the writer, None elsewhere; every rank calls it in the same order.
-        remainders: the low halves of float32 masters by parameter name, whole, where weights have become bfloat16.
-    """
-
-    copies: int
-    whole: Callable[[Tensor], Tensor | None]
-    remainders: Mapping[str, Tensor]
 
 
 def is_in_pieces(tensor: Tensor) -> bool:

@@ -18,13 +18,18 @@ from torch import Tensor
 from entrenar.errors import MachineError
 from entrenar.runs import checkpoint_name
 from entrenar.train import checkpoint
+from entrenar.train.joint import JointWriter
 from entrenar.train.oom import explained_oom
 
 _RESERVE_BYTES = 4 << 20
 
 
 class Saver:
-    """Writes one checkpoint at a time into `folder`; `seconds` is how long the last one took, None before it."""
+    """Writes one checkpoint at a time into `folder`, by a `joint` writer with the other ranks if there is one.
+
+    Attributes:
+        seconds: how long the last one took, None before it.
+    """
 
     def __init__(
         self,
@@ -32,8 +37,9 @@ class Saver:
         write_model: Callable[[Path, Mapping[str, Tensor]], None],
         *,
         before_commit: Callable[[], None],
+        joint: JointWriter | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._joint = folder, joint
         self._write_model = write_model
         self._before_commit = before_commit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -81,13 +87,12 @@ class Saver:
         started = time.perf_counter()
         try:
             with explained_oom("writing a checkpoint"):
-                checkpoint.write(
-                    folder / checkpoint_name(snapshot.step),
-                    snapshot,
-                    self._write_model,
-                    staged=self._staged.set,
-                    before_commit=self._before_commit,
-                )
+                path, staged = folder / checkpoint_name(snapshot.step), self._staged.set
+                if self._joint is not None:
+                    self._joint.write(path, snapshot, staged)
+                else:
+                    commit = self._before_commit
+                    checkpoint.write(path, snapshot, self._write_model, staged=staged, before_commit=commit)
             self.seconds = time.perf_counter() - started
         finally:
             self._staged.set()

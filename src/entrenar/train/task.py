@@ -41,6 +41,9 @@ class Task(Generic[BatchT]):
         loss: returns the float32 *sum* over a batch's targets.
         write_model: writes the given weights as a model or adapter folder, from another thread while the next step's
             forward runs.
+        write_index: writes a model folder without the files of weights, given the weights and the name of each one's
+            file; where weights are in pieces, the ranks then write those files together. Without it one rank gathers
+            all for `write_model`.
         saves_frozen: whether `write_model` is given the weights that are not trained too.
         read_model: returns the weights in such a folder under the module's own names.
         evaluate: returns held-out figures, "loss" among them; the module is in evaluation mode meanwhile.
@@ -57,6 +60,7 @@ class Task(Generic[BatchT]):
     micro_batches_per_epoch: int | None = None
     lr_factors: Mapping[str, float] = field(default_factory=dict)
     saves_frozen: bool = True
+    write_index: Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ One process alone is a world of size 1, in which every question answers itself.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-from entrenar.train.pieces import Pieces
 
 ValueT = TypeVar("ValueT")
 
@@ -32,7 +30,7 @@ class World:
     rank: int
     size: int
     all_reduce: Callable[[Tensor], Any]
-    pieces: Pieces | None = None
+    pieces: "Pieces | None" = None
 
     @staticmethod
     def alone() -> "World":
@@ -83,8 +81,42 @@ class World:
         received: ValueT = json.loads(payload.numpy().tobytes())
         return received
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the `value` of every rank, by rank; JSON must be able to hold it."""
+        content = json.dumps(value).encode()
+        counted = self.sum(**{str(rank): float(len(content) * (rank == self.rank)) for rank in range(self.size)})
+        sizes = [int(counted[str(rank)]) for rank in range(self.size)]
+        payload = torch.zeros(sum(sizes), dtype=torch.uint8)
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        payload[ends[self.rank] - len(content) : ends[self.rank]] = torch.frombuffer(
+            bytearray(content), dtype=torch.uint8
+        )
+        self.add_up([payload])
+        received = payload.numpy().tobytes()
+        return [json.loads(received[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all ranks."""
         if self.size > 1:
             for tensor in tensors:
                 self.all_reduce(tensor)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a module's weights are spread over the ranks.
+
+    Attributes:
+        copies: how many ranks hold the same piece.
+        writers: how many ranks, from the first on, hold one copy of the model together.
+        whole: returns a tensor as a whole on the rank of that number, None elsewhere; every rank calls it in the same
+            order, from one thread.
+        apart: these ranks once more, over connections for that thread.
+        remainders: the low halves of float32 masters by parameter name, whole, where weights have become bfloat16.
+    """
+
+    copies: int
+    writers: int
+    whole: Callable[[Tensor, int], Tensor | None]
+    apart: World
+    remainders: Mapping[str, Tensor]
