@@ -20,9 +20,9 @@ class DataConfig(BaseModel):
     """What to prepare the corpus from if its folder does not exist; `stdlib` is Python's own sources."""
     tokenizer: Path | None = None
     """Tokenizer for `sources`: tokenizer.json, a sentencepiece .model or a model folder; trained when not given."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=1 << 20)
     """Windows in one micro-batch."""
-    seq_len: int = Field(default=256, ge=1)
+    seq_len: int = Field(default=256, ge=1, le=1 << 31)
     """Tokens in a window."""
     mask_documents: bool = True
     """Keep documents that share a window from seeing each other."""

@@ -44,7 +44,7 @@ class RopeScaling(BaseModel):
 
     rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
     """The rule: linear, dynamic (NTK), yarn or llama3."""
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, le=1e6)
     """How many times longer the context becomes."""
     original_max_position_embeddings: int | None = Field(default=None, gt=0)
     """yarn, llama3: the length of the pre-training context; max_seq_len when not given."""
@@ -80,36 +80,40 @@ class RopeScaling(BaseModel):
         return self
 
 
+# Limits that no model comes near: past them sizes overflow, and building the modules alone takes hours.
+_MOST_WIDTH, _MOST_ROWS, _MOST_LAYERS, _MOST_HEADS, _MOST_POSITIONS = 1 << 20, 1 << 24, 1 << 14, 1 << 16, 1 << 31
+
+
 class LlamaConfig(BaseModel):
     """The architecture of a LLaMA 2 or 3."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    vocab_size: int = Field(default=32000, gt=0)
+    vocab_size: int = Field(default=32000, gt=0, le=_MOST_ROWS)
     """Rows of the embedding and of the head."""
-    hidden_size: int = Field(default=4096, gt=0)
+    hidden_size: int = Field(default=4096, gt=0, le=_MOST_WIDTH)
     """Model width D."""
-    num_layers: int = Field(default=32, gt=0)
+    num_layers: int = Field(default=32, gt=0, le=_MOST_LAYERS)
     """Blocks of attention and MLP."""
-    num_heads: int = Field(default=32, gt=0)
+    num_heads: int = Field(default=32, gt=0, le=_MOST_HEADS)
     """Query heads H."""
-    intermediate_size: int = Field(default=11008, gt=0)
+    intermediate_size: int = Field(default=11008, gt=0, le=_MOST_WIDTH)
     """Hidden width F of the MLP."""
-    max_seq_len: int = Field(default=2048, gt=0)
+    max_seq_len: int = Field(default=2048, gt=0, le=_MOST_POSITIONS)
     """Longest context the positions are made for."""
-    num_kv_heads: int | None = Field(default=None, gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0, le=_MOST_HEADS)
     """Key/value heads G, a divisor of num_heads; num_heads when not given."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, le=_MOST_HEADS)
     """Head width K, even; hidden_size / num_heads when not given."""
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0, le=1e30)
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
     """Stretching of the rotary frequencies."""
-    rms_norm_eps: float = Field(default=1e-5, ge=0)
+    rms_norm_eps: float = Field(default=1e-5, ge=0, le=1)
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = False
     """The head is the embedding, transposed."""
-    initializer_range: float = Field(default=0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0, le=100)
     """Standard deviation of the initial weights."""
     bos_token_id: int | None = Field(default=None, ge=0)
     """Token that begins a text."""

@@ -14,6 +14,7 @@ from entrenar.peft.patterns import matches
 
 LoraInit = Literal["default", "gaussian", "pissa", "loftq"]
 
+_MOST_ALPHA = 1e6  # far past any use, and far from what float32 cannot multiply by
 _TOP_LAYERS = re.compile(r"top:([1-9]\d*)")
 
 
@@ -22,9 +23,9 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    rank: int = Field(default=8, gt=0)
+    rank: int = Field(default=8, gt=0, le=1 << 20)
     """Rank of the adapters, at most the smaller width of their projection."""
-    lora_alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    lora_alpha: float = Field(default=16.0, gt=0, le=_MOST_ALPHA, allow_inf_nan=False)
     """Strength: the update is multiplied by lora_alpha / rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance of an input to be dropped from the adapter's branch in training."""
@@ -62,8 +63,8 @@ class LoraConfig(BaseModel):
     @classmethod
     def _patterns_are_usable(cls, value: dict[str, Any]) -> dict[str, Any]:
         for pattern, number in value.items():
-            if number <= 0:
-                raise ValueError(f"the value for {pattern!r} must be > 0, got {number}")
+            if not 0 < number <= _MOST_ALPHA:  # nor NaN
+                raise ValueError(f"the value for {pattern!r} must be > 0 and <= {_MOST_ALPHA:g}, got {number}")
             try:
                 re.compile(pattern)
             except re.error as error:

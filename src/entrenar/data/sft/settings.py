@@ -43,9 +43,9 @@ class SftConfig(BaseModel):
     """Rows longer than seq_len: leave them out, cut their end off, or stop; the count is printed."""
     bad_rows: Literal["stop", "quarantine"] = "stop"
     """Faulty rows: stop and name their lines, or write them to quarantine.jsonl in the run's folder."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=1 << 20)
     """Rows in one micro-batch."""
-    seq_len: int = Field(default=512, ge=1)
+    seq_len: int = Field(default=512, ge=1, le=1 << 31)
     """Tokens in a row at most."""
     batching: Batching = "packed"
     """Several examples in a row that do not see each other (packed), rows of like length (grouped), or neither."""
