@@ -18,7 +18,7 @@ from entrenar.data import DataConfig, SftConfig
 from entrenar.infer import TaskConfig
 from entrenar.model import LlamaConfig, PresetName
 from entrenar.peft import LoraConfig, QuantizeConfig, TrunkConfig
-from entrenar.runs import CHANGEABLE
+from entrenar.runs import CHANGEABLE, FIXED
 from entrenar.scale import ScaleConfig
 from entrenar.train import CheckpointConfig, MonitorConfig, OptimConfig, ScheduleConfig, TrainConfig
 
@@ -75,7 +75,7 @@ class FinetuneConfig(BaseModel):
 
     model: Path = Field(json_schema_extra=CHANGEABLE)
     """Model to fine-tune: a Hugging Face folder, a checkpoint, or a run."""
-    method: Literal["full", "lora", "qlora"] = "lora"
+    method: Literal["full", "lora", "qlora"] = Field(default="lora", json_schema_extra=FIXED)
     """Train every weight, low-rank adapters on frozen weights (lora), or adapters on weights in four bits (qlora)."""
     name: str = Field(default="finetune", pattern=_NAME, json_schema_extra=CHANGEABLE)
     """Name of the run's folder in `runs_dir`."""
@@ -155,6 +155,11 @@ class Option:
         """Return whether a resumed run may change the setting."""
         return self.field.json_schema_extra == CHANGEABLE
 
+    @property
+    def is_fixed(self) -> bool:
+        """Return whether no resumed run may change the setting, because a checkpoint is nothing without it."""
+        return self.field.json_schema_extra == FIXED
+
 
 def options(model: type[BaseModel] = RunConfig, prefix: tuple[str, ...] = ()) -> Iterator[Option]:
     """Yield every option of a config model, in order."""
@@ -230,6 +235,11 @@ def no_effect(key: str, remedy: str) -> str:
 def changeable(model: type[BaseModel]) -> frozenset[str]:
     """Return the dotted keys of a config that a resumed run may change."""
     return frozenset(option.key for option in options(model) if option.may_change)
+
+
+def fixed(model: type[BaseModel]) -> frozenset[str]:
+    """Return the dotted keys of a config that no resumed run may change, also if changes are allowed."""
+    return frozenset(option.key for option in options(model) if option.is_fixed)
 
 
 def difference(old: ConfigT, new: ConfigT) -> list[str]:

@@ -34,6 +34,10 @@ MODEL_FOLDER = "model"
 # run lasts, where it is and what it reports, and never what a step computes.
 CHANGEABLE: dict[str, Any] = {"may_change_on_resume": True}
 
+# Marks a field that no resumed run may change, also when changes are allowed: a checkpoint's tensors, or its place in
+# the data, are nothing without it.
+FIXED: dict[str, Any] = {"fixed_by_checkpoint": True}
+
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8,})")
 
 

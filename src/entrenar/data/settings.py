@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from entrenar.runs import CHANGEABLE
+from entrenar.runs import CHANGEABLE, FIXED
 
 
 class DataConfig(BaseModel):
@@ -14,7 +14,7 @@ class DataConfig(BaseModel):
 
     corpus: tuple[Path, ...] = Field(default=(Path("corpora/stdlib"),), min_length=1)
     """Prepared corpora to train on, folders made by `entrenar prepare`."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = Field(default=None, json_schema_extra=FIXED)
     """How often each corpus is drawn from; by its number of tokens when not given."""
     sources: tuple[str, ...] = ()
     """What to prepare the corpus from if its folder does not exist; `stdlib` is Python's own sources."""
@@ -22,7 +22,7 @@ class DataConfig(BaseModel):
     """Tokenizer for `sources`: tokenizer.json, a sentencepiece .model or a model folder; trained when not given."""
     batch_size: int = Field(default=8, ge=1, le=1 << 20)
     """Windows in one micro-batch."""
-    seq_len: int = Field(default=256, ge=1, le=1 << 31)
+    seq_len: int = Field(default=256, ge=1, le=1 << 31, json_schema_extra=FIXED)
     """Tokens in a window."""
     mask_documents: bool = True
     """Keep documents that share a window from seeing each other."""

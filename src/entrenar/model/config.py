@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entrenar.errors import ConfigError
 from entrenar.model import hf_config
+from entrenar.runs import FIXED
 
 if TYPE_CHECKING:
     import torch
@@ -89,21 +90,21 @@ class LlamaConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    vocab_size: int = Field(default=32000, gt=0, le=_MOST_ROWS)
+    vocab_size: int = Field(default=32000, gt=0, le=_MOST_ROWS, json_schema_extra=FIXED)
     """Rows of the embedding and of the head."""
-    hidden_size: int = Field(default=4096, gt=0, le=_MOST_WIDTH)
+    hidden_size: int = Field(default=4096, gt=0, le=_MOST_WIDTH, json_schema_extra=FIXED)
     """Model width D."""
-    num_layers: int = Field(default=32, gt=0, le=_MOST_LAYERS)
+    num_layers: int = Field(default=32, gt=0, le=_MOST_LAYERS, json_schema_extra=FIXED)
     """Blocks of attention and MLP."""
-    num_heads: int = Field(default=32, gt=0, le=_MOST_HEADS)
+    num_heads: int = Field(default=32, gt=0, le=_MOST_HEADS, json_schema_extra=FIXED)
     """Query heads H."""
-    intermediate_size: int = Field(default=11008, gt=0, le=_MOST_WIDTH)
+    intermediate_size: int = Field(default=11008, gt=0, le=_MOST_WIDTH, json_schema_extra=FIXED)
     """Hidden width F of the MLP."""
     max_seq_len: int = Field(default=2048, gt=0, le=_MOST_POSITIONS)
     """Longest context the positions are made for."""
-    num_kv_heads: int | None = Field(default=None, gt=0, le=_MOST_HEADS)
+    num_kv_heads: int | None = Field(default=None, gt=0, le=_MOST_HEADS, json_schema_extra=FIXED)
     """Key/value heads G, a divisor of num_heads; num_heads when not given."""
-    head_dim: int | None = Field(default=None, gt=0, le=_MOST_HEADS)
+    head_dim: int | None = Field(default=None, gt=0, le=_MOST_HEADS, json_schema_extra=FIXED)
     """Head width K, even; hidden_size / num_heads when not given."""
     rope_theta: float = Field(default=10000.0, gt=0, le=1e30)
     """Base of the rotary wavelengths."""
@@ -111,7 +112,7 @@ class LlamaConfig(BaseModel):
     """Stretching of the rotary frequencies."""
     rms_norm_eps: float = Field(default=1e-5, ge=0, le=1)
     """Added to the mean square in RMSNorm."""
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool = Field(default=False, json_schema_extra=FIXED)
     """The head is the embedding, transposed."""
     initializer_range: float = Field(default=0.02, gt=0, le=100)
     """Standard deviation of the initial weights."""

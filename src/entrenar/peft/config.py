@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from entrenar.peft.patterns import matches
+from entrenar.runs import FIXED
 
 LoraInit = Literal["default", "gaussian", "pissa", "loftq"]
 
@@ -23,30 +24,30 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    rank: int = Field(default=8, gt=0, le=1 << 20)
+    rank: int = Field(default=8, gt=0, le=1 << 20, json_schema_extra=FIXED)
     """Rank of the adapters, at most the smaller width of their projection."""
     lora_alpha: float = Field(default=16.0, gt=0, le=_MOST_ALPHA, allow_inf_nan=False)
     """Strength: the update is multiplied by lora_alpha / rank."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance of an input to be dropped from the adapter's branch in training."""
-    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
+    target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1, json_schema_extra=FIXED)
     """Projections that get an adapter, by the end of their names."""
-    layers: Literal["all"] | str | tuple[int, ...] = "all"
+    layers: Literal["all"] | str | tuple[int, ...] = Field(default="all", json_schema_extra=FIXED)
     """Layers that get adapters: all, top:K for the last K, or a list of numbers from 0."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, int] = Field(default_factory=dict, json_schema_extra=FIXED)
     """Another rank for the modules whose name ends in a match of the key, a regular expression."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """Another lora_alpha, by the same kind of key."""
     use_rslora: bool = False
     """Multiply by lora_alpha / sqrt(rank) instead."""
-    use_dora: bool = False
+    use_dora: bool = Field(default=False, json_schema_extra=FIXED)
     """Train each output's magnitude apart from its direction."""
     lora_init: LoraInit = "default"
     """First values. default: A uniform, B zero; gaussian: A normal / rank; pissa: the weight's main directions; loftq
     (qlora): those of what quantizing took away."""
     lora_plus_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Learning rate of B as a multiple of A's."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = Field(default=(), json_schema_extra=FIXED)
     """Modules outside the layers to train in full and keep with the adapter, such as embed_tokens and lm_head."""
 
     @field_validator("layers")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from entrenar import scale
-from entrenar.config import AnyConfig, ConfigT, changeable
+from entrenar.config import AnyConfig, ConfigT, changeable, fixed
 from entrenar.config_file import to_toml
 from entrenar.data import Batch, Progress, Tokenizer
 from entrenar.errors import CheckpointError, ConfigError
@@ -218,12 +218,18 @@ def check_unchanged(started: Start[ConfigT]) -> None:
     """Check that the config of a resumed run has not changed in any setting that affects a step's result.
 
     Raises:
-        ConfigError: it has another, and changes are not allowed.
+        CheckpointError: it has another, and that is not allowed, or the checkpoint holds other tensors.
     """
-    if started.checkpoint is None or started.mode.allow_changes:
+    if started.checkpoint is None:
         return
     config = started.config
-    check_same_config(started.checkpoint.state["config"], _recorded(config), may_differ=changeable(type(config)))
+    check_same_config(
+        started.checkpoint.state["config"],
+        _recorded(config),
+        may_differ=changeable(type(config)),
+        fixed=fixed(type(config)),
+        is_change_allowed=started.mode.allow_changes,
+    )
 
 
 @contextmanager

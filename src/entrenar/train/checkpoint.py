@@ -281,24 +281,38 @@ def _renamed(path: Path, target: Path) -> Path:
 
 
 def check_same_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, may_differ: Collection[str] = ()
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    may_differ: Collection[str] = (),
+    fixed: Collection[str] = (),
+    is_change_allowed: bool = False,
 ) -> None:
-    """Compare a checkpoint's config with the one to resume under; `may_differ` are dotted keys.
+    """Compare a checkpoint's config with the one to resume under.
+
+    `may_differ` and `fixed` are dotted keys: those that may always change, and those that never may, because the
+    checkpoint's tensors or its place in the data depend on them. The keys of a value that is a table itself, such as
+    rank_pattern, count as that value.
 
     Raises: CheckpointError, showing every difference.
     """
     before, now = dict(_leaves(saved)), dict(_leaves(current))
     missing = object()
-    changes = [
-        f"{key}: {_show(before, key)} -> {_show(now, key)}"
+    changed = [
+        key
         for key in sorted(before.keys() | now.keys())
         if key not in may_differ and before.get(key, missing) != now.get(key, missing)
     ]
-    if changes:
-        raise CheckpointError(
-            "the checkpoint was made with another config:\n  " + "\n  ".join(changes)
-            + "\nresume with the config it was made with, or allow the change (--allow-config-changes)"
-        )  # fmt: skip
+    never = [key for key in changed if key in fixed or any(key.startswith(f"{table}.") for table in fixed)]
+    if not (never if is_change_allowed else changed):
+        return
+    shown = "\n  ".join(f"{key}: {_show(before, key)} -> {_show(now, key)}" for key in changed)
+    remedy = "or allow the change (--allow-config-changes)"
+    if never:
+        remedy = f"or start another run (--name): the checkpoint belongs to its own {', '.join(never)}"
+    raise CheckpointError(
+        f"the checkpoint was made with another config:\n  {shown}\nresume with the config it was made with, {remedy}"
+    )
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from entrenar.errors import ConfigError
-from entrenar.runs import CHANGEABLE
+from entrenar.runs import CHANGEABLE, FIXED
 from entrenar.train.monitor import MonitorConfig
 from entrenar.train.schedule import ScheduleConfig
 from entrenar.train.trackers import TrackerName
@@ -23,7 +23,7 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = Field(default="adamw", json_schema_extra=FIXED)
     """`adamw8bit` keeps moments in eight bits; `muon` updates the hidden matrices and leaves embeddings, head and
     norms to AdamW."""
     lr: float = Field(default=3e-4, gt=0.0)
@@ -42,7 +42,7 @@ class OptimConfig(BaseModel):
     """Muon: decay of the momentum."""
     muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Muon: the dtype of its products; `auto` takes what multiplies fastest here, and a resumed run keeps it."""
-    muon_excluded: tuple[str, ...] = ("embed_tokens", "lm_head")
+    muon_excluded: tuple[str, ...] = Field(default=("embed_tokens", "lm_head"), json_schema_extra=FIXED)
     """Muon: matrices whose name contains one of these are left to AdamW."""
 
 
@@ -76,9 +76,9 @@ class TrainConfig(BaseModel):
     trackers: tuple[TrackerName, ...] = Field(default=(), json_schema_extra=CHANGEABLE)
     """Experiment trackers that get the records too; each is an extra and stays on this machine unless its own
     environment variables say otherwise."""
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    seed: int = Field(default=0, ge=0, lt=1 << 63, json_schema_extra=FIXED)
     """Seed of weights, shuffling and dropout."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=FIXED)
     """`bfloat16` halves weights, gradients and activations and keeps float32 masters in the optimizer."""
     compile: bool = False
     """Compile the model with torch.compile."""

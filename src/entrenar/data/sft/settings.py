@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from entrenar.data.sft.prompt_template import PromptTemplate
-from entrenar.runs import CHANGEABLE
+from entrenar.runs import CHANGEABLE, FIXED
 
 TrainOn = Literal["answers", "last", "all"]
 PromptFormat = Literal["auto", "chat", "alpaca", "plain"]
@@ -37,17 +37,17 @@ class SftConfig(BaseModel):
     """Text around the turns: chat is the tokenizer's template; auto is chat if there is a template, else alpaca."""
     template_date: str | None = None
     """Date (YYYY-MM-DD) that a chat template is told; the day a run starts when not given, kept when it is resumed."""
-    train_on: TrainOn = "answers"
+    train_on: TrainOn = Field(default="answers", json_schema_extra=FIXED)
     """Trained tokens: all answers, the last answer only, or all tokens; a row's own marks leave out more."""
     long_rows: Literal["drop", "cut", "stop"] = "drop"
     """Rows longer than seq_len: leave them out, cut their end off, or stop; the count is printed."""
     bad_rows: Literal["stop", "quarantine"] = "stop"
     """Faulty rows: stop and name their lines, or write them to quarantine.jsonl in the run's folder."""
-    batch_size: int = Field(default=8, ge=1, le=1 << 20)
+    batch_size: int = Field(default=8, ge=1, le=1 << 20, json_schema_extra=FIXED)
     """Rows in one micro-batch."""
-    seq_len: int = Field(default=512, ge=1, le=1 << 31)
+    seq_len: int = Field(default=512, ge=1, le=1 << 31, json_schema_extra=FIXED)
     """Tokens in a row at most."""
-    batching: Batching = "packed"
+    batching: Batching = Field(default="packed", json_schema_extra=FIXED)
     """Several examples in a row that do not see each other (packed), rows of like length (grouped), or neither."""
     max_eval_examples: int | None = Field(default=None, ge=1, json_schema_extra=CHANGEABLE)
     """Most held-out examples of one evaluation; all of them when not given."""
