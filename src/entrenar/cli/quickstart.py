@@ -29,7 +29,7 @@ def run(words: Sequence[str]) -> int:
     console = Console(highlight=False, soft_wrap=False)
     subject = "small stories" if config.text is None else str(config.text)
     console.print(
-        f"[bold]A LLaMA of two million parameters learns {subject}[/bold], {config.minutes:g} minutes of training.\n"
+        f"[bold]A small LLaMA learns {subject}[/bold], {config.minutes:g} minutes of training.\n"
     )
     view = TrainingView(None)
 
@@ -87,7 +87,7 @@ def _next_steps(report: "QuickstartReport", config: QuickstartConfig) -> list[tu
     run_dir, runs_dir = (shlex.quote(str(path)) for path in (report.run_dir, config.runs_dir))
     return [
         (f"entrenar train --config {run_dir}/config.toml --resume --max-time-s 300", "train it longer"),
-        (f'entrenar generate {run_dir} --prompt "One windy day" --temperature 0.7', "let it tell another story"),
+        (f'entrenar generate {run_dir} --prompt "One windy day" --temperature 0.5', "let it tell another story"),
         (f"entrenar quickstart --text FOLDER --name mine --runs-dir {runs_dir}", "learn your own text instead"),
     ]
 

@@ -30,7 +30,7 @@ from entrenar.train import CheckpointConfig, OptimConfig, Outcome, ScheduleConfi
 NUM_NEW_STORIES = 200
 NUM_TOLD = 16
 _LIVE = 4  # stories told at each evaluation while training
-_TOKENS_PER_STORY = 256
+_TOKENS_PER_STORY, _TEMPERATURE = 256, 0.5
 # The stories have about 500 words and forms. A tokenizer that holds each of them whole is what lets a model learn in
 # minutes who is who: with 640 tokens, "hedgehog" in six pieces, none did (docs/log.md).
 _STORY_VOCABULARY, _TEXT_VOCABULARY = 1024, 2048
@@ -176,7 +176,7 @@ def _prepare(config: QuickstartConfig, texts: Sequence[str], observer: Observer)
 
 
 def _look(model: Llama, tokenizer: Tokenizer, count: int, seed: int, *, is_story: bool) -> Look:
-    config = GenerateConfig(max_new_tokens=_TOKENS_PER_STORY, temperature=0.7, seed=seed)
+    config = GenerateConfig(max_new_tokens=_TOKENS_PER_STORY, temperature=_TEMPERATURE, seed=seed)
     texts = tuple(one.text for one in complete(model, tokenizer, [""] * count, config))
     return Look(texts, stories.check(texts) if is_story else None)
 
