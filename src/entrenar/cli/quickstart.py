@@ -28,9 +28,7 @@ def run(words: Sequence[str]) -> int:
     config = flags.from_fields(flags.parse(_arguments(), words), QuickstartConfig)
     console = Console(highlight=False, soft_wrap=False)
     subject = "small stories" if config.text is None else str(config.text)
-    console.print(
-        f"[bold]A small LLaMA learns {subject}[/bold], {config.minutes:g} minutes of training.\n"
-    )
+    console.print(f"[bold]A small LLaMA learns {subject}[/bold], {config.minutes:g} minutes of training.\n")
     view = TrainingView(None)
 
     def on_look(look: "Look") -> None:
