@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "config.toml"
 
     @property
+    def sessions(self) -> Path:
+        """What each session ran on, and its peak of memory."""
+        return self.path / "sessions.jsonl"
+
+    @property
     def metrics(self) -> Path:
         """The StepRecords."""
         return self.path / "metrics.jsonl"

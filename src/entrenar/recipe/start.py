@@ -27,6 +27,7 @@ from entrenar.files import atomic_write, explained_disk_errors
 from entrenar.locks import check_free, held
 from entrenar.model import Llama
 from entrenar.planning import settle_compute_dtype
+from entrenar.recipe.sessions import recorded_session
 from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
 from entrenar.scale import check_same, check_shared, current_world, rank_log, watched, weight_hashes
 from entrenar.train import (
@@ -268,7 +269,8 @@ def _made_and_held(started: Start[ConfigT], kept: str) -> Iterator[None]:
             with explained_disk_errors(run.path):
                 _clear(run, kept)
         atomic_write(run.config, to_toml(started.config))
-        yield
+        with recorded_session(run, started.device, started.world):
+            yield
 
 
 def _clear(run: RunFolder, kept: str) -> None:

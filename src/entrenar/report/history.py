@@ -10,7 +10,7 @@ from typing import Any
 
 from entrenar.errors import ConfigError, DataError, FormatError
 from entrenar.files import read_json
-from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints
+from entrenar.runs import Event, RunFolder, StepRecord, list_checkpoints, read_records
 
 MAX_POINTS = 2000
 _STEPS_SMOOTHED = (5, 50)  # the running mean looks back over a twentieth of the run, within these bounds
@@ -37,6 +37,7 @@ class History:
         num_steps: the last recorded step.
         phase_s: seconds by phase over the whole run.
         is_cut: the last line of the metrics is damaged, as after a crash.
+        sessions: what each session ran on, and its peak of memory; none for a run of an earlier version.
     """
 
     name: str
@@ -50,6 +51,7 @@ class History:
     num_steps: int
     phase_s: Mapping[str, float]
     is_cut: bool
+    sessions: Sequence[Mapping[str, Any]] = ()
 
     @property
     def last(self) -> StepRecord:
@@ -91,6 +93,7 @@ def read_history(path: Path) -> History:
         num_steps=records[-1].step,
         phase_s=_phases(records),
         is_cut=_num_lines(run.metrics) > len(records),
+        sessions=list(read_records(run.sessions)),
     )
 
 

@@ -6,7 +6,7 @@ as an escape, so that no data can end the script element (HTML Standard, 4.12.1.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -37,6 +37,7 @@ def render(histories: Sequence[History]) -> str:
     )
 
 
+_MOST_SESSIONS = 40
 _ASSETS = ("page.html", "page.css", "page.js", "uPlot.iife.min.js", "uPlot.min.css")
 
 
@@ -67,7 +68,16 @@ def _summary(history: History) -> dict[str, Any]:
             for one in history.saved
         ],
         "config": _toml_like(history.config),
+        "sessions": [_session(one) for one in history.sessions[-_MOST_SESSIONS:]],
     }
+
+
+def _session(line: Mapping[str, Any]) -> str:
+    """Return a line of sessions.jsonl in words."""
+    if line.get("event") == "ended" and isinstance(peak := line.get("peak_bytes"), int):
+        return f"{line.get('at')}: ended, at most {peak / 1e9:.2f} GB of memory"
+    facts = (f"{key.replace('_', ' ')} {value}" for key, value in line.items() if key not in ("at", "event"))
+    return f"{line.get('at')}: {line.get('event')}: {', '.join(facts)}"
 
 
 def _series(history: History) -> dict[str, Any]:
