@@ -88,12 +88,13 @@ def train(job: dict[str, Any], world: World) -> None:
     world.any(flag=False)  # all have read the checkpoint before the writer sets newer ones aside
     names = {name for name, p in module.named_parameters() if p.requires_grad}
     settings = Settings(
-        TrainConfig(max_steps=job["steps"], eval_every=0, log_every=1, grad_accum_steps=2),
+        TrainConfig(max_steps=job["steps"], eval_every=7, log_every=1, grad_accum_steps=2),
         OptimConfig(lr=1e-3, grad_clip=1.0), ScheduleConfig(schedule="constant", warmup_steps=2),
-        CheckpointConfig(save_every=0), MonitorConfig(),
+        CheckpointConfig(save_every=7), MonitorConfig(),
     )  # fmt: skip
     world = shard(module, ScaleConfig(**job["scale"]), world, settings.train, settings.optim)
     loss, calls = batch_loss(module, torch.device("cpu")), count()
+    held_out = next(iter(SftLoader(examples(), batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=1, batching="padded")))[0]
     task = Task(
         module=module,
         batches=iter(loader),
@@ -103,6 +104,7 @@ def train(job: dict[str, Any], world: World) -> None:
         ),
         write_index=None if job["method"] in ("lora", "qlora") else lambda *_: None,
         read_model=weights_in,
+        evaluate=lambda: {"loss": float(loss(held_out))},
         micro_batches_per_epoch=loader.batches_per_epoch,
     )
     try:

@@ -93,7 +93,7 @@ def test_memory_that_runs_out_between_exchanges_ends_the_rank():
         raise MemoryError("no more")
 
     model = Llama(TINY)
-    world = World(0, 2, lambda _: None, Pieces(1, 2, lambda tensor, _: tensor, World.alone(), {}))
+    world = World(0, 2, lambda _: None, Pieces(1, 2, lambda tensor, _: tensor, World.alone(), lambda: None, {}))
     step = StepGradient(loss, GradientSums(model.parameters()), RowLimit(), world, lambda _: nullcontext(), print)
     with pytest.raises(OutOfMemoryError, match=r"in the middle of a step \(no more\).*set a smaller batch_size"):
         step.take([_Row()])

@@ -64,7 +64,7 @@ def save(
 
     def write(world: World) -> int:
         calls: list[int] = []
-        pieces = Pieces(1, SIZE, lambda tensor, to: tensor if to == world.rank else None, world, {})
+        pieces = Pieces(1, SIZE, lambda tensor, to: tensor if to == world.rank else None, world, lambda: None, {})
         task = Task(nn.Identity(), iter(()), lambda _: torch.zeros(()), write_model, lambda _: {})
         if is_indexed:
             task = replace(task, write_index=lambda folder, _, files: write_json(folder / "index.json", dict(files)))

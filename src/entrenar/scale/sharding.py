@@ -63,7 +63,7 @@ def shard(model: Llama, config: ScaleConfig, world: World, train: TrainConfig, o
         register_fsdp_forward_method(model, name)
     gather = _Gather(size, dist.new_group(list(range(size)), timeout=timeout))
     apart = _apart(world, dist.new_group(timeout=timeout))
-    pieces = Pieces(world.size // size, size, gather, apart, remainders)
+    pieces = Pieces(world.size // size, size, gather, apart, cast(FSDPModule, model).reshard, remainders)
     return replace(world, pieces=pieces)
 
 

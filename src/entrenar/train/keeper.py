@@ -5,9 +5,11 @@ deleted: what was saved may be what a diverging step left.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from entrenar.errors import MachineError
 from entrenar.files import remove_incomplete
@@ -65,7 +67,7 @@ class CheckpointKeeper:
         for path in checkpoint.abandon_after(self._folder, resumed.step) if self.world.is_writer else ():
             message = f"{path.name} is newer than the step resumed from"
             self._journal.tell(Event(resumed.step, "checkpoint_abandoned", message))
-        trained = {name: p.detach() for name, p in self._task.module.named_parameters() if p.requires_grad}
+        trained = {name: p.detach() for name, p in self._parameters() if p.requires_grad}
         checkpoint.restore_weights(trained, self._task.read_model(resumed.model))
         optimizer.load_state_dict(resumed.optimizer())
         self.saved_step, self._unconfirmed = resumed.step, None
@@ -98,12 +100,18 @@ class CheckpointKeeper:
             self._saver.start(self._snapshot(state, optimizer))
 
     def _snapshot(self, state: dict[str, Any], optimizer: Optimizer) -> checkpoint.Snapshot:
-        parameters, task = self._task.module.named_parameters(), self._task
-        weights = {name: p.detach() for name, p in parameters if task.saves_frozen or p.requires_grad}
+        frozen = self._task.saves_frozen
+        weights = {name: p.detach() for name, p in self._parameters() if frozen or p.requires_grad}
         loss = (state["held_out"] or {}).get("loss")
         return checkpoint.Snapshot(
             state["counters"]["step"], weights, optimizer.state_dict(), state, held_out_loss=loss
         )  # fmt: skip
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the module's parameters, as pieces if they are in pieces."""
+        if self.world.pieces is not None:
+            self.world.pieces.reshard()
+        yield from self._task.module.named_parameters()
 
     def confirm(self) -> None:
         """Take the newest checkpoint for good, and delete those that it makes superfluous."""

@@ -112,6 +112,8 @@ class Pieces:
         whole: returns a tensor as a whole on the rank of that number, None elsewhere; every rank calls it in the same
             order, from one thread.
         apart: these ranks once more, over connections for that thread.
+        reshard: puts the pieces back in the place of weights that a forward without a backward, as of an evaluation,
+            has gathered and kept: those would be gone in the middle of a save.
         remainders: the low halves of float32 masters by parameter name, whole, where weights have become bfloat16.
     """
 
@@ -119,4 +121,5 @@ class Pieces:
     writers: int
     whole: Callable[[Tensor, int], Tensor | None]
     apart: World
+    reshard: Callable[[], None]
     remainders: Mapping[str, Tensor]
