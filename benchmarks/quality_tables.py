@@ -40,11 +40,11 @@ def fuzz(measured: dict[str, Any]) -> Table:
     """Inputs of each target, and how soon its planted fault was found."""
     lines = [
         [f"`{name}`", f"{row['runs']:,}", _ENDS.get(row["exit"], "**found**"), str(row["edges"]),
-         f"{row['control_found_after']:,} inputs", f"{row['elapsed_s']:,.0f} s"]
+         f"{row['control_found_after']:,} inputs", f"{row['elapsed_s']:,.0f} s", row["date"]]
         for name, row in measured["targets"].items()
     ]  # fmt: skip
-    header = ["target", "inputs", "faults", "edges reached", "planted fault found after", "time"]
-    return header, lines, f"\n{measured['date']}; `make fuzz`\n"
+    header = ["target", "inputs", "faults", "edges reached", "planted fault found after", "time", "date"]
+    return header, lines, "\n`make fuzz`\n"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {"mutation": mutation, "properties": properties, "fuzz": fuzz}

@@ -15,11 +15,13 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 TARGETS = sorted(path.stem for path in (HERE / "fuzz_targets").glob("*.py"))
 CRASHED = 77
 CONTROL_RUNS = 300_000
+FULL_RUNS = 1_000_000
 SLOW = {"documents": 10}  # writes files for each input: a tenth of the inputs
 
 
@@ -41,14 +43,22 @@ def run(target: str, runs: int, *, planted: bool) -> tuple[int, dict[str, int], 
     return said.returncode, counts | ({"edges": int(edges[-1])} if edges else {}), said.stderr[-2000:]
 
 
+def earlier(out: Path | None) -> dict[str, Any]:
+    """Return the results of targets that were run before; each has its own date."""
+    if out is None or not out.is_file():
+        return {}
+    targets: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["targets"]
+    return targets
+
+
 def main() -> int:
     """Run controls and targets; return 0 if every control is found and no target breaks."""
     parser = argparse.ArgumentParser(description="Fuzz tokenizer, model input, loaders and documents.")
     parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET", help=f"among {', '.join(TARGETS)}")
-    parser.add_argument("--runs", type=int, default=1_000_000)
+    parser.add_argument("--runs", type=int, default=FULL_RUNS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    results, failed = {}, False
+    results, failed = earlier(options.out), False
     for target in options.targets:
         status, counts, said = run(target, CONTROL_RUNS, planted=True)
         is_found = status == CRASHED
@@ -64,16 +74,15 @@ def main() -> int:
             print(said, file=sys.stderr)
         failed |= not (is_found and is_sound)
         results[target] = {
-            "runs": done, "edges": counts.get("edges"), "new_units": counts.get("new_units_added"), "exit": status,
+            "runs": done, "share_of_full": round(done * SLOW.get(target, 1) / FULL_RUNS, 3),
+            "date": started.date().isoformat(), "edges": counts.get("edges"),
+            "new_units": counts.get("new_units_added"), "exit": status,
             "elapsed_s": round((datetime.now(UTC) - started).total_seconds(), 1), "control_found_after": control,
         }  # fmt: skip
     if options.out:
         facts = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        date = datetime.now(UTC).date().isoformat()
-        options.out.write_text(
-            json.dumps({"date": date, **facts, "targets": results}, indent=1) + "\n", encoding="utf-8"
-        )
+        options.out.write_text(json.dumps({**facts, "targets": results}, indent=1) + "\n", encoding="utf-8")
     return int(failed)
 
 

@@ -119,3 +119,11 @@ def test_llama_has_at_least_eight_prompts_of_its_own():
     """In the file that the specification names."""
     table = yaml.safe_load((ROOT / "prompts" / "llama-development.yaml").read_text())
     assert len([row for row in table["prompts"] if row["name"].startswith("llama-")]) >= 8
+
+
+def test_every_plant_of_a_gate_finds_the_text_that_it_replaces():
+    """A plant that no longer matches would stop the self-test of all gates, which nobody runs at each commit."""
+    plants = [plant for one in gate.load(ROOT / "quality" / "gates.toml") for plant in one.plants if plant.old]
+    assert len(plants) > 3
+    for plant in plants:
+        assert plant.old in (ROOT / plant.file).read_text(encoding="utf-8"), plant
