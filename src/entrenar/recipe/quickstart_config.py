@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 NUM_STORIES = 12_000
-ENOUGH_STEPS = 400  # below this the stories still mix up their characters
+ENOUGH_STEPS = 700  # below this hardly a story keeps its characters
 NEW_SEED = 1 << 20  # far from the seeds of training text
 
 
