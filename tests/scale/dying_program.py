@@ -17,11 +17,11 @@ if __name__ == "__main__":
     checkpoints, rank = Path(sys.argv[1]), sys.argv[2]
     reduce = dist.all_reduce
 
-    def all_reduce(tensor):
+    def all_reduce(tensor, **options):
         """Die between two sums."""
         if list_checkpoints(checkpoints):
             os.kill(os.getpid(), signal.SIGKILL)
-        return reduce(tensor)
+        return reduce(tensor, **options)
 
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (rank, "0"):
         dist.all_reduce = all_reduce

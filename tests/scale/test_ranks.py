@@ -221,21 +221,28 @@ def test_a_killed_rank_ends_the_other_with_its_progress_saved(corpus, tmp_path, 
         assert not list((tmp_path / "trial" / "checkpoints").glob("*"))
 
 
-def test_a_killed_rank_restarts_all_until_the_weights_are_those_of_an_undisturbed_run(corpus, undisturbed, tmp_path):
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_killed_rank_restarts_all_and_they_end_at_the_undisturbed_weights(corpus, undisturbed, tmp_path, shard):
     """`torchrun --max-restarts` starts the same command again, which then continues its own run."""
     run = tmp_path / "trial"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     program = [str(Path(__file__).parent / "dying_program.py"), str(run / "checkpoints"), "1"]
     ended = subprocess.run(
-        [sys.executable, "-m", *torchrun, *program, *train_words(corpus, tmp_path), "--overwrite"],
+        [sys.executable, "-m", *torchrun, *program, *train_words(corpus, tmp_path, shard=shard), "--overwrite"],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("Loading checkpoint") == 1
     other = undisturbed[0] / "trial"
+    if shard == "full":
+        on_ranks(*[train_words(corpus, tmp_path / "undisturbed", shard=shard)] * 2)
+        other = tmp_path / "undisturbed" / "trial"
     assert figures(run) == figures(other)
-    saved, expected = (latest_good(one / "checkpoints").model / "model.safetensors" for one in (run, other))
-    assert saved.read_bytes() == expected.read_bytes()
+    saved, expected = (
+        {file.name: file.read_bytes() for file in latest_good(one / "checkpoints").model.glob("*.safetensors")}
+        for one in (run, other)
+    )
+    assert saved == expected
 
 
 def test_a_port_in_use_is_named(corpus, tmp_path):
