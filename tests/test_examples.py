@@ -2,13 +2,16 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from entrenar.cli import train
 from entrenar.config_file import load_config, load_finetune_config
 from entrenar.data import PrepareConfig, prepare, train_bpe
 from entrenar.model import Llama, LlamaConfig
@@ -167,3 +170,17 @@ def test_a_notebook_runs_to_its_end(notebook: Path, tmp_path: Path) -> None:
     assert done.stdout.endswith("learning_rate is not an option; did you mean lr?\n")
     assert (tmp_path / "first_model" / "stories.gguf").is_file()
     assert all(not cell.get("outputs") for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+
+
+def test_the_cluster_examples_start_a_command_that_exists() -> None:
+    """The words after `entrenar` parse, whatever cluster starts them."""
+    script = (EXAMPLES / "cluster" / "train.sbatch").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = [line for line in script.splitlines() if line.startswith("srun torchrun")]
+    jobset = yaml.safe_load((EXAMPLES / "cluster" / "jobset.yaml").read_text(encoding="utf-8"))
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    for words in (shlex.split(line), [word for arg in container["args"] for word in arg.split("=", 1)]):
+        command = words[words.index("-m") + 2 :]
+        assert command[0] == "train"
+        parsed = train._arguments().parse_args(command[1:])
+        assert parsed.resume_if_any

@@ -74,3 +74,24 @@ def test_a_run_in_its_usual_place_needs_no_folder():
     """`runs` is the default."""
     assert resume_command("finetune", Path("runs/mine")) == "entrenar finetune --resume --name mine"
     assert generate_command(Path("runs/mine")) == "entrenar generate runs/mine --prompt TEXT"
+
+
+def test_a_run_that_may_be_there_is_begun_or_continued(corpus, tmp_path, capsys):
+    """One command for a scheduler that starts jobs again: the second start takes no step twice."""
+    words = ["train", "--corpus", str(corpus), "--runs-dir", str(tmp_path), "--resume-if-any", *SMALL]
+    assert main([*words, "--max-steps", "1"]) == 0
+    assert "Loading checkpoint" not in capsys.readouterr().out
+    assert main([*words, "--max-steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Loading checkpoint" in out
+    assert "step 2" in out
+    assert "step 1 " not in out
+
+
+@pytest.mark.parametrize("other", ["--resume", "--overwrite"])
+def test_two_ways_to_begin_exclude_each_other(corpus, tmp_path, capsys, other):
+    """Whichever was meant, the other would be ignored."""
+    words = ["train", "--corpus", str(corpus), "--runs-dir", str(tmp_path), "--resume-if-any", *SMALL]
+    assert main([*words, "--max-steps", "1"]) == 0
+    assert main([*words, other]) == 2
+    assert "--resume-if-any excludes --resume and --overwrite" in capsys.readouterr().err

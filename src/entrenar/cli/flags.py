@@ -44,6 +44,7 @@ def add_run_flags(arguments: argparse.ArgumentParser) -> None:
     """Add the flags that say how a run begins: new, resumed or replaced, and planned first."""
     for flag, text in (
         ("--resume", "continue from the latest intact checkpoint of the run"),
+        ("--resume-if-any", "continue the run if it has a checkpoint, else begin it: for what restarts by itself"),
         ("--overwrite", "delete an earlier run of the same name first"),
         ("--allow-config-changes", "resume although the config has changed since the run began"),
         ("--plan", "plan first, and compare the peak with the plan at the end"),

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from entrenar import scale
-from entrenar.errors import EntrenarError
+from entrenar.errors import ConfigError, EntrenarError
 from entrenar.runs import RunFolder, list_checkpoints
 
 _log = logging.getLogger("entrenar.ranks")
@@ -46,11 +46,16 @@ def one_of_ranks(timeout_s: float) -> Iterator[None]:
 
 
 def continue_if_restarted(parsed: argparse.Namespace, run_dir: Path) -> None:
-    """Turn a start into a resume if torchrun has started this command before: what it saved then is not replaced.
+    """Turn a start into a resume if torchrun has started this command before, or if --resume-if-any asks for it.
 
-    The first start has refused, or replaced as told, what another run left in the folder.
+    The first start under torchrun has refused, or replaced as told, what another run left in the folder.
+
+    Raises: ConfigError for flags that exclude each other.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if parsed.resume_if_any and (parsed.resume or parsed.overwrite):
+        raise ConfigError("--resume-if-any excludes --resume and --overwrite; leave one out")
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if not (is_restarted or parsed.resume_if_any):
         return
     parsed.overwrite = False
     if list_checkpoints(RunFolder(run_dir).checkpoints):
