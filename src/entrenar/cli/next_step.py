@@ -16,5 +16,5 @@ def generate_command(model: Path) -> str:
 
 
 def tell_next(command: str) -> None:
-    """Print a command to go on with."""
+    """Print the command that comes next."""
     print(f"Next: {command}")

@@ -49,7 +49,7 @@ class RanksPlan:
 
     @property
     def efficiency(self) -> float:
-        """The time of one process over that of all ranks together: 1 if no time is lost."""
+        """The time of one process over the sum of the times of all ranks: 1 if no time is lost."""
         return self.alone_s / (self.ranks * self.step_s)
 
     @property
