@@ -91,7 +91,10 @@ def test_widened_weights_give_the_same_logits_and_text(as_float32, kind, has_hea
 @pytest.mark.parametrize("rows", [1, 4, 5])
 @pytest.mark.parametrize("has_adapter", [False, True])
 def test_a_faster_form_is_near(kind, rows, has_adapter):
-    """Logits move by a few per cent of their spread at most, and their order hardly; adapters count."""
+    """Logits move by a few per cent of their spread at most, and their order hardly; adapters count.
+
+    Where neither 8 bits nor bfloat16 are faster, the form is the weight itself in float32, and nothing moves.
+    """
     model = _model(kind)
     if has_adapter:
         _adapt(model, "q_proj", "down_proj")
@@ -102,7 +105,9 @@ def test_a_faster_form_is_near(kind, rows, has_adapter):
         assert not torch.allclose(_logits(model, rows, num_tokens=0), plain, atol=1e-2)
     exact = _logits(model, rows, num_tokens=0)
     moved = (_logits(model, rows) - exact).abs()
-    assert 0 < moved.max() < 0.1 * exact.std()
+    assert moved.max() < 0.1 * exact.std()
+    is_whole = prepared.choose(rows, 64).size_bytes == 4
+    assert is_whole or moved.max() > 0
 
 
 def test_few_rows_are_int8_and_many_are_dense():
