@@ -139,7 +139,7 @@ def test_several_ranks_are_planned_with_their_link(capsys):
     words = ["--batch-size", "8", "--ranks", "4", "--link-rate", "1GB/s", "--link-latency-us", "100"]
     code, out, _ = plan(capsys, *words, "--memory", "64GB")
     assert code == 0
-    assert "ranks        4; the figures above are one rank's" in out
+    assert "ranks        4 with whole weights; the figures above are one rank's" in out
     assert "link         1.00 GB/s, 100 µs a sum (given)" in out
     assert "64.00 GB (--memory): one rank fits" in out
     code, out, _ = plan(capsys, *words, "--memory", "1MB", "--json")
@@ -154,6 +154,7 @@ def test_several_ranks_are_planned_with_their_link(capsys):
         (["--link-rate", "1GB"], "--link-rate and --link-latency-us belong to --ranks"),
         (["--ranks", "2", "--link-latency-us", "3"], "--link-latency-us needs --link-rate"),
         (["--ranks", "2", "--link-rate", "fast"], "--link-rate must be an amount above 0 with its unit"),
+        (["--ranks", "2", "--shard", "full"], "--ranks plans ranks with whole weights, got scale.shard = full"),
         (["--ranks", "0"], "must be a whole number >= 1"),
     ],
 )

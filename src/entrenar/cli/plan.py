@@ -32,10 +32,7 @@ def run(words: Sequence[str]) -> int:
     read = partial(_read, kind, parsed.config, flags.given_flags(parsed, kind))
     config = read({})
     base = recipe.model_folder(config.model) if isinstance(config, FinetuneConfig) else None
-    if parsed.ranks == 1 and (parsed.link_rate or parsed.link_latency_us):
-        raise ConfigError("--link-rate and --link-latency-us belong to --ranks; add it, or leave them out")
-    if parsed.link_latency_us and not parsed.link_rate:
-        raise ConfigError("--link-latency-us needs --link-rate; add it, or leave both out to measure them here")
+    _check_ranks(config, parsed)
     if parsed.ranks > 1:
         return _plan_ranks(config, base, parsed, limit)
     planned = planning.plan_run(config, base)
@@ -64,6 +61,21 @@ def run(words: Sequence[str]) -> int:
         last = advice.changes[-1].plan
         print(f"it fits with {_words(advice.flags)}\n  peak {_gb(last.step.peak_bytes)}, {_step(last)} a step")
     return 1
+
+
+def _check_ranks(config: AnyConfig, parsed: argparse.Namespace) -> None:
+    """Refuse what the plan of several ranks would ignore.
+
+    Raises: ConfigError.
+    """
+    if parsed.ranks == 1 and (parsed.link_rate or parsed.link_latency_us):
+        raise ConfigError("--link-rate and --link-latency-us belong to --ranks; add it, or leave them out")
+    if parsed.link_latency_us and not parsed.link_rate:
+        raise ConfigError("--link-latency-us needs --link-rate; add it, or leave both out to measure them here")
+    if parsed.ranks > 1 and config.scale.shard in ("full", "hybrid"):
+        raise ConfigError(
+            f"--ranks plans ranks with whole weights, got scale.shard = {config.scale.shard}; leave it out"
+        )
 
 
 def _plan_ranks(config: AnyConfig, base: Path | None, parsed: argparse.Namespace, limit: "MemoryLimit | None") -> int:
@@ -96,7 +108,7 @@ def _ranks_lines(planned: "RanksPlan", *, is_given: bool) -> list[str]:
     link = planned.link
     source = "given" if is_given else "measured between two processes of this machine"
     return [
-        f"ranks        {planned.ranks}; the figures above are one rank's",
+        f"ranks        {planned.ranks} with whole weights; the figures above are one rank's",
         f"link         {_gb(round(link.bytes_per_s))}/s, {1e6 * link.latency_s:,.0f} µs a sum ({source})",
         f"sums         {planned.share.step.trained_tensors} a step, {_gb(planned.sent_bytes)} sent by each rank,"
         f" about {planned.sum_s:.2g}s",
