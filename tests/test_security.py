@@ -21,6 +21,7 @@ _OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scat
 # A date or a time stamp that a person or another program reads, never a duration.
 _STAMPS = {
     "train.trackers": "time.time", "data.sft.chat_worker": "datetime.now", "cli.verify": "datetime.now",
+    "recipe.sessions": "datetime.now",
 }  # fmt: skip
 
 

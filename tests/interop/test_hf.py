@@ -229,7 +229,7 @@ DAMAGE = {
         r"model\.safetensors: tensor \S+ has shape \(.*\), config\.json asks for \(.*64.*\)$",
     ),
     "a billion layers": (
-        lambda f: edit(f / "config.json", num_hidden_layers=10**9), r"num_hidden_layers is 1000000000$"
+        lambda f: edit(f / "config.json", num_hidden_layers=10**9), r"num_hidden_layers: .*16384, got 1000000000$"
     ),
     "one layer too many": (
         lambda f: edit(f / "config.json", num_hidden_layers=3), r"lacks 9 tensors of the model, model\.layers\.2\."

@@ -61,7 +61,7 @@ def test_patterns_give_ranks_and_scales_by_module() -> None:
         ({"layers": "bottom"}, "layers must be all, top:K"),
         ({"layers": ()}, "layers must name at least one layer"),
         ({"layers": (-1,)}, r"layers must name at least one layer, counted from 0, got \[-1\]"),
-        ({"rank_pattern": {"q_proj": 0}}, "the value for 'q_proj' must be > 0, got 0"),
+        ({"rank_pattern": {"q_proj": 0}}, r"the value for 'q_proj' must be > 0 and <= 1e\+06, got 0"),
         ({"alpha_pattern": {"(": 1.0}}, r"'\(' is not a regular expression"),
         ({"lora_init": "zeros"}, "'default', 'gaussian', 'pissa' or 'loftq'"),
         ({"lora_plus_ratio": 0}, "greater than 0"),

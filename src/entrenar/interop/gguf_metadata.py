@@ -124,9 +124,22 @@ def read_architecture(
     try:
         config = LlamaConfig.model_validate(fields)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(str(_KEYS.get(str(part), part)) for part in fault['loc'])}: {fault['msg']}"
+            for fault in error.errors()
+        )
         raise FormatError(f"{path}: the header does not describe a LLaMA: {faults}") from error
     return config if factors is None else _with_llama3(path, config, factors)
+
+
+# The file's key of each size: a fault is told in the words of the file.
+_KEYS = {
+    "hidden_size": "llama.embedding_length", "num_layers": "llama.block_count",
+    "num_heads": "llama.attention.head_count", "num_kv_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length", "intermediate_size": "llama.feed_forward_length",
+    "max_seq_len": "llama.context_length", "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}  # fmt: skip
 
 
 def _fields(path: Path, metadata: Mapping[str, Any], number: Callable[..., Any]) -> dict[str, Any]:

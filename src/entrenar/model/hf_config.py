@@ -37,6 +37,8 @@ _OPTIONAL = {
     "eos_token_id": ("eos_token_id", 2),
     "pad_token_id": ("pad_token_id", None),
 }
+# The file's key of each of our fields: a fault is told in the words of the file.
+_KEYS = {ours: key for key, ours in _REQUIRED.items()} | {ours: key for key, (ours, _) in _OPTIONAL.items()}
 _MUST_BE = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
@@ -96,7 +98,7 @@ def build(cls: type[Config], fields: dict[str, Any]) -> Config:
         return cls(**fields)
     except ValidationError as error:
         faults = (
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}, got {fault['input']!r}"
+            f"{'.'.join(_KEYS.get(str(part), str(part)) for part in fault['loc'])}: {fault['msg']}, got {fault['input']!r}"
             if fault["loc"]
             else fault["msg"]
             for fault in error.errors()
