@@ -15,6 +15,7 @@ from entrenar.errors import FormatError
 
 if TYPE_CHECKING:
     import torch
+    from pydantic_core import ErrorDetails
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -97,13 +98,7 @@ def build(cls: type[Config], fields: dict[str, Any]) -> Config:
     try:
         return cls(**fields)
     except ValidationError as error:
-        faults = (
-            f"{'.'.join(_KEYS.get(str(part), str(part)) for part in fault['loc'])}: {fault['msg']}, got {fault['input']!r}"
-            if fault["loc"]
-            else fault["msg"]
-            for fault in error.errors()
-        )
-        raise FormatError(f"config.json: {'; '.join(faults)}") from error
+        raise FormatError(f"config.json: {'; '.join(map(_described, error.errors()))}") from error
 
 
 def write(fields: Mapping[str, Any], kv_heads: int, head_width: int, dtype: "torch.dtype | None") -> dict[str, Any]:
@@ -126,3 +121,9 @@ def write(fields: Mapping[str, Any], kv_heads: int, head_width: int, dtype: "tor
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     return config
+
+
+def _described(fault: "ErrorDetails") -> str:
+    """Return a fault in the words of the file."""
+    place = ".".join(_KEYS.get(str(part), str(part)) for part in fault["loc"])
+    return f"{place}: {fault['msg']}, got {fault['input']!r}" if place else fault["msg"]
