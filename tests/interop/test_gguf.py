@@ -256,7 +256,7 @@ def test_a_damaged_header_is_refused(tmp_path, damage):
         ("llama.block_count", 10**9, r"llama\.block_count: .*less than or equal to 16384$"),
         ("llama.block_count", 16000, r"holds \d+ tensors; llama\.block_count is 16000$"),
         ("llama.block_count", "x", r"llama\.block_count must be a number, got 'x'$"),
-        ("llama.attention.head_count", 0, r"the header does not describe a LLaMA: llama\.attention\.head_count: .*greater than 0$"),
+        ("llama.attention.head_count", 0, r"a LLaMA: llama\.attention\.head_count: .*greater than 0$"),
         ("llama.rope.dimension_count", 4, r"llama\.rope\.dimension_count must be the head width 8, got 4$"),
         ("llama.feed_forward_length", 65, r"tensor \S+ has shape \(.*64.*\), its header asks for \(.*65.*\)$"),
         ("llama.rope.scaling.type", "longrope", r"scaling\.type must be none, linear or yarn, got 'longrope'$"),
