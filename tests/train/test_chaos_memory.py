@@ -70,7 +70,8 @@ def test_limited_memory_gives_the_same_weights_or_a_typed_error(tmp_path: Path) 
     status, free = _train(tmp_path / "free", None)
     assert (status, free["splits"]) == (0, 0)
     outcomes = []
-    for limit_mb in (300, 80, 8):  # near 60, whether oneDNN finds room for its code is a matter of luck
+    # What oneDNN takes for its code and buffers differs by processor, so where splitting begins does too.
+    for limit_mb in (300, 160, 130, 105, 80, 8):
         status, result = _train(tmp_path / str(limit_mb), limit_mb)
         if status == 0:
             assert result["weights"] == pytest.approx(free["weights"], rel=1e-5, abs=1e-5)
