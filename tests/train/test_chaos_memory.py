@@ -69,8 +69,8 @@ def test_limited_memory_gives_the_same_weights_or_a_typed_error(tmp_path: Path) 
     """From plenty to almost nothing: unsplit and equal, split and equal to 1e-5, or OutOfMemoryError with exit 3."""
     status, free = _train(tmp_path / "free", None)
     assert (status, free["splits"]) == (0, 0)
-    outcomes = []
-    # What oneDNN takes for its code and buffers differs by processor, so where splitting begins does too.
+    outcomes, refusals = [], []
+    # Alone, 60 to 105 split a step every time; at 80, once in a whole suite, the run was refused, cause unknown.
     for limit_mb in (300, 160, 130, 105, 80, 8):
         status, result = _train(tmp_path / str(limit_mb), limit_mb)
         if status == 0:
@@ -80,6 +80,7 @@ def test_limited_memory_gives_the_same_weights_or_a_typed_error(tmp_path: Path) 
             assert status == 3
             assert "memory ran out" in result["error"]
             outcomes.append("refused")
+            refusals.append(result["error"])
     assert outcomes[0] == "whole"
-    assert "split" in outcomes
+    assert "split" in outcomes, refusals
     assert outcomes[-1] == "refused"
