@@ -1,6 +1,7 @@
 """OTLP: the tree comes whole to a real receiver, long runs are cut with links, and a broken collector harms nobody."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -141,6 +142,18 @@ def test_a_collector_that_hangs_costs_spans_only(hanging_collector):
     assert time.monotonic() - started < 30
     assert export.sent == 0
     assert export.dropped >= 100
+
+
+def test_a_fault_of_ours_is_not_told_as_the_collectors(collector, monkeypatch):
+    """A span that cannot be put into OTLP's form is an error with its traceback, never "the collector is away"."""
+    faults, states = [], []
+    monkeypatch.setattr(threading, "excepthook", lambda caught: faults.append(caught.exc_type))
+    monkeypatch.setattr(OtlpExport, "_readable", lambda *_: {}["no such status"])
+    export = OtlpExport(collector.http, "x", protocol="http", on_state=states.append)
+    export.begin(INFO, ROOT.id)
+    export(Joined(ended=step(1)))
+    export.close([])
+    assert (faults, states, export.sent) == ([KeyError], [True], 0)
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,9 @@ class OtlpExport:
             self._on_state(is_up)
 
     def _send(self, batch: Sequence[OtlpSpan]) -> bool:
+        readable = [self._readable(span) for span in batch]  # a fault in here is ours, not the collector's
         try:
-            result = self._exporter.export([self._readable(span) for span in batch])
+            result = self._exporter.export(readable)
         except Exception:  # noqa: BLE001 - whatever a transport raises, the collector did not take the batch
             return False
         return bool(result.name == "SUCCESS")
